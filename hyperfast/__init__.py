@@ -1,0 +1,22 @@
+"""Thousands of small neural networks at once: hypernetworks, batched, at the machine's speed."""
+
+from hyperfast import functional
+from hyperfast.activations import Sine
+from hyperfast.backend import use_backend
+from hyperfast.hypernet import HyperNet
+from hyperfast.model import HyperMLP
+from hyperfast.plan import explain
+from hyperfast.spec import MLPSpec
+from hyperfast.target import TargetNet
+
+__all__ = [
+    "HyperMLP",
+    "HyperNet",
+    "MLPSpec",
+    "Sine",
+    "TargetNet",
+    "explain",
+    "functional",
+    "use_backend",
+]
+__version__ = "0.1.0"

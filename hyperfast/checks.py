@@ -1,0 +1,81 @@
+"""Checks of the arguments that users pass: one clear exception each, before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def floating(**tensors: Tensor | None) -> tuple:
+    """The tensors, cast by ``torch.autocast`` where it is on (fp32 to its dtype, as ``F.linear``
+    does), after a check that all are floating-point and of one dtype and device.
+
+    ``None`` stays ``None``. The names of the keywords are those of the message.
+    """
+    cast: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+        device = t.device.type
+        if torch.is_autocast_enabled(device) and t.dtype != torch.float64:
+            t = t.to(torch.get_autocast_dtype(device))
+        cast[name] = t
+    first_name, first = next(iter(cast.items()))
+    for name, t in cast.items():
+        if t.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}"
+            )
+        if t.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {t.device}"
+            )
+    return tuple(cast.get(name) for name in tensors)
+
+
+def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> None:
+    """``x`` is ``(tasks, N, ins)`` or ``(tasks, ins)``, or ``(R, ins)`` where ``ids (R,)`` is given.
+
+    ``source`` names the argument that says how many tasks there are. The values of ``ids`` are
+    left to the kernels, because they are not known while a graph is traced.
+    """
+    if ids is None:
+        if x.ndim not in (2, 3) or x.shape[0] != tasks or x.shape[-1] != ins:
+            raise ValueError(
+                f"x must have shape ({tasks}, N, {ins}) or ({tasks}, {ins}), as {source} holds "
+                f"{tasks} tasks, got {shape(x)}"
+            )
+        return
+    if x.ndim != 2 or x.shape[-1] != ins:
+        raise ValueError(f"x must have shape (R, {ins}) when task_ids is given, got {shape(x)}")
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"task_ids must be a Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"task_ids must have dtype torch.int64, got {ids.dtype}")
+    if ids.ndim != 1 or ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"task_ids must have shape ({x.shape[0]},), one id a row of x, got {shape(ids)}"
+        )
+    if ids.device != x.device:
+        raise ValueError(f"task_ids must be on the device of x, {x.device}, got {ids.device}")
+
+
+def in_range(ids: Tensor | None, tasks: int) -> None:
+    """Every id lies in ``[0, tasks)``. Reads the values: for kernels, not for traced code.
+
+    Raises:
+        IndexError: one does not.
+    """
+    if ids is None or ids.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low < 0 or high >= tasks:
+        raise IndexError(f"task_ids must be in [0, {tasks}), got {low if low < 0 else high}")

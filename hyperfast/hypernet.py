@@ -1,0 +1,167 @@
+"""The hypernetwork: a latent in, the weights of a target network out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hyperfast import checks
+from hyperfast.activations import Activation, resolve, second_moment
+from hyperfast.spec import MLPSpec, ParamSpec, positive
+
+INITS = ("hyperfan_in", "hyperfan_out")
+
+
+class HyperNet(nn.Module):
+    """A trunk MLP ``z -> h`` and a linear head ``h -> flat weights`` (Ha, Dai, Le 2016).
+
+    Args:
+        z_dim: size of the latent of one task.
+        target_in: input features of the target MLP.
+        target_hidden: width of its hidden layer, or a tuple of widths, one a hidden layer; the
+            empty tuple makes the target a single linear layer.
+        target_out: output features of the target MLP.
+        hidden: widths of the trunk; the last is ``H``. With ``()``, ``h`` is ``z`` itself.
+        activation: activation of the trunk: a name, a module or a function.
+        target_activation: activation of the target. It sets the gain of the initialisation, and is
+            what a :class:`hyperfast.HyperMLP` without an explicit target applies.
+        bias: whether the target's layers have biases.
+        init: ``"hyperfan_in"`` or ``"hyperfan_out"`` (Chang, Flokas, Lipson 2020), the case in
+            which generated biases start at zero: the generated weights start with the variance
+            ``gain**2 / fan`` of a directly initialised MLP, for latents of unit variance.
+        device, dtype: of the parameters.
+
+    Attributes:
+        generator: ``nn.Sequential``, trunk and head; ``generator(z)`` is the flat vector.
+        spec: the layout of that vector.
+        total_target_params: its length ``P``.
+
+    Raises:
+        ValueError: a size below one, an unknown activation or initialisation.
+        TypeError: a size that is not an int.
+    """
+
+    def __init__(
+        self,
+        z_dim: int,
+        target_in: int,
+        target_hidden: int | Sequence[int],
+        target_out: int,
+        *,
+        hidden: int | Sequence[int] = (64,),
+        activation: Activation = "relu",
+        target_activation: Activation = "relu",
+        bias: bool = True,
+        init: str = "hyperfan_in",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        positive("target_in", target_in)
+        positive("target_out", target_out)
+        widths = _widths("target_hidden", target_hidden)
+        spec = MLPSpec((target_in, *widths, target_out), bias)
+        self._build(spec, z_dim, hidden, activation, target_activation, init, device, dtype)
+
+    def _build(
+        self,
+        spec: ParamSpec,
+        z_dim: int,
+        hidden: int | Sequence[int],
+        activation: Activation,
+        target_activation: Activation,
+        init: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if init not in INITS:
+            raise ValueError(f"init must be one of {list(INITS)}, got {init!r}")
+        widths = (positive("z_dim", z_dim), *_widths("hidden", hidden))
+        resolve(target_activation, "target_activation")
+        super().__init__()
+        self.spec = spec
+        self.z_dim = z_dim
+        self.target_activation = target_activation
+        self.init = init
+        layers: list[nn.Module] = []
+        for i, o in zip(widths, widths[1:], strict=False):
+            layers += [
+                nn.Linear(i, o, device=device, dtype=dtype),
+                resolve(activation),
+            ]
+        head = nn.Linear(widths[-1], spec.numel, device=device, dtype=dtype)
+        self.generator = nn.Sequential(*layers, head)
+        self.reset_parameters()
+
+    @property
+    def total_target_params(self) -> int:
+        return self.spec.numel
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last linear layer, ``h -> flat weights``."""
+        return self.generator[-1]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises trunk and head; see ``init``."""
+        moment = 1.0  # of the features that enter a layer; latents are taken to have variance 1
+        trunk = list(self.generator)[:-1]
+        for linear, activation in zip(trunk[::2], trunk[1::2], strict=True):
+            nn.init.normal_(linear.weight, std=(moment * linear.in_features) ** -0.5)
+            nn.init.zeros_(linear.bias)
+            moment = second_moment(activation)
+        nn.init.zeros_(self.head.bias)
+        gain2 = 1 / second_moment(resolve(self.target_activation))
+        pieces = self.head.weight.split(self.spec.numels)
+        for rows, shape in zip(pieces, self.spec.shapes, strict=True):
+            if len(shape) < 2:
+                nn.init.zeros_(rows)
+                continue
+            receptive = rows.shape[0] // (shape[0] * shape[1])
+            fan = receptive * shape[1 if self.init == "hyperfan_in" else 0]
+            nn.init.normal_(rows, std=(gain2 / (fan * moment * self.head.in_features)) ** 0.5)
+
+    def features(self, z: Tensor) -> Tensor:
+        """``h``: the trunk's output, ``(..., H)``."""
+        self._check(z)
+        for module in list(self.generator)[:-1]:
+            z = module(z)
+        return z
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The target's weights for one latent or for a batch of them.
+
+        Args:
+            z: ``(z_dim,)`` or ``(B, z_dim)``.
+
+        Returns:
+            ``(w1, b1, w2, b2, ...)``, views of one flat vector: ``w (out, in)``, ``b (out,)``, with
+            a leading ``B`` where ``z`` has one.
+
+        Raises:
+            ValueError: ``z`` has another shape.
+            TypeError: ``z`` is not of the parameters' dtype.
+        """
+        self._check(z)
+        return self.spec.split(self.generator(z))
+
+    def _check(self, z: Tensor) -> None:
+        weight = self.head.weight
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a Tensor, got {type(z).__name__}")
+        if z.ndim not in (1, 2) or z.shape[-1] != self.z_dim:
+            raise ValueError(
+                f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
+            )
+        checks.floating(z=z, **{"the hypernetwork's weight": weight})
+
+    def extra_repr(self) -> str:
+        return f"spec={self.spec}, init={self.init!r}"
+
+
+def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(widths, int):
+        widths = (widths,)
+    return tuple(positive(name, w) for w in widths)

@@ -1,0 +1,93 @@
+"""Hypernetwork and target as one module, whose weights are stored only where that is faster."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hyperfast import checks
+from hyperfast.functional import hyper_linear
+from hyperfast.hypernet import HyperNet
+from hyperfast.spec import MLPSpec
+from hyperfast.target import TargetNet, from_jagged
+
+
+class HyperMLP(nn.Module):
+    """``model(x, z)`` equals ``target(x, hyper(z))``, fused.
+
+    Every layer of the target is generated and applied in one op, by the plan that
+    :func:`hyperfast.explain` shows. A target with a ``weight_transform``, or one that is not an
+    MLP, is not linear in the generated weights; for these the weights are formed.
+
+    Args:
+        hyper: generates the weights.
+        target: applies them; by default a ``TargetNet(hyper.target_activation)``.
+
+    Raises:
+        TypeError: ``hyper`` is not a HyperNet, or ``target`` is not a module.
+    """
+
+    def __init__(self, hyper: HyperNet, target: nn.Module | None = None):
+        super().__init__()
+        if not isinstance(hyper, HyperNet):
+            raise TypeError(f"hyper must be a HyperNet, got {type(hyper).__name__}")
+        target = TargetNet(hyper.target_activation) if target is None else target
+        if not isinstance(target, nn.Module):
+            raise TypeError(f"target must be a module, got {type(target).__name__}")
+        self.hyper = hyper
+        self.target = target
+        if self.fused:
+            target.layer_activations(len(hyper.spec.layers))  # raises now what would raise later
+
+    @property
+    def fused(self) -> bool:
+        """Whether the layers are generated and applied in one op each."""
+        return (
+            isinstance(self.hyper.spec, MLPSpec)
+            and isinstance(self.target, TargetNet)
+            and self.target.weight_transform is None
+        )
+
+    def forward(self, x: Tensor, z: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """Generates a network from every latent and runs it on its rows.
+
+        Args:
+            x: with ``z (B, z_dim)``: ``(B, N, in)``, ``(B, in)``, a jagged NestedTensor
+                ``(B, j, in)``, or ``(R, in)`` with ``task_ids``. With ``z (z_dim,)``: ``(N, in)``
+                or ``(in,)``.
+            z: ``(B, z_dim)``, or ``(z_dim,)`` for a single network.
+            task_ids: ``(R,)`` int64: row ``r`` runs through the network of ``z[task_ids[r]]``.
+
+        Returns:
+            ``x`` with its last dimension replaced by the output width.
+
+        Raises:
+            ValueError: shapes that disagree.
+            TypeError: dtypes that disagree.
+            IndexError: a task id outside ``[0, B)``.
+        """
+        if z.ndim == 1 or not self.fused:
+            return self.target(x, self.hyper(z), task_ids)
+        h = self.hyper.features(z)
+        if isinstance(x, Tensor) and x.is_nested:
+            return from_jagged(x, task_ids, lambda rows, ids: self._layers(rows, h, ids))
+        return self._layers(x, h, task_ids)
+
+    def _layers(self, x: Tensor, h: Tensor, task_ids: Tensor | None) -> Tensor:
+        spec, head = self.hyper.spec, self.hyper.head
+        if x.ndim == 0 or x.shape[-1] != spec.sizes[0]:
+            raise ValueError(
+                f"x must have {spec.sizes[0]} features in its last dimension, "
+                f"got shape {checks.shape(x)}"
+            )
+        numels = [layer.numel for layer in spec.layers]
+        layers = zip(
+            head.weight.split(numels),
+            head.bias.split(numels),
+            self.target.layer_activations(len(numels)),
+            strict=True,
+        )
+        for weight, bias, activation in layers:
+            x = hyper_linear(x, h, weight, bias, task_ids, target_bias=spec.bias)
+            if activation is not None:
+                x = activation(x)
+        return x

@@ -1,0 +1,163 @@
+"""The choice of plan for a generated layer, and its explanation: pure functions of sizes.
+
+A plan's time is modelled as a roofline: the larger of FLOPs over the peak rate and bytes over the
+bandwidth, plus a fixed cost a pass. The constants order the plans; they do not predict seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from hyperfast.model import HyperMLP
+
+PLANS = ("contract", "tile", "materialize")
+
+
+class Layer(NamedTuple):
+    """The sizes of one generated layer: ``rows`` in all, spread over ``tasks``."""
+
+    tasks: int
+    rows: int
+    in_features: int
+    out_features: int
+    features: int
+    ragged: bool = False
+    bias: bool = True
+
+    @property
+    def params(self) -> int:
+        return self.out_features * (self.in_features + self.bias)
+
+
+class Device(NamedTuple):
+    """What the plain-PyTorch path reaches: FLOP/s, bytes/s, and seconds a pass."""
+
+    flops: float
+    bandwidth: float
+    overhead: float
+    cache: int
+
+
+DEVICES = {
+    "cpu": Device(flops=2e11, bandwidth=2e10, overhead=2e-5, cache=1 << 20),
+    "cuda": Device(flops=4e14, bandwidth=3e12, overhead=2e-5, cache=32 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one plan takes for one layer, forward."""
+
+    plan: str
+    flops: int
+    bytes: int
+    extra_bytes: int
+    seconds: float
+
+
+@lru_cache(maxsize=4096)
+def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
+    """The cost of every plan, by name."""
+    machine = DEVICES.get(device, DEVICES["cuda"])
+    b, r, i, o, k, ragged, _ = layer
+    p = layer.params
+    io = p * k + b * k + r * (i + o)
+    generate_and_apply = 2 * b * p * k + 2 * r * p
+    block = machine.cache // itemsize
+    pair = min(i * k, o * k, i * o)
+    # Rows of mixed tasks gather their weights: one more copy of them, a row each.
+    weights = b * p + ragged * r * p
+    table = {
+        "contract": (2 * r * p * k + 2 * r * pair, io + 2 * r * pair, min(r * pair, block),
+                     -(-r * pair // block)),
+        "tile": (generate_and_apply, io + p * k * (-(-b * p // block) - 1),
+                 min(weights, block), 2 * -(-b * p // block)),
+        "materialize": (generate_and_apply, io + 2 * weights, weights, 1),
+    }  # fmt: skip
+    return {
+        name: Cost(
+            name,
+            flops,
+            elements * itemsize,
+            extra * itemsize,
+            max(flops / machine.flops, elements * itemsize / machine.bandwidth)
+            + passes * machine.overhead,
+        )
+        for name, (flops, elements, extra, passes) in table.items()
+    }
+
+
+@lru_cache(maxsize=4096)
+def choose(layer: Layer, itemsize: int, device: str = "cpu") -> str:
+    """The name of the plan of least cost."""
+    return min(costs(layer, itemsize, device).values(), key=lambda c: c.seconds).plan
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of every layer of a model, forward; ``print`` shows it as a table."""
+
+    title: str
+    layers: tuple[tuple[str, Cost], ...]
+
+    def __str__(self) -> str:
+        head = f"{'layer':>12} {'plan':<12} {'MFLOP':>10} {'MB moved':>10} {'MB extra':>10}"
+        rows = [(name, c.plan, c.flops, c.bytes, c.extra_bytes) for name, c in self.layers]
+        rows.append(
+            ("total", "", sum(r[2] for r in rows), sum(r[3] for r in rows), max(r[4] for r in rows))
+        )
+        lines = [
+            f"{name:>12} {plan:<12} {f / 1e6:>10.3f} {b / 1e6:>10.3f} {e / 1e6:>10.3f}"
+            for name, plan, f, b, e in rows
+        ]
+        return "\n".join([self.title, head, *lines])
+
+    __repr__ = __str__
+
+
+def explain(
+    model: HyperMLP, x_shape: Sequence[int], z_shape: Sequence[int], *, ragged: bool = False
+) -> Explanation:
+    """The plan chosen for every layer of ``model``, its FLOPs, bytes and extra memory.
+
+    In the way of ``numpy.einsum_path``: nothing runs. FLOPs and bytes are those of one forward
+    pass without the trunk; extra memory is what is neither input, parameter nor output.
+
+    Args:
+        model: a :class:`hyperfast.HyperMLP`.
+        x_shape: ``(B, N, in)`` or ``(B, in)``, or ``(R, in)`` with ``ragged``.
+        z_shape: ``(B, z_dim)``.
+        ragged: whether rows name their tasks by ``task_ids``.
+
+    Raises:
+        TypeError: the model is not one whose layers are generated and applied in one op each.
+        ValueError: shapes that do not fit the model or each other.
+    """
+    if not getattr(model, "fused", False):
+        raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
+    spec, hyper = model.hyper.spec, model.hyper
+    x_shape, z_shape = tuple(x_shape), tuple(z_shape)
+    if len(z_shape) != 2 or z_shape[1] != hyper.z_dim:
+        raise ValueError(f"z_shape must be (B, {hyper.z_dim}), got {z_shape}")
+    fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == z_shape[0]
+    if not fits or x_shape[-1] != spec.sizes[0]:
+        b, i = z_shape[0], spec.sizes[0]
+        want = f"(R, {i})" if ragged else f"({b}, N, {i}) or ({b}, {i})"
+        raise ValueError(f"x_shape must be {want}, got {x_shape}")
+    rows = 1
+    for size in x_shape[:-1]:
+        rows *= size
+    weight = hyper.head.weight
+    explained = []
+    for layer in spec.layers:
+        i, o = layer.in_features, layer.out_features
+        sizes = Layer(z_shape[0], rows, i, o, hyper.head.in_features, ragged, layer.bias)
+        table = costs(sizes, weight.element_size(), weight.device.type)
+        name = choose(sizes, weight.element_size(), weight.device.type)
+        explained.append((f"{i} -> {o}", table[name]))
+    title = f"x {x_shape}, z {z_shape}, {str(weight.dtype).removeprefix('torch.')}"
+    return Explanation(f"{title} on {weight.device.type}", tuple(explained))
