@@ -1,0 +1,11 @@
+#pragma once
+
+#include "kernels.h"
+
+namespace hyperfast {
+
+// The table for the best instruction set of this machine, or for the lower one that the environment
+// variable HYPERFAST_ISA names. Throws std::invalid_argument when that one is unknown or absent.
+const Kernels& kernels();
+
+}  // namespace hyperfast

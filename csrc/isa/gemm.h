@@ -1,0 +1,164 @@
+// The one inner loop of the library: a tile of C += A B kept in registers, lanes along B's columns.
+// Generation, application, outer products and every gradient are made of it.
+#pragma once
+
+#include "vec.h"
+
+namespace hyperfast::HF_ISA {
+
+template <class T>
+struct View {
+  T* data;
+  Index row, col;
+
+  View<T> transposed() const { return {data, col, row}; }
+  View<T> at(Index i, Index j) const { return {data + i * row + j * col, row, col}; }
+};
+
+// 6 x 4 accumulators + 4 of B + 1 of A = 29 of 32 registers; 6 x 2 + 2 + 1 = 15 of 16.
+constexpr int tile_rows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int tile_vecs = 4;
+#else
+constexpr int tile_vecs = 2;
+#endif
+template <class C>
+constexpr int lanes = tile_vecs * width<C>;
+
+// Depth of a panel of B that stays in the second-level cache: 512 * 64 lanes * 4 bytes = 128 KiB.
+constexpr Index depth_block = 512;
+
+// C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many elements.
+template <int M, int V, bool Tail, class C>
+static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail, View<const C> init,
+                 View<C> c, int n) {
+  constexpr int w = width<C>;
+  Vec<C> acc[M][V] = {};
+  const C* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = a.data + m * a.row;
+  for (Index k = 0; k < depth; ++k) {
+    Vec<C> bv[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      bv[v] = Tail && v == V - 1 ? load_part(b + v * w, tail) : load(b + v * w);
+    b += b_row;
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const C s = rows[m][k * a.col];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] += s * bv[v];
+    }
+  }
+  if (n == V * w && c.col == 1 && (!init.data || init.col == 1)) {
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if (init.data) acc[m][v] += load(init.data + m * init.row + v * w);
+        store(c.data + m * c.row + v * w, acc[m][v]);
+      }
+  } else {
+    C spill[M][V * w];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(&spill[m][v * w], acc[m][v]);
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < n; ++i)
+        c.data[m * c.row + i * c.col] =
+            init.data ? init.data[m * init.row + i * init.col] + spill[m][i] : spill[m][i];
+  }
+}
+
+template <class C>
+using Tile = void (*)(Index, View<const C>, const C*, Index, int, View<const C>, View<C>, int);
+
+template <class C, bool Tail, int M>
+constexpr Tile<C> pick(int vecs) {
+  if constexpr (tile_vecs == 4) {
+    if (vecs == 4) return tile<M, 4, Tail, C>;
+    if (vecs == 3) return tile<M, 3, Tail, C>;
+  }
+  return vecs == 2 ? tile<M, 2, Tail, C> : tile<M, 1, Tail, C>;
+}
+
+// Rows of A in steps of 6, then what is left in steps of 4, 2 and 1.
+template <class C, bool Tail>
+static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row, int tail,
+                  View<const C> init, View<C> c, int n) {
+  Index i = 0;
+  const auto steps = [&](int height, Tile<C> f) {
+    for (; i + height <= m; i += height)
+      f(depth, a.at(i, 0), b, b_row, tail, init.data ? init.at(i, 0) : init, c.at(i, 0), n);
+  };
+  steps(6, pick<C, Tail, 6>(vecs));
+  if (i == m) return;
+  steps(4, pick<C, Tail, 4>(vecs));
+  steps(2, pick<C, Tail, 2>(vecs));
+  steps(1, pick<C, Tail, 1>(vecs));
+}
+
+// dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < dst_row. Widens to C on the way.
+template <class C, class T>
+static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row) {
+  constexpr int w = width<C>;
+  const bool direct = src.col == 1;
+  const bool turned = src.row == 1;
+  const Index whole_n = direct || turned ? n / w * w : 0;
+  const Index whole_k = direct ? depth : turned ? depth / w * w : 0;
+  for (Index l = 0; l < whole_n; l += w)
+    if (direct)
+      for (Index k = 0; k < depth; ++k)
+        store(dst + k * dst_row + l, load_wide(src.data + k * src.row + l));
+    else
+      for (Index k = 0; k < whole_k; k += w) {
+        Vec<C> block[w];
+#pragma GCC unroll 16
+        for (int i = 0; i < w; ++i) block[i] = load_wide(src.data + k + (l + i) * src.col);
+        transpose<C>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < w; ++i) store(dst + (k + i) * dst_row + l, block[i]);
+      }
+  for (Index k = 0; k < depth; ++k) {
+    const Index first = k < whole_k ? whole_n : 0;
+    for (Index l = first; l < n; ++l)
+      dst[k * dst_row + l] = widen(src.data[k * src.row + l * src.col]);
+    for (Index l = n; l < dst_row; ++l) dst[k * dst_row + l] = 0;
+  }
+}
+
+// C (m, n) = init + A (m, depth) B (depth, n), lanes along n. Where B's rows are not contiguous
+// elements of C's type, panels of it are packed into Slot::a.
+template <class C, class T>
+static void multiply(Index m, Index n, Index depth, View<const C> a, View<const T> b,
+                     View<const C> init, View<C> c) {
+  constexpr bool same = std::is_same_v<C, T>;
+  for (Index j = 0; j < n; j += lanes<C>) {
+    const int nj = int(min(lanes<C>, n - j));
+    const int vecs = int(ceil_div(nj, width<C>));
+    View<const C> start = init.data ? init.at(0, j) : init;
+    Index k = 0;
+    do {
+      const Index dk = min(depth_block, depth - k);
+      const View<const T> bk = b.at(k, j);
+      if constexpr (same) {
+        if (b.col == 1) {
+          const int tail = nj % width<C>;
+          (tail ? sweep<C, true> : sweep<C, false>)(m, vecs, dk, a.at(0, k), bk.data, b.row, tail,
+                                                    start, c.at(0, j), nj);
+          start = {c.at(0, j).data, c.row, c.col};
+          k += dk;
+          continue;
+        }
+      }
+      const Index row = Index(vecs) * width<C>;
+      C* panel = scratch<C>(Slot::a, max(dk, 1) * row);
+      pack(dk, nj, bk, panel, row);
+      sweep<C, false>(m, vecs, dk, a.at(0, k), panel, row, 0, start, c.at(0, j), nj);
+      start = {c.at(0, j).data, c.row, c.col};
+      k += dk;
+    } while (k < depth);
+  }
+}
+
+}  // namespace hyperfast::HF_ISA

@@ -1,0 +1,17 @@
+// One build of the kernels. setup.py compiles this file once for every instruction set, each into the
+// namespace HF_ISA; dispatch.cpp chooses between the tables.
+#include "task_linear.h"
+
+#define HF_STRING(x) #x
+#define HF_NAME(x) HF_STRING(x)
+
+namespace hyperfast::HF_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    HF_NAME(HF_ISA),
+    task_linear,
+    task_linear_grad_weight,
+};
+
+}  // namespace hyperfast::HF_ISA

@@ -1,0 +1,77 @@
+// The face of the kernels: plain structs over raw pointers, no torch type.
+//
+// Everything here has already been checked (ops.cpp): pointers are valid for the sizes and strides
+// given, task numbers are in range. Strides are in elements, may be zero, and are 64-bit throughout.
+#pragma once
+
+#include <cstdint>
+
+namespace hyperfast {
+
+using Index = std::int64_t;
+
+// What the tensors of one call are stored as. f64 accumulates in f64, all others in f32.
+enum class Dtype { f64, f32, bf16, f16 };
+
+// Row j of task b starts at data + b * task + j * row; its elements are `col` apart.
+// When rows are ragged (task_ids), j counts all rows of the batch and `task` is zero.
+struct Rows {
+  void* data;
+  Index task, row, col;
+};
+
+// One matrix a task, shape (out, in).
+struct TaskMatrix {
+  void* data;
+  Index task, out, in;
+};
+
+// One vector a task; data may be null (absent).
+struct TaskVector {
+  void* data;
+  Index task, col;
+};
+
+// Rows begin, ..., end - 1 of one task: positions in `order` when ragged, else row numbers.
+struct Piece {
+  Index task, begin, end;
+};
+
+// The rows of every task, cut into pieces of at most `cut` rows so that threads share big tasks.
+// Batched: `per_task` pieces of each task, in turn. Ragged: `order` lists the row numbers sorted by task.
+struct Groups {
+  Index tasks;
+  Index rows;    // of one task (batched), of all together (ragged)
+  Index pieces;  // how many
+  Index cut, per_task;
+  const Index* order = nullptr;
+  const Piece* list = nullptr;
+};
+
+struct TaskLinear {
+  Dtype dtype;
+  Groups groups;
+  Index out, in;
+  Rows x;            // width in
+  TaskMatrix weight;
+  TaskVector bias;   // width out
+  Rows y;            // width out, col == 1
+};
+
+struct TaskLinearGradWeight {
+  Dtype dtype;
+  Groups groups;  // never cut: one piece a task, every task present
+  Index out, in;
+  Rows grad;      // width out
+  Rows x;         // width in
+  void* y;        // (tasks, out, in), contiguous
+};
+
+// One entry per op; each instruction set fills in its own table.
+struct Kernels {
+  const char* isa;
+  void (*task_linear)(const TaskLinear&);
+  void (*task_linear_grad_weight)(const TaskLinearGradWeight&);
+};
+
+}  // namespace hyperfast

@@ -1,0 +1,45 @@
+#include "runtime.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <new>
+
+namespace hyperfast {
+
+void run_parallel(std::int64_t n, std::int64_t grain,
+                  void (*body)(std::int64_t, std::int64_t, void*), void* context) {
+  if (n <= 0) return;
+  if (n <= grain) return body(0, n, context);
+  torch::stable::parallel_for(
+      0, n, grain, [=](std::int64_t begin, std::int64_t end) { body(begin, end, context); });
+}
+
+int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+namespace {
+
+struct Buffer {
+  void* data = nullptr;
+  std::size_t size = 0;
+  ~Buffer() { std::free(data); }
+};
+
+thread_local Buffer buffers[static_cast<int>(Slot::count)];
+
+}  // namespace
+
+void* scratch(Slot slot, std::size_t bytes) {
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    const std::size_t rounded = (bytes + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, rounded);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = rounded;
+  }
+  return buffer.data;
+}
+
+}  // namespace hyperfast

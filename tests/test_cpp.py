@@ -1,0 +1,233 @@
+"""The C++ kernels against float64 references, within a bound that their arithmetic must meet."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hyperfast import ops  # noqa: F401  (defines the schemas)
+
+_C = pytest.importorskip("hyperfast._C", reason="no extension", exc_type=ImportError)
+op = torch.ops.hyperfast
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
+
+
+@pytest.fixture(autouse=True)
+def nan_poison():
+    """Outputs start as NaN, so that an element which is never written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def rand(*shape, dtype, seed=0):
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype)
+
+
+def strided(t, how):
+    """The same values under other strides."""
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "gaps":
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+    if how == "outer gaps":
+        return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
+    return t
+
+
+def assert_within(result, formula, *args, depth):
+    """``formula`` is multilinear in ``args``. A sum of ``depth`` products, each rounded in the
+    accumulation type, errs by at most ``depth`` roundings times the sum of its terms' absolute
+    values; the result is rounded once more to the storage type."""
+    exact = formula(*(a.double() for a in args))
+    size = formula(*(a.double().abs() for a in args))
+    assert result.shape == exact.shape
+    assert result.dtype == args[0].dtype
+    unit = torch.finfo(torch.promote_types(result.dtype, torch.float32)).eps / 2
+    bound = (depth + 4) * unit * size
+    if result.dtype != torch.promote_types(result.dtype, torch.float32):
+        info = torch.finfo(result.dtype)
+        bound = bound + info.eps / 2 * (exact.abs() + bound) + info.smallest_normal * info.eps
+    error = (result.double() - exact).abs()
+    assert bool((error <= bound).all()), f"{(error / bound).max().item():.3g} times the bound"
+
+
+def mix(rows, tasks, seed=0):
+    """Shuffled ids of ``rows`` rows a task, and where each task's rows went."""
+    ids = torch.arange(tasks).repeat_interleave(rows)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    return ids, torch.argsort(ids, stable=True)
+
+
+def unsort(t, where):
+    """``(B, N, C)`` to rows ``(R, C)`` such that row ``where[n]`` is the n-th."""
+    flat = t.flatten(0, 1)
+    return torch.empty_like(flat).index_copy(0, where, flat)
+
+
+def linear(x, w, b):
+    return torch.einsum("boi,bni->bno", w, x) + b[:, None]
+
+
+def outer(g, x):
+    return torch.einsum("bno,bni->boi", g, x)
+
+
+SIZES = [  # B, N, in, out
+    (1, 1, 1, 1),
+    (3, 2, 17, 63),
+    (2, 3, 64, 65),
+    (5, 7, 129, 3),
+    (2, 63, 65, 10),
+    (2, 65, 1, 129),
+    (1, 1100, 3, 70),
+    (40, 1, 64, 10),
+    (0, 3, 4, 5),
+    (3, 0, 4, 5),
+    (3, 2, 0, 5),
+    (3, 2, 4, 0),
+]
+
+
+@pytest.mark.parametrize("how", ["plain", "transposed", "gaps", "outer gaps"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestTaskValues:
+    def test_batched(self, dtype, size, how):
+        b, n, i, o = size
+        x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+        w, bias = rand(b, o, i, dtype=dtype, seed=2), rand(b, o, dtype=dtype, seed=3)
+        y = op.task_linear(strided(x, how), strided(w, how), strided(bias, how), None)
+        assert_within(y, linear, x, w, bias, depth=i)
+        gw = op.task_linear_grad_weight(strided(g, how), strided(x, how), None, b)
+        assert_within(gw, outer, g, x, depth=n)
+
+    def test_ragged(self, dtype, size, how):
+        b, n, i, o = size
+        x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+        w, bias = rand(b, o, i, dtype=dtype, seed=2), rand(b, o, dtype=dtype, seed=3)
+        ids, where = mix(n, b)
+        rows, grads = unsort(x, where), unsort(g, where)
+        y = op.task_linear(strided(rows, how), strided(w, how), bias, ids)
+        assert_within(y[where].view(b, n, o), linear, x, w, bias, depth=i)
+        gw = op.task_linear_grad_weight(strided(grads, how), strided(rows, how), ids, b)
+        assert_within(gw, outer, g, x, depth=n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestTaskStrideZero:
+    def test_expanded(self, dtype):
+        one = rand(1, dtype=dtype)
+        x, w = one.expand(4, 5, 33), rand(1, 7, 33, dtype=dtype).expand(4, 7, 33)
+        bias = one.expand(4, 7)
+        y = op.task_linear(x, w, bias, None)
+        assert_within(y, linear, x, w, bias, depth=33)
+        gw = op.task_linear_grad_weight(one.expand(4, 5, 70), x, None, 4)
+        assert_within(gw, outer, one.expand(4, 5, 70), x, depth=5)
+
+    def test_tasks_without_rows(self, dtype):
+        x, g = rand(3, 20, dtype=dtype), rand(3, 6, dtype=dtype)
+        ids = torch.tensor([4, 1, 4])
+        gw = op.task_linear_grad_weight(g, x, ids, 6)
+        assert_within(gw[1], lambda g, x: g[1, :, None] * x[1], g, x, depth=1)
+        both = lambda g, x: g[0, :, None] * x[0] + g[2, :, None] * x[2]  # noqa: E731
+        assert_within(gw[4], both, g, x, depth=2)
+        assert not gw[[0, 2, 3, 5]].any()
+
+
+def test_fp16_and_bf16_keep_infinity_nan_and_subnormals():
+    for dtype in (torch.float16, torch.bfloat16):
+        tiny = torch.finfo(dtype).smallest_normal / 4
+        values = torch.tensor([torch.inf, -torch.inf, torch.nan, tiny, -tiny, 3.0], dtype=dtype)
+        y = op.task_linear(values.view(1, 6, 1), torch.ones(1, 1, 1, dtype=dtype), None, None)
+        torch.testing.assert_close(y.flatten(), values, rtol=0, atol=0, equal_nan=True)
+    y = op.task_linear(*[torch.full((1, 1, 1), 300.0, dtype=torch.float16)] * 2, None, None)
+    assert y.isinf().all()
+
+
+def test_result_does_not_depend_on_threads():
+    x, w = rand(9, 700, 65, dtype=torch.float32), rand(9, 33, 65, dtype=torch.float32)
+    g = rand(9, 700, 33, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y, gw = op.task_linear(x, w, None, None), op.task_linear_grad_weight(g, x, None, 9)
+        results.append((y, gw))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+X, W, BIAS = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5)
+IDS = torch.tensor([0, 1, 0])
+BAD = [
+    (op.task_linear, (X[0], W, None, None), r"x must have shape \(B, N"),
+    (op.task_linear, (X.sum(), W, None, None), r"x must .*got \(\)"),
+    (op.task_linear, (X, W[0], None, None), r"weight must have shape"),
+    (op.task_linear, (X[..., :3], W, None, None), r"x.size\(-1\) must be 4"),
+    (op.task_linear, (X[:1], W, None, None), r"x.size\(0\) must be 2"),
+    (op.task_linear, (X, W, BIAS[:1], None), r"bias.size\(0\)"),
+    (op.task_linear, (X, W, BIAS[:, :1], None), r"bias.size\(1\)"),
+    (op.task_linear, (X, W, BIAS[0], None), r"bias must have shape"),
+    (op.task_linear, (X.double(), W, None, None), r"dtype of x, float64"),
+    (op.task_linear, (X.long(), W.long(), None, None), r"got int64"),
+    (op.task_linear, (X[0], W, None, IDS.int()), r"task_ids must .* got int32"),
+    (op.task_linear, (X[0], W, None, IDS[:2]), r"task_ids.size\(0\) must be 3"),
+    (op.task_linear, (X[0], W, None, IDS[None]), r"task_ids must have shape"),
+    (op.task_linear, (X, W, None, IDS), r"x must have shape \(R, columns\)"),
+    (op.task_linear_grad_weight, (X[:, :2], X, None, 2), r"grad must have as many rows"),
+    (op.task_linear_grad_weight, (X, X, None, 3), r"x.size\(0\) must be 3"),
+    (op.task_linear_grad_weight, (X, X, None, -1), r"tasks must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("call", "args", "message"), BAD)
+def test_bad_arguments(call, args, message):
+    with pytest.raises(ValueError, match=message):
+        call(*args)
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+def test_task_ids_out_of_range(bad):
+    ids = torch.tensor([0, bad, 1])
+    with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
+        op.task_linear(X[0], W, None, ids)
+    with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
+        op.task_linear_grad_weight(X[0], X[0], ids, 2)
+
+
+def run(isa, *command):
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "HYPERFAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.skipif("HYPERFAST_ISA" in os.environ, reason="this is such a run")
+def test_every_instruction_set(isa):
+    which = run(isa, "-c", "import torch, hyperfast._C as c; print(c.isa())")
+    if "not available on this machine" in which.stderr or "must be one of" in which.stderr:
+        pytest.skip(f"no {isa} here")
+    assert which.stdout.strip() == isa, which.stderr
+    if isa == _C.isa():
+        return  # the tests above ran it
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not bad")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_unknown_instruction_set():
+    done = run("sse9", "-c", "import torch, hyperfast._C as c; c.isa()")
+    assert "HYPERFAST_ISA must be one of" in done.stderr
+    assert done.returncode != 0
