@@ -42,7 +42,7 @@ def floating(**tensors: Tensor | None) -> tuple:
 
 
 def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> None:
-    """``x`` is ``(tasks, N, ins)`` or ``(tasks, ins)``, or ``(R, ins)`` where ``ids (R,)`` is given.
+    """``x`` is ``(tasks, N, ins)`` or ``(tasks, ins)``; with ``ids (R,)`` it is ``(R, ins)``.
 
     ``source`` names the argument that says how many tasks there are. The values of ``ids`` are
     left to the kernels, because they are not known while a graph is traced.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class HyperNet(nn.Module):
         self.target_activation = target_activation
         self.init = init
         layers: list[nn.Module] = []
-        for i, o in zip(widths, widths[1:], strict=False):
+        for i, o in pairwise(widths):
             layers += [
                 nn.Linear(i, o, device=device, dtype=dtype),
                 resolve(activation),
@@ -109,6 +110,7 @@ class HyperNet(nn.Module):
         moment = 1.0  # of the features that enter a layer; latents are taken to have variance 1
         trunk = list(self.generator)[:-1]
         for linear, activation in zip(trunk[::2], trunk[1::2], strict=True):
+            assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=(moment * linear.in_features) ** -0.5)
             nn.init.zeros_(linear.bias)
             moment = second_moment(activation)

@@ -35,17 +35,22 @@ class HyperMLP(nn.Module):
             raise TypeError(f"target must be a module, got {type(target).__name__}")
         self.hyper = hyper
         self.target = target
-        if self.fused:
-            target.layer_activations(len(hyper.spec.layers))  # raises now what would raise later
+        if self.mlp is not None:
+            spec, mlp = self.mlp
+            mlp.layer_activations(len(spec.layers))  # raises now what would raise later
+
+    @property
+    def mlp(self) -> tuple[MLPSpec, TargetNet] | None:
+        """Layout and target where the layers are generated and applied in one op each."""
+        spec, target = self.hyper.spec, self.target
+        if not isinstance(spec, MLPSpec) or not isinstance(target, TargetNet):
+            return None
+        return (spec, target) if target.weight_transform is None else None
 
     @property
     def fused(self) -> bool:
         """Whether the layers are generated and applied in one op each."""
-        return (
-            isinstance(self.hyper.spec, MLPSpec)
-            and isinstance(self.target, TargetNet)
-            and self.target.weight_transform is None
-        )
+        return self.mlp is not None
 
     def forward(self, x: Tensor, z: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Generates a network from every latent and runs it on its rows.
@@ -65,15 +70,18 @@ class HyperMLP(nn.Module):
             TypeError: dtypes that disagree.
             IndexError: a task id outside ``[0, B)``.
         """
-        if z.ndim == 1 or not self.fused:
+        mlp = self.mlp
+        if mlp is None or z.ndim == 1:
             return self.target(x, self.hyper(z), task_ids)
         h = self.hyper.features(z)
         if isinstance(x, Tensor) and x.is_nested:
-            return from_jagged(x, task_ids, lambda rows, ids: self._layers(rows, h, ids))
-        return self._layers(x, h, task_ids)
+            return from_jagged(x, task_ids, lambda rows, ids: self._layers(*mlp, rows, h, ids))
+        return self._layers(*mlp, x, h, task_ids)
 
-    def _layers(self, x: Tensor, h: Tensor, task_ids: Tensor | None) -> Tensor:
-        spec, head = self.hyper.spec, self.hyper.head
+    def _layers(
+        self, spec: MLPSpec, target: TargetNet, x: Tensor, h: Tensor, task_ids: Tensor | None
+    ) -> Tensor:
+        head = self.hyper.head
         if x.ndim == 0 or x.shape[-1] != spec.sizes[0]:
             raise ValueError(
                 f"x must have {spec.sizes[0]} features in its last dimension, "
@@ -83,7 +91,7 @@ class HyperMLP(nn.Module):
         layers = zip(
             head.weight.split(numels),
             head.bias.split(numels),
-            self.target.layer_activations(len(numels)),
+            target.layer_activations(len(numels)),
             strict=True,
         )
         for weight, bias, activation in layers:

@@ -137,9 +137,10 @@ def explain(
         TypeError: the model is not one whose layers are generated and applied in one op each.
         ValueError: shapes that do not fit the model or each other.
     """
-    if not getattr(model, "fused", False):
+    mlp = getattr(model, "mlp", None)
+    if mlp is None:
         raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
-    spec, hyper = model.hyper.spec, model.hyper
+    spec, hyper = mlp[0], model.hyper
     x_shape, z_shape = tuple(x_shape), tuple(z_shape)
     if len(z_shape) != 2 or z_shape[1] != hyper.z_dim:
         raise ValueError(f"z_shape must be (B, {hyper.z_dim}), got {z_shape}")

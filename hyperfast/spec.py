@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class MLPSpec(ParamSpec):
         for s in sizes:
             positive("sizes", s)
         shapes: list[tuple[int, ...]] = []
-        for i, o in zip(sizes, sizes[1:], strict=False):
+        for i, o in pairwise(sizes):
             shapes += [(o, i), (o,)] if bias else [(o, i)]
         super().__init__(tuple(shapes))
         object.__setattr__(self, "sizes", sizes)
@@ -119,9 +120,7 @@ class MLPSpec(ParamSpec):
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The layers, input side first."""
-        return tuple(
-            LayerSpec(i, o, self.bias) for i, o in zip(self.sizes, self.sizes[1:], strict=False)
-        )
+        return tuple(LayerSpec(i, o, self.bias) for i, o in pairwise(self.sizes))
 
 
 def positive(name: str, value: int) -> int:

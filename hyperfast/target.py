@@ -124,8 +124,7 @@ def from_jagged(
         raise ValueError("task_ids must be None for a NestedTensor x, whose components are tasks")
     if x.layout != torch.jagged:
         raise ValueError(f"a NestedTensor x must have layout torch.jagged, got {x.layout}")
-    offsets = x.offsets()
-    values = x.values()
+    offsets, values = x.offsets(), x.values()  # type: ignore[attr-defined]
     tasks = torch.arange(len(offsets) - 1, device=offsets.device)
     ids = tasks.repeat_interleave(offsets.diff(), output_size=values.shape[0])
     return torch.nested.nested_tensor_from_jagged(apply(values, ids), offsets)
@@ -150,7 +149,7 @@ def _unbatched(
 
 
 def _layers(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """``(w1, b1, ...)`` or ``(w1, w2, ...)`` as pairs of weight and bias; biases have a rank less."""
+    """``(w1, b1, ...)`` or ``(w1, w2, ...)`` as pairs; a bias has one rank less than a weight."""
     if not isinstance(weights, Sequence) or not weights:
         raise ValueError(f"weights must be a non-empty sequence of tensors, got {weights!r}")
     for n, w in enumerate(weights):
