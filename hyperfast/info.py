@@ -1,0 +1,72 @@
+"""``python -m hyperfast info``: versions, devices, what is built, and what runs for what."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import hyperfast
+from hyperfast.backend import KEYS, OPS, has_kernel, why_missing
+
+
+def report() -> str:
+    """The whole text."""
+    return "\n".join([*_versions(), "", *_devices(), "", *_backends(), "", *_choices()])
+
+
+def _versions() -> list[str]:
+    lines = [f"hyperfast    {hyperfast.__version__}", f"python       {sys.version.split()[0]}"]
+    for package in ("torch", "triton", "safetensors"):
+        try:
+            lines.append(f"{package:<12} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package:<12} not installed")
+    return lines
+
+
+def _devices() -> list[str]:
+    isa = torch.backends.cpu.get_cpu_capability()
+    lines = [
+        f"cpu          {platform.machine()}, torch uses {isa}, {torch.get_num_threads()} threads"
+    ]
+    if not torch.cuda.is_available():
+        return [*lines, "cuda         none"]
+    for n in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(n)
+        lines.append(
+            f"cuda:{n}       {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
+        )
+    return lines
+
+
+def _backends() -> list[str]:
+    lines = ["reference    built in"]
+    for backend in KEYS:
+        reason = why_missing(backend)
+        lines.append(
+            f"{backend:<12} {'missing: ' + reason if reason else 'built' + _detail(backend)}"
+        )
+    return lines
+
+
+def _detail(backend: str) -> str:
+    if backend != "cpp":
+        return ""
+    from hyperfast import _C
+
+    return f", kernels for {_C.isa()}"
+
+
+def _choices() -> list[str]:
+    """For each op and device, the backend that the dispatcher runs."""
+    lines = [f"{'op':<26} {'CPU tensors':<16} CUDA tensors"]
+    for op in OPS:
+        cpu, cuda = (
+            backend if has_kernel(backend, op) else "plain PyTorch" for backend in ("cpp", "triton")
+        )
+        lines.append(f"{op:<26} {cpu:<16} {cuda}")
+    return lines
