@@ -35,7 +35,7 @@ def why_missing(backend: str) -> str:
     if backend == "reference" or any(has_kernel(backend, op) for op in OPS):
         return ""
     if backend == "cpp":
-        return f"the C++ extension is not built: {ops.EXTENSION_ERROR}"
+        return f"the C++ extension is not loaded: {ops.EXTENSION_ERROR}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return "no Triton kernels are registered"

@@ -10,6 +10,7 @@ derivatives of every order stay inside them. Shapes are those of :mod:`hyperfast
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -273,9 +274,11 @@ hyper_linear_grad_weight = _define(
     backward=_hyper_linear_grad_weight_backward,
 )
 
-try:
-    import hyperfast._C  # noqa: F401  (its load registers the CPU kernels)
-
-    EXTENSION_ERROR = ""
-except ImportError as error:
-    EXTENSION_ERROR = str(error)
+EXTENSION_ERROR = ""
+if os.environ.get("HYPERFAST_NO_EXT") == "1":
+    EXTENSION_ERROR = "HYPERFAST_NO_EXT=1 is set"
+else:
+    try:
+        import hyperfast._C  # noqa: F401  (its load registers the CPU kernels)
+    except ImportError as error:
+        EXTENSION_ERROR = str(error)
