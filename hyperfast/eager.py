@@ -156,10 +156,10 @@ def _trilinear(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
     width = min(i * j, c * j, c * i)
     if width == i * j:
         m = v.flatten(1).mT
-    elif width == c * i:
-        return _trilinear(b, a, v.mT)  # the other operand goes first
-    else:
+    elif width == c * j:
         m = v.transpose(0, 1).flatten(1)
+    else:
+        return _trilinear(b, a, v.mT)  # the other operand goes first
     y = a.new_empty(len(a), c)
     for rows in _blocks(len(a), width):
         if width == i * j:
