@@ -10,22 +10,39 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
+def tensor(**values: object) -> None:
+    """Each is a Tensor. The names of the keywords are those of the message."""
+    for name, t in values.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+
+
+def dense(**tensors: Tensor | None) -> None:
+    """Each has strides: it is neither nested nor sparse."""
+    for name, t in tensors.items():
+        if t is not None and t.layout != torch.strided or t.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got layout {t.layout}; "
+                "a TargetNet and a HyperMLP take jagged x"
+            )
+
+
 def floating(**tensors: Tensor | None) -> tuple:
     """The tensors, cast by ``torch.autocast`` where it is on (fp32 to its dtype, as ``F.linear``
     does), after a check that all are floating-point and of one dtype and device.
 
-    ``None`` stays ``None``. The names of the keywords are those of the message.
+    ``bias`` may be ``None`` and stays so. The names of the keywords are those of the message.
     """
     cast: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        if t is None:
+        if t is None and name == "bias":
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        tensor(**{name: t})
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
         device = t.device.type
-        if torch.is_autocast_enabled(device) and t.dtype != torch.float64:
+        available = torch.amp.is_autocast_available(device)  # it is not for meta tensors
+        if available and torch.is_autocast_enabled(device) and t.dtype != torch.float64:
             t = t.to(torch.get_autocast_dtype(device))
         cast[name] = t
     first_name, first = next(iter(cast.items()))

@@ -16,10 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast import reference
-from hyperfast.plan import Layer, choose
-
-# Elements of the temporaries of one block: 1 MB in fp32, half of a usual L2 cache.
-BLOCK = 1 << 18
+from hyperfast.plan import BLOCK, Layer, choose
 
 
 def hyper_linear(
