@@ -68,7 +68,7 @@ def resolve(activation: Activation, name: str = "activation") -> nn.Module:
         return NAMES[activation]()
     if isinstance(activation, nn.Module):
         return activation
-    if callable(activation):
+    if callable(activation) and not isinstance(activation, type):
         return _Function(activation)
     raise TypeError(f"{name} must be a name, a module or a function, got {activation!r}")
 

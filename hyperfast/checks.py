@@ -10,17 +10,17 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def tensor(**values: object) -> None:
-    """Each is a Tensor. The names of the keywords are those of the message."""
-    for name, t in values.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+def tensor(name: str, value: object) -> Tensor:
+    """``value`` if it is a Tensor; the message names it ``name``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    return value
 
 
 def dense(**tensors: Tensor | None) -> None:
     """Each has strides: it is neither nested nor sparse."""
     for name, t in tensors.items():
-        if t is not None and t.layout != torch.strided or t.is_nested:
+        if t is not None and (t.is_nested or t.layout != torch.strided):
             raise TypeError(
                 f"{name} must be a dense tensor, got layout {t.layout}; "
                 "a TargetNet and a HyperMLP take jagged x"
@@ -37,7 +37,7 @@ def floating(**tensors: Tensor | None) -> tuple:
     for name, t in tensors.items():
         if t is None and name == "bias":
             continue
-        tensor(**{name: t})
+        t = tensor(name, t)
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
         device = t.device.type
@@ -73,9 +73,7 @@ def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> No
         return
     if x.ndim != 2 or x.shape[-1] != ins:
         raise ValueError(f"x must have shape (R, {ins}) when task_ids is given, got {shape(x)}")
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"task_ids must be a Tensor, got {type(ids).__name__}")
-    if ids.dtype != torch.int64:
+    if tensor("task_ids", ids).dtype != torch.int64:
         raise TypeError(f"task_ids must have dtype torch.int64, got {ids.dtype}")
     if ids.ndim != 1 or ids.shape[0] != x.shape[0]:
         raise ValueError(

@@ -33,6 +33,7 @@ def task_linear(
         IndexError: a task id outside ``[0, B)``.
     """
     x, weight, bias = checks.floating(x=x, weight=weight, bias=bias)
+    checks.dense(x=x, weight=weight, bias=bias)
     if weight.ndim != 3:
         raise ValueError(f"weight must have shape (B, out, in), got {checks.shape(weight)}")
     tasks, out, ins = weight.shape
@@ -76,6 +77,7 @@ def hyper_linear(
         IndexError: a task id outside ``[0, B)``.
     """
     x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
+    checks.dense(x=x, h=h, weight=weight, bias=bias)
     if plan is not None and plan not in PLANS:
         raise ValueError(f"plan must be one of {list(PLANS)} or None, got {plan!r}")
     if h.ndim != 2:

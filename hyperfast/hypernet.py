@@ -166,4 +166,6 @@ class HyperNet(nn.Module):
 def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(widths, int):
         widths = (widths,)
+    if not isinstance(widths, Sequence):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {widths!r}")
     return tuple(positive(name, w) for w in widths)

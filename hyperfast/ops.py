@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hyperfast import checks, eager, reference
 
@@ -93,6 +94,8 @@ def _define(
 
     def call(*args: Any) -> Tensor:
         if not torch._C._are_functorch_transforms_active():
+            if forward_ad._current_level >= 0:  # the dispatcher's ops have no forward mode
+                return plain(*args[:plain_count])
             return op(*args)
         if torch.compiler.is_compiling():  # Dynamo cannot trace a Function with a vmap rule
             return plain(*args[:plain_count])
@@ -134,7 +137,11 @@ def _fold(
         if folded[n] is None or role is SHARED:
             continue
         if role is IDS:
-            folded[n] = folded[n] + torch.arange(size, device=folded[n].device).unsqueeze(1) * tasks
+            ids = folded[n]
+            first = torch.arange(size, device=ids.device).unsqueeze(1) * tasks
+            # An id out of range stays so: it must not land among the tasks of another call.
+            moved = ids + first.where(ids < tasks, size * tasks)
+            folded[n] = moved.where(ids >= 0, ids)
         folded[n] = folded[n].flatten(0, 1)
     return folded + options
 

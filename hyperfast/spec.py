@@ -102,6 +102,8 @@ class MLPSpec(ParamSpec):
     bias: bool
 
     def __init__(self, sizes: Sequence[int], bias: bool = True):
+        if not isinstance(sizes, Sequence):
+            raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}")
         sizes = tuple(sizes)
         if len(sizes) < 2:
             raise ValueError(f"sizes must hold at least an input and an output width, got {sizes}")

@@ -88,8 +88,9 @@ class TargetNet(nn.Module):
                     f"got weights[0] of shape {checks.shape(weights[0])}"
                 )
             return _unbatched(x, layers, activations)
-        if isinstance(x, Tensor) and x.is_nested:
-            return from_jagged(x, task_ids, lambda v, ids: self.forward(v, weights, ids))
+        if checks.tensor("x", x).is_nested:
+            tasks = weights[0].shape[0]
+            return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
         for (w, b), activation in zip(layers, activations, strict=True):
             x = task_linear(x, w, b, task_ids)
             if activation is not None:
@@ -113,20 +114,31 @@ class TargetNet(nn.Module):
 
 
 def from_jagged(
-    x: Tensor, task_ids: Tensor | None, apply: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor,
+    task_ids: Tensor | None,
+    tasks: int,
+    apply: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """``apply(rows, task_ids)`` to the rows of a jagged NestedTensor, whose component is its task.
 
     Raises:
-        ValueError: ``task_ids`` given as well, or a layout other than ``torch.jagged``.
+        ValueError: ``task_ids`` given as well, a layout other than ``torch.jagged``, or a shape
+            other than ``(tasks, j, in)``.
     """
     if task_ids is not None:
         raise ValueError("task_ids must be None for a NestedTensor x, whose components are tasks")
     if x.layout != torch.jagged:
         raise ValueError(f"a NestedTensor x must have layout torch.jagged, got {x.layout}")
+    if x.ndim != 3 or x._ragged_idx != 1 or x.shape[0] != tasks:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"a NestedTensor x must have shape ({tasks}, j, in), jagged in j, as there are {tasks} "
+            f"tasks, got {checks.shape(x)}"
+        )
+    if x.lengths() is not None:  # type: ignore[attr-defined]  # gaps between the components
+        x = x.contiguous()
     offsets, values = x.offsets(), x.values()  # type: ignore[attr-defined]
-    tasks = torch.arange(len(offsets) - 1, device=offsets.device)
-    ids = tasks.repeat_interleave(offsets.diff(), output_size=values.shape[0])
+    component = torch.arange(tasks, device=offsets.device)
+    ids = component.repeat_interleave(offsets.diff(), output_size=values.shape[0])
     return torch.nested.nested_tensor_from_jagged(apply(values, ids), offsets)
 
 
@@ -164,9 +176,10 @@ def _layers(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     for n, w in enumerate(weights):
         if w.ndim == rank:
             ins, before = w.shape[-1], layers[-1][0].shape[-2] if layers else w.shape[-1]
-            if ins != before:
+            if ins != before or w.shape[:-2] != weights[0].shape[:-2]:
+                batch = f" and {weights[0].shape[0]} tasks" if rank == 3 else ""
                 raise ValueError(
-                    f"weights[{n}] must have {before} input features, the width of the layer "
+                    f"weights[{n}] must have {before} input features{batch}, like the layer "
                     f"before it, got shape {checks.shape(w)}"
                 )
             layers.append((w, None))
