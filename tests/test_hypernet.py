@@ -1,0 +1,170 @@
+"""The hypernetwork: its parts, and the variance of the weights that it generates at the start."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import hyperfast
+from hyperfast import activations
+
+
+@pytest.mark.parametrize("hidden", [(), 7, (7,), (9, 7)], ids=str)
+def test_generator_is_trunk_and_head(hidden):
+    hyper = hyperfast.HyperNet(5, 4, 8, 3, hidden=hidden, dtype=torch.float64)
+    z = torch.randn(6, 5, dtype=torch.float64)
+    flat = hyper.generator(z)
+    assert flat.shape == (6, hyper.total_target_params)
+    assert torch.equal(hyper.spec.flatten(hyper(z)), flat)
+    assert torch.equal(hyper.head(hyper.features(z)), flat)
+    widths = [m.out_features for m in hyper.generator if isinstance(m, nn.Linear)]
+    trunk = (hidden,) if isinstance(hidden, int) else hidden
+    assert widths == [*trunk, hyper.total_target_params]
+    assert all(p.dtype == torch.float64 for p in hyper.parameters())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sizes"), [(8, (4, 8, 3)), ((8, 6), (4, 8, 6, 3)), ((), (4, 3))]
+)
+def test_target_hidden(hidden, sizes):
+    hyper = hyperfast.HyperNet(5, 4, hidden, 3)
+    assert hyper.spec == hyperfast.MLPSpec(sizes)
+    assert len(hyper(torch.randn(5))) == 2 * (len(sizes) - 1)
+
+
+def test_without_biases():
+    weights = hyperfast.HyperNet(5, 4, 8, 3, bias=False)(torch.randn(2, 5))
+    assert [tuple(w.shape) for w in weights] == [(2, 8, 4), (2, 3, 8)]
+
+
+@pytest.mark.parametrize(
+    "activation", ["tanh", nn.Tanh(), torch.tanh], ids=["name", "module", "fn"]
+)
+def test_trunk_activation(activation):
+    hyper = hyperfast.HyperNet(5, 4, 8, 3, activation=activation, hidden=(7, 6))
+    z = torch.randn(2, 5)
+    linears = [m for m in hyper.generator if isinstance(m, nn.Linear)]
+    expected = linears[2](torch.tanh(linears[1](torch.tanh(linears[0](z)))))
+    torch.testing.assert_close(hyper.generator(z), expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (1, 5)])
+def test_batches_of_latents(shape):
+    weights = hyperfast.HyperNet(5, 4, 8, 3)(torch.randn(shape))
+    assert all(w.shape[: len(shape) - 1] == shape[:-1] for w in weights)
+
+
+def test_device_and_default_dtype():
+    hyper = hyperfast.HyperNet(5, 4, 8, 3, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in hyper.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_reset_parameters_draws_again():
+    hyper = hyperfast.HyperNet(5, 4, 8, 3)
+    before = hyper.head.weight.clone()
+    torch.manual_seed(1)
+    hyper.reset_parameters()
+    assert not torch.equal(before, hyper.head.weight)
+
+
+# Second moments under the standard normal, known in closed form.
+MOMENTS = {
+    "identity": 1.0,
+    "relu": 0.5,
+    "leaky_relu": (1 + 0.01**2) / 2,
+    "sin": (1 - math.exp(-2)) / 2,
+}
+
+
+@pytest.mark.parametrize("name", sorted(activations.NAMES))
+def test_second_moment(name):
+    module = activations.resolve(name)
+    moment = activations.second_moment(module)
+    if name in MOMENTS:
+        assert moment == pytest.approx(MOMENTS[name], abs=1e-6)
+    g = torch.randn(1_000_000, dtype=torch.float64)
+    squares = module(g) ** 2
+    assert abs(moment - squares.mean()) < 5 * squares.std() / 1000
+
+
+def z_score(samples, expected):
+    """Distance of the mean of independent samples from ``expected``, in standard errors; and the
+    standard error relative to ``expected``, which says how small a mistake would show."""
+    error = samples.std() / len(samples) ** 0.5
+    return (abs(samples.mean() - expected) / error).item(), (error / expected).item()
+
+
+SEEDS = 40
+
+
+@pytest.mark.parametrize("init", ["hyperfan_in", "hyperfan_out"])
+@pytest.mark.parametrize("trunk", [(), (64,), (96, 48)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 16, 2), (8, 64, 64, 4), (16, 16, 16, 16, 16)], ids=str)
+def test_generated_weights_have_the_variance_of_kaiming_normal(sizes, trunk, init):
+    """Every seed is an independent estimate of each layer's variance. Their mean must lie within 5
+    standard errors (one false alarm in 10^6) of gain^2 / fan; an error of 20% would show."""
+    variances = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        hyper = hyperfast.HyperNet(32, sizes[0], sizes[1:-1], sizes[-1], hidden=trunk, init=init)
+        weights = hyper(torch.randn(64, 32))
+        variances.append(torch.stack([w.detach().var() for w in weights[::2]]))
+        assert not any(b.any() for b in weights[1::2])
+    mode = init.removeprefix("hyper")
+    fan = "fan_in" if mode == "fan_in" else "fan_out"
+    for (i, o), samples in zip(pairwise(sizes), torch.stack(variances).T, strict=True):
+        direct = nn.init.kaiming_normal_(torch.empty(o, i), mode=fan, nonlinearity="relu")
+        expected = 2 / (i if fan == "fan_in" else o)
+        # What kaiming_normal draws: a normal's sample variance has relative error sqrt(2 / n).
+        assert direct.var().item() == pytest.approx(expected, rel=6 * (2 / direct.numel()) ** 0.5)
+        score, resolution = z_score(samples, expected)
+        assert score < 5
+        assert resolution < 0.04
+
+
+@pytest.mark.parametrize(("activation", "gain2"), [("relu", 2.0), ("identity", 1.0)])
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("width", [16, 64])
+def test_signal_passes_the_layers_as_in_a_directly_initialised_mlp(width, depth, activation, gain2):
+    """The growth of the pre-activations' second moment from layer to layer: a paired difference of
+    independent seeds, within 5 standard errors of zero."""
+    widths = (width,) * depth
+    ours, theirs = [], []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        hyper = hyperfast.HyperNet(32, width, widths, width, target_activation=activation)
+        x, generated = torch.randn(16, 64, width), hyper(torch.randn(16, 32))[::2]
+        direct = [torch.randn(16, width, width) * (gain2 / width) ** 0.5 for _ in generated]
+        ours.append(growth(x, generated, activation))
+        theirs.append(growth(x, direct, activation))
+    difference = torch.stack(ours) - torch.stack(theirs)
+    for layer in difference.T:
+        error = layer.std() / SEEDS**0.5
+        assert layer.mean().abs() < 5 * error
+        assert error < 0.06
+
+
+@torch.no_grad()
+def growth(x, weights, activation):
+    """Second moment of a layer's output over that of the one before, mean over tasks."""
+    module, ratios = activations.resolve(activation), []
+    for n, w in enumerate(weights):
+        y = torch.bmm(module(x) if n else x, w.mT)
+        ratios.append((y.square().mean((1, 2)) / x.square().mean((1, 2))).mean())
+        x = y
+    return torch.stack(ratios)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "sin"])
+def test_gain_follows_the_activations(activation):
+    """Trunk and target activation both enter; a smooth trunk keeps the variance to O(1 / z_dim)."""
+    options = {"activation": activation, "target_activation": activation}
+    moment = activations.second_moment(activations.resolve(activation))
+    variances = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        hyper = hyperfast.HyperNet(256, 16, 32, 16, hidden=(256,), **options)
+        variances.append(hyper(torch.randn(16, 256))[0].detach().var())
+    assert torch.stack(variances).mean().item() == pytest.approx(1 / (16 * moment), rel=0.03)

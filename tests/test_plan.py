@@ -1,0 +1,115 @@
+"""The choice of plan: pure functions of sizes."""
+
+import pytest
+import torch
+
+import hyperfast
+from hyperfast import plan
+from hyperfast.plan import PLANS, Layer
+
+LAYERS = [
+    Layer(1, 1, 1, 1, 1),
+    Layer(512, 512, 128, 128, 128),
+    Layer(512, 32768, 128, 128, 128),
+    Layer(16, 65536, 2, 64, 256),
+    Layer(256, 16384, 2, 32, 128, ragged=True),
+    Layer(0, 0, 3, 3, 3),
+    Layer(3, 0, 3, 3, 3, bias=False),
+    Layer(20000, 4096, 64, 64, 64, ragged=True),
+]
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@every_layer
+def test_choose_takes_the_cheapest(layer, itemsize, device):
+    table = plan.costs(layer, itemsize, device)
+    assert tuple(table) == PLANS
+    best = plan.choose(layer, itemsize, device)
+    assert table[best].seconds == min(c.seconds for c in table.values())
+    assert best == plan.choose.__wrapped__(layer, itemsize, device)
+
+
+@every_layer
+def test_costs_are_sane(layer):
+    for name, cost in plan.costs(layer, 4).items():
+        assert cost.plan == name
+        assert min(cost.flops, cost.bytes, cost.extra_bytes) >= 0
+        assert cost.seconds >= 0
+
+
+def test_flops_of_materialize():
+    """Generation and application, two FLOPs a multiply-add."""
+    b, n, i, o, k = 7, 5, 3, 4, 6
+    p = o * i + o
+    assert plan.costs(Layer(b, b * n, i, o, k), 4)["materialize"].flops == 2 * b * p * (k + n)
+
+
+def test_one_row_a_task_contracts_and_many_rows_do_not():
+    assert plan.choose(Layer(512, 512, 128, 128, 128), 4) != "materialize"
+    assert plan.choose(Layer(512, 512 * 256, 128, 128, 128), 4) != "contract"
+
+
+def test_materialize_stores_the_weights_and_the_others_do_not():
+    layer = Layer(4096, 4096, 128, 128, 64)
+    table = plan.costs(layer, 4)
+    weights = layer.tasks * layer.params * 4
+    assert table["materialize"].extra_bytes == weights
+    assert max(table["contract"].extra_bytes, table["tile"].extra_bytes) < weights / 10
+
+
+@pytest.fixture
+def model():
+    return hyperfast.HyperMLP(hyperfast.HyperNet(5, 4, (8, 6), 3))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "z_shape", "ragged", "rows"),
+    [
+        ((64, 10, 4), (64, 5), False, 640),
+        ((64, 4), (64, 5), False, 64),
+        ((100, 4), (64, 5), True, 100),
+        ((0, 4), (0, 5), False, 0),
+    ],
+)
+def test_explain_totals(model, x_shape, z_shape, ragged, rows):
+    table = hyperfast.explain(model, x_shape, z_shape, ragged=ragged)
+    assert [name for name, _ in table.layers] == ["4 -> 8", "8 -> 6", "6 -> 3"]
+    for (_, cost), layer in zip(table.layers, model.hyper.spec.layers, strict=True):
+        sizes = Layer(z_shape[0], rows, layer.in_features, layer.out_features, 64, ragged)
+        assert cost == plan.costs(sizes, 4)[plan.choose(sizes, 4)]
+    *_, total = str(table).splitlines()
+    name, flops, moved, extra = total.split()
+    assert name == "total"
+    costs = [c for _, c in table.layers]
+    assert float(flops) == pytest.approx(sum(c.flops for c in costs) / 1e6, abs=5e-4)
+    assert float(moved) == pytest.approx(sum(c.bytes for c in costs) / 1e6, abs=5e-4)
+    assert float(extra) == pytest.approx(max(c.extra_bytes for c in costs) / 1e6, abs=5e-4)
+
+
+def test_explain_sees_dtype(model):
+    table = hyperfast.explain(model.double(), (64, 10, 4), (64, 5))
+    assert "float64 on cpu" in str(table)
+    sizes = Layer(64, 640, 4, 8, 64)
+    assert table.layers[0][1] == plan.costs(sizes, 8)[plan.choose(sizes, 8)]
+
+
+def test_explain_is_what_runs(model, monkeypatch):
+    """The eager plan chosen for a forward pass is the one explained."""
+    chosen = []
+
+    def record(layer, itemsize, device="cpu"):
+        chosen.append(plan.choose(layer, itemsize, device))
+        return chosen[-1]
+
+    monkeypatch.setattr("hyperfast.eager.choose", record)
+    x, z = torch.randn(64, 10, 4), torch.randn(64, 5)
+    h = model.hyper.features(z)
+    numels = [layer.numel for layer in model.hyper.spec.layers]
+    for weight, bias in zip(
+        model.hyper.head.weight.split(numels), model.hyper.head.bias.split(numels), strict=True
+    ):
+        x = hyperfast.eager.hyper_linear(x, h, weight, bias, None, True, "")
+    explained = hyperfast.explain(model, (64, 10, 4), (64, 5))
+    assert chosen == [cost.plan for _, cost in explained.layers]
