@@ -11,7 +11,9 @@ derivatives of every order stay inside them. Shapes are those of :mod:`hyperfast
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,33 @@ from hyperfast import checks, eager, reference
 
 # What a tensor argument holds: an entry a row, an entry a task, the ids, or the same for all tasks.
 ROW, TASK, IDS, SHARED = "row", "task", "ids", "shared"
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _triton(name: str) -> Callable[..., Tensor]:
+    """The Triton kernel of an op; its module is imported at the first call."""
+
+    def kernel(*args):
+        from hyperfast import triton_kernels
+
+        return getattr(triton_kernels, name)(*args)
+
+    return kernel
+
+
+@contextmanager
+def triton_on_cpu(names: Sequence[str]) -> Iterator[None]:
+    """Within the context, the ops run their Triton kernels on CPU tensors: for Triton's
+    interpreter, which is chosen by ``TRITON_INTERPRET=1`` before the first kernel is imported."""
+    library = torch.library.Library("hyperfast", "IMPL")
+    for name in names:
+        library.impl(name, _triton(name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _define(
@@ -79,7 +108,8 @@ def _define(
                     args[n] = value
                 return plain(*args[:plain_count])
 
-            primals = tuple(args[n] for n in moving)
+            # Contiguous, as a dual tensor cannot be made of an expanded one.
+            primals = tuple(args[n].contiguous() for n in moving)
             return torch.func.jvp(along, primals, tuple(tangents[n] for n in moving))[1]
 
         @staticmethod
@@ -102,6 +132,8 @@ def _define(
         return Rule.apply(*args)
 
     torch.library.impl(f"hyperfast::{name}", "CompositeExplicitAutograd", checked)
+    if HAS_TRITON:
+        torch.library.impl(f"hyperfast::{name}", "CUDA", _triton(name))
     torch.library.register_fake(op, lambda *args: args[0].new_empty(shape(*args)))
     torch.library.register_autograd(op, Rule.backward, setup_context=Rule.setup_context)
     torch.library.register_vmap(op, Rule.vmap)
