@@ -5,6 +5,7 @@ from hyperfast.activations import Sine
 from hyperfast.backend import use_backend
 from hyperfast.hypernet import HyperNet
 from hyperfast.model import HyperMLP
+from hyperfast.module_target import ModuleTarget
 from hyperfast.plan import explain
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet
@@ -13,6 +14,7 @@ __all__ = [
     "HyperMLP",
     "HyperNet",
     "MLPSpec",
+    "ModuleTarget",
     "Sine",
     "TargetNet",
     "explain",

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
+from hyperfast.module_target import ModuleTarget, Params, as_mlp, select
 from hyperfast.spec import MLPSpec, ParamSpec, positive
+from hyperfast.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
 
@@ -64,6 +66,67 @@ class HyperNet(nn.Module):
         widths = _widths("target_hidden", target_hidden)
         spec = MLPSpec((target_in, *widths, target_out), bias)
         self._build(spec, z_dim, hidden, activation, target_activation, init, device, dtype)
+
+    @classmethod
+    def for_module(
+        cls,
+        net: nn.Module,
+        z_dim: int,
+        *,
+        params: Params = None,
+        hidden: int | Sequence[int] = (64,),
+        activation: Activation = "relu",
+        init: str = "hyperfan_in",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[HyperNet, nn.Module]:
+        """A hypernetwork for any module, and the target that applies its weights.
+
+        ``HyperMLP(*HyperNet.for_module(net, z_dim))`` is the model of both. A plain stack of
+        ``nn.Linear`` and activations, all generated, becomes a :class:`hyperfast.TargetNet`, with
+        its shapes of ``x``, and takes the fused path; any other net a
+        :class:`hyperfast.ModuleTarget`.
+
+        Parameters of rank below two, and those that are constant in ``net`` (scales of norms,
+        layers that start at zero), start at their values in ``net`` for every latent. The others
+        start random, by fan as ``init`` says; in a net that is no plain stack with gain 1.
+
+        Args:
+            net: the module. It is left as it is.
+            z_dim: size of the latent of one task.
+            params: which parameters are generated: ``None`` for all; a name, a glob pattern or a
+                sequence of them; or a predicate ``(name, parameter) -> bool``. The others are
+                trained with the target and shared by all tasks.
+            hidden, activation, init: as of the constructor.
+            device, dtype: of the hypernetwork and of the target, by default those of the first
+                generated parameter of ``net``.
+
+        Raises:
+            TypeError: ``net`` is not a module, or a chosen parameter is not floating-point.
+            ValueError: ``params`` that match nothing, or lazy parameters.
+        """
+        names = select(net, params)
+        start = [net.get_parameter(name).detach() for name in names]
+        mlp = as_mlp(net) if len(names) == len(list(net.parameters())) else None
+        target: TargetNet | ModuleTarget
+        if mlp is None:
+            target = ModuleTarget(net, names)
+            spec, gain = target.spec, resolve("identity")
+        else:
+            spec, target = mlp
+            gain = target.activations[0]
+        hyper = cls.__new__(cls)
+        hyper._build(
+            *(spec, z_dim, hidden, activation, gain, init),
+            start[0].device if device is None else device,
+            start[0].dtype if dtype is None else dtype,
+        )
+        weights, biases = (t.detach().split(spec.numels) for t in hyper.head.parameters())
+        for weight, bias, value in zip(weights, biases, start, strict=True):
+            if value.ndim < 2 or (value.numel() > 1 and value.min() == value.max()):
+                weight.zero_()
+                bias.copy_(value.flatten())
+        return hyper, target.to(device=device, dtype=dtype)
 
     def _build(
         self,

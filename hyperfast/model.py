@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hyperfast import checks
@@ -20,17 +22,25 @@ class HyperMLP(nn.Module):
 
     Args:
         hyper: generates the weights.
-        target: applies them; by default a ``TargetNet(hyper.target_activation)``.
+        target: applies them: a module called as ``target(x, weights, task_ids)``; by default a
+            ``TargetNet(hyper.target_activation)``.
 
     Raises:
         TypeError: ``hyper`` is not a HyperNet, or ``target`` is not a module.
+        ValueError: no ``target`` for a ``hyper`` that does not generate an MLP.
     """
 
     def __init__(self, hyper: HyperNet, target: nn.Module | None = None):
         super().__init__()
         if not isinstance(hyper, HyperNet):
             raise TypeError(f"hyper must be a HyperNet, got {type(hyper).__name__}")
-        target = TargetNet(hyper.target_activation) if target is None else target
+        if target is None:
+            if not isinstance(hyper.spec, MLPSpec):
+                raise ValueError(
+                    "target must be given for a hyper that does not generate an MLP: "
+                    "HyperNet.for_module returns the two together"
+                )
+            target = TargetNet(hyper.target_activation)
         if not isinstance(target, nn.Module):
             raise TypeError(f"target must be a module, got {type(target).__name__}")
         self.hyper = hyper
@@ -54,13 +64,13 @@ class HyperMLP(nn.Module):
         """Whether the layers are generated and applied in one op each."""
         return self.mlp is not None
 
-    def forward(self, x: Tensor, z: Tensor, task_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Any, z: Tensor, task_ids: Tensor | None = None) -> Any:
         """Generates a network from every latent and runs it on its rows.
 
         Args:
             x: with ``z (B, z_dim)``: ``(B, N, in)``, ``(B, in)``, a jagged NestedTensor
                 ``(B, j, in)``, or ``(R, in)`` with ``task_ids``. With ``z (z_dim,)``: ``(N, in)``
-                or ``(in,)``.
+                or ``(in,)``. A target other than a TargetNet says itself what it takes and returns.
             z: ``(B, z_dim)``, or ``(z_dim,)`` for a single network.
             task_ids: ``(R,)`` int64: row ``r`` runs through the network of ``z[task_ids[r]]``.
 
