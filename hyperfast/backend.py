@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -30,15 +31,22 @@ def has_kernel(backend: str, op: str) -> bool:
     return key is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"hyperfast::{op}", key)
 
 
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def why_missing(backend: str) -> str:
     """Why ``backend`` cannot be used here; empty where it can."""
-    if backend == "reference" or any(has_kernel(backend, op) for op in OPS):
+    if backend == "triton":
+        if not ops.HAS_TRITON:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and not interpreting():
+            return "torch sees no CUDA device, nor is TRITON_INTERPRET=1 set to run on the CPU"
         return ""
-    if backend == "cpp":
+    if backend == "cpp" and not any(has_kernel(backend, op) for op in OPS):
         return f"the C++ extension is not loaded: {ops.EXTENSION_ERROR}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return "no Triton kernels are registered"
+    return ""
 
 
 @contextmanager
@@ -46,9 +54,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the context, layers run on the named backend or raise.
 
     ``"reference"`` runs the specification in plain PyTorch, differentiated by PyTorch itself.
-    ``"cpp"`` and ``"triton"`` insist on a kernel that is otherwise chosen where there is one. The
-    choice holds for the whole process, like the flags of ``torch.backends``, and a compiled graph
-    keeps the one that it was traced with.
+    ``"cpp"`` and ``"triton"`` insist on a kernel that is otherwise chosen where there is one; with
+    ``TRITON_INTERPRET=1`` in the environment, ``"triton"`` runs on the CPU, very slowly. The choice
+    holds for the whole process, like the flags of ``torch.backends``, and a compiled graph keeps
+    the one that it was traced with.
 
     Raises:
         ValueError: no backend has that name.
@@ -61,12 +70,14 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError(f"backend {name!r} is not there: {reason}")
     before, forced = forced, name
     try:
-        yield
+        with ops.triton_on_cpu(OPS) if name == "triton" and interpreting() else nullcontext():
+            yield
     finally:
         forced = before
 
 
 def insist(backend: str, op: str, device: str) -> None:
     """Raises RuntimeError unless ``backend`` has a kernel of ``op`` for tensors on ``device``."""
-    if KEYS[backend].lower() != device or not has_kernel(backend, op):
+    interpreted = backend == "triton" and device == "cpu" and interpreting()
+    if not interpreted and (KEYS[backend].lower() != device or not has_kernel(backend, op)):
         raise RuntimeError(f"backend {backend!r} has no kernel of {op} for {device} tensors")

@@ -10,8 +10,9 @@ derivatives of every order stay inside them. Shapes are those of :mod:`hyperfast
 
 from __future__ import annotations
 
-import os
 import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,8 +46,10 @@ def triton_on_cpu(names: Sequence[str]) -> Iterator[None]:
     """Within the context, the ops run their Triton kernels on CPU tensors: for Triton's
     interpreter, which is chosen by ``TRITON_INTERPRET=1`` before the first kernel is imported."""
     library = torch.library.Library("hyperfast", "IMPL")
-    for name in names:
-        library.impl(name, _triton(name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are overridden, which is the purpose
+        for name in names:
+            library.impl(name, _triton(name), "CPU", allow_override=True)
     try:
         yield
     finally:
@@ -181,8 +184,10 @@ def _fold(
 def _task_linear_backward(need, grad, x, weight, bias, ids):
     return (
         task_linear(grad, weight.mT, None, ids) if need[0] else None,
-        task_linear_grad_weight(grad, x, ids, len(weight)) if need[1] else None,
-        task_linear_grad_weight(grad, _one(grad), ids, len(weight)).squeeze(2) if need[2] else None,
+        task_linear_grad_weight(grad, x, ids, weight.shape[0]) if need[1] else None,
+        task_linear_grad_weight(grad, _one(grad), ids, weight.shape[0]).squeeze(2)
+        if need[2]
+        else None,
     )
 
 
@@ -198,7 +203,9 @@ def _hyper_linear_backward(need, grad, x, h, weight, bias, ids, target_bias, pla
     shared = None if bias is None else bias[:n]
     return (
         hyper_linear_grad_x(grad, h, weight[:n], shared, ids, plan) if need[0] else None,
-        hyper_linear_grad_h(grad, x, weight, ids, len(h), target_bias, plan) if need[1] else None,
+        hyper_linear_grad_h(grad, x, weight, ids, h.shape[0], target_bias, plan)
+        if need[1]
+        else None,
         hyper_linear_grad_weight(grad, x, h, ids, target_bias, plan) if need[2] else None,
         hyper_linear_grad_weight(grad, x, _ones(h), ids, target_bias, plan).squeeze(1)
         if need[3]
@@ -209,7 +216,7 @@ def _hyper_linear_backward(need, grad, x, h, weight, bias, ids, target_bias, pla
 def _hyper_linear_grad_x_backward(need, grad, g, h, weight, bias, ids, plan):
     return (
         hyper_linear(grad, h, weight, bias, ids, False, plan) if need[0] else None,
-        hyper_linear_grad_h(g, grad, weight, ids, len(h), False, plan) if need[1] else None,
+        hyper_linear_grad_h(g, grad, weight, ids, h.shape[0], False, plan) if need[1] else None,
         hyper_linear_grad_weight(g, grad, h, ids, False, plan) if need[2] else None,
         hyper_linear_grad_weight(g, grad, _ones(h), ids, False, plan).squeeze(1)
         if need[3]
@@ -231,7 +238,7 @@ def _hyper_linear_grad_weight_backward(need, grad, g, x, h, ids, target_bias, pl
     return (
         hyper_linear(x, h, grad, None, ids, target_bias, plan) if need[0] else None,
         hyper_linear_grad_x(g, h, grad[:n], None, ids, plan) if need[1] else None,
-        hyper_linear_grad_h(g, x, grad, ids, len(h), target_bias, plan) if need[2] else None,
+        hyper_linear_grad_h(g, x, grad, ids, h.shape[0], target_bias, plan) if need[2] else None,
     )
 
 
@@ -242,7 +249,7 @@ def _one(rows: Tensor) -> Tensor:
 
 def _ones(h: Tensor) -> Tensor:
     """A constant feature of 1, ``(B, 1)``: the head's bias is the weight of such a feature."""
-    return h.new_ones(()).expand(len(h), 1)
+    return h.new_ones(()).expand(h.shape[0], 1)
 
 
 task_linear = _define(
