@@ -55,9 +55,10 @@ class HyperMLP(nn.Module):
         spec, target = self.hyper.spec, self.target
         if not isinstance(spec, MLPSpec) or not isinstance(target, TargetNet):
             return None
-        if type(target).forward is not TargetNet.forward:  # a subclass does something else
+        parts = {HyperNet: self.hyper, nn.Linear: self.hyper.head, TargetNet: target}
+        if target.weight_transform is not None or not all(map(_as_written, parts.values(), parts)):
             return None
-        return (spec, target) if target.weight_transform is None else None
+        return spec, target
 
     @property
     def fused(self) -> bool:
@@ -113,3 +114,10 @@ class HyperMLP(nn.Module):
             if activation is not None:
                 x = activation(x)
         return x
+
+
+def _as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` does what ``kind.forward`` does: neither a subclass nor a hook
+    (pruning, adapters) adds to it."""
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    return type(module).forward is kind.forward and not hooks

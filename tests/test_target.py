@@ -234,11 +234,20 @@ class TestTransform:
         assert (x.grad > 0).any()
 
 
-def test_a_subclass_is_not_fused():
-    class Doubled(TargetNet):
-        def forward(self, x, weights, task_ids=None):
-            return 2 * super().forward(x, weights, task_ids)
+class Doubled(TargetNet):
+    def forward(self, x, weights, task_ids=None):
+        return 2 * super().forward(x, weights, task_ids)
 
-    model = hyperfast.HyperMLP(HYPER, Doubled())
+
+def hooked():
+    target = TargetNet()
+    target.register_forward_hook(lambda module, args, y: 2 * y)
+    return target
+
+
+@pytest.mark.parametrize("target", [Doubled(), hooked()], ids=["subclass", "hook"])
+def test_a_target_that_does_more_is_not_fused(target):
+    model = hyperfast.HyperMLP(HYPER, target)
     x, z = rand(2, 7, 4), rand(2, 5)
+    assert not model.fused
     close(model(x, z), 2 * hyperfast.HyperMLP(HYPER)(x, z))
