@@ -32,17 +32,18 @@ ELEMENTWISE = (
 )
 
 
-# Fused ops that vmap has no rule for: those whose definition in plain ops it can run.
-DECOMPOSED = {
-    torch.gru: torch.ops.aten.gru.input,
-    torch.gru_cell: torch.ops.aten.gru_cell.default,
-    torch.lstm: torch.ops.aten.lstm.input,
-    torch.lstm_cell: torch.ops.aten.lstm_cell.default,
-    torch.rnn_relu: torch.ops.aten.rnn_relu.input,
-    torch.rnn_relu_cell: torch.ops.aten.rnn_relu_cell.default,
-    torch.rnn_tanh: torch.ops.aten.rnn_tanh.input,
-    torch.rnn_tanh_cell: torch.ops.aten.rnn_tanh_cell.default,
-    torch._weight_norm: torch.ops.aten._weight_norm.default,
+# Fused ops that vmap has no rule for, and what they are in ops that it has rules for.
+_aten = torch.ops.aten
+DECOMPOSED: dict[Callable, Callable] = {
+    torch.gru: _aten.gru.input.decompose,
+    torch.gru_cell: _aten.gru_cell.default.decompose,
+    torch.lstm: _aten.lstm.input.decompose,
+    torch.lstm_cell: _aten.lstm_cell.default.decompose,
+    torch.rnn_relu: _aten.rnn_relu.input.decompose,
+    torch.rnn_relu_cell: _aten.rnn_relu_cell.default.decompose,
+    torch.rnn_tanh: _aten.rnn_tanh.input.decompose,
+    torch.rnn_tanh_cell: _aten.rnn_tanh_cell.default.decompose,
+    torch._weight_norm: lambda v, g, dim=0: v * (g / v.square().sum_to_size(g.shape).sqrt()),
 }
 
 
@@ -201,8 +202,7 @@ class _Decomposed(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        op = DECOMPOSED.get(func)
-        return (func if op is None else op.decompose)(*args, **(kwargs or {}))
+        return DECOMPOSED.get(func, func)(*args, **(kwargs or {}))
 
 
 def select(net: nn.Module, params: Params) -> tuple[str, ...]:
@@ -295,7 +295,10 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
 
 def _flat(module: nn.Module) -> list[nn.Module]:
     """The module and, in the order in which they run, those inside; shared ones each time."""
-    return [module, *(m for child in module._modules.values() if child for m in _flat(child))]
+    return [
+        module,
+        *(m for child in module._modules.values() if child is not None for m in _flat(child)),
+    ]
 
 
 def _hooked(module: nn.Module) -> bool:
