@@ -83,6 +83,28 @@ def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> No
         raise ValueError(f"task_ids must be on the device of x, {x.device}, got {ids.device}")
 
 
+def fitting(rows: list[Tensor], per_task: list[Tensor], tasks: int, ids: Tensor | None) -> None:
+    """The arguments of a kernel speak of the same rows and tasks, so that each is read in bounds
+    and each element of the result is written.
+
+    Raises:
+        ValueError: they do not.
+    """
+    lead = shape(rows[0])[:-1]
+    wanted = shape(ids) if ids is not None else (tasks, *lead[1:2])
+    if (
+        tasks < 0
+        or len(lead) != (1 if ids is not None else 2)
+        or any(shape(t)[:-1] != wanted for t in rows)
+        or any(shape(t)[:1] != (tasks,) for t in per_task)
+    ):
+        raise ValueError(
+            f"rows, tasks and task_ids must agree, got rows of shapes {[*map(shape, rows)]}, "
+            f"{tasks} tasks of shapes {[*map(shape, per_task)]}, and task_ids of shape "
+            f"{None if ids is None else shape(ids)}"
+        )
+
+
 def in_range(ids: Tensor | None, tasks: int) -> None:
     """Every id lies in ``[0, tasks)``. Reads the values: for kernels, not for traced code.
 

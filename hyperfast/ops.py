@@ -82,7 +82,11 @@ def _define(
     plain_count = len(arguments) - (arguments[-1].name == "plan")
 
     def checked(*args):
-        checks.in_range(args[roles.index(IDS)], _tasks(args, roles))
+        given = [(r, t) for r, t in zip(roles, args, strict=False) if t is not None]
+        by_role = {role: [t for r, t in given if r == role] for role in (ROW, TASK)}
+        tasks, ids = _tasks(args, roles), args[roles.index(IDS)]
+        checks.fitting(by_role[ROW], by_role[TASK], tasks, ids)
+        checks.in_range(ids, tasks)
         return kernel(*args)
 
     class Rule(torch.autograd.Function):
