@@ -1,0 +1,254 @@
+"""Every Triton kernel that the launchers choose, compiled for devices that need not be there.
+
+The launchers run on CPU tensors with the launch itself replaced: what would have been launched is
+recorded and compiled. Nothing is executed, so these tests say that the kernels exist, fit, and use
+the matrix units; what they compute is tested by the interpreter, and on a GPU.
+"""
+
+import multiprocessing
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from hyperfast import triton_kernels as kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="the kernels are interpreted")
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    shared: int  # bytes that one program may have
+    multiprocessors: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 108),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 132),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 304),
+}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+KINDS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+# Bytes a thread: ptxas spills up to four registers rather than give up a program a multiprocessor.
+MAY_SPILL = dict.fromkeys([*product(["sm_80"], KINDS), ("sm_90", "fp32")], 16)
+MATRIX_UNIT = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|v_mfma")
+
+# tasks, rows a task, in, out, features, ragged: many rows and few, wide layers and narrow.
+SIZES = [
+    (20000, 1, 128, 128, 64, False),
+    (512, 4, 64, 10, 128, True),
+    (64, 1, 8, 32, 64, False),
+    (16, 64, 2, 64, 256, True),
+]
+
+
+class Launch(NamedTuple):
+    """One kernel with what the compiler sees of its arguments."""
+
+    kernel: object
+    signature: tuple
+    constants: tuple
+    aligned: tuple
+    options: tuple
+
+    @classmethod
+    def of(cls, kernel, args, named):
+        options = {n: named.pop(n) for n in ("num_warps", "num_stages") if n in named}
+        if kernel.debug:
+            options["debug"] = True
+        signature, constants, aligned = {}, dict(named), []
+        for p, value in zip(kernel.params, args, strict=False):
+            if isinstance(value, torch.Tensor):
+                signature[p.name] = "*" + TYPES[value.dtype]
+                if value.data_ptr() % 16 == 0:
+                    aligned.append(p.name)
+            elif value is None or (value == 1 and not p.do_not_specialize):
+                constants[p.name] = value
+            else:
+                signature[p.name] = "i64" if value >= 2**31 else "i32"
+                if value % 16 == 0 and not p.do_not_specialize:
+                    aligned.append(p.name)
+        return cls(
+            kernel,
+            tuple(signature.items()),
+            tuple(constants.items()),
+            tuple(aligned),
+            tuple(options.items()),
+        )
+
+    def __str__(self):
+        tile = ",".join(f"{n}={v}" for n, v in self.constants if n.isupper() and n[0] == "B")
+        options = ",".join(f"{n[4:]}={v}" for n, v in self.options)
+        return f"{self.kernel.__name__} {tile} {options}"
+
+    def compile(self, target):
+        names = self.kernel.arg_names
+        constants = {(names.index(n),): v for n, v in self.constants}
+        signature = dict(self.signature) | {n: "constexpr" for n, _ in self.constants}
+        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in self.aligned}
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=dict(self.options))
+
+
+def launches(kind, multiprocessors):
+    """What all ops would launch for arguments of every size."""
+    recorded = {}
+
+    def record(kernel, programs, *args, **named):
+        recorded[Launch.of(kernel, args, named)] = None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_launch", record)
+        patch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
+        patch.setattr(kernels, "_kind", lambda dtype: kind if kind in kernels.TASK else "half")
+        for size in SIZES[:1] if kind == "fp16" else SIZES:
+            run_all(KINDS[kind], *size)
+    return list(recorded)
+
+
+def run_all(dtype, tasks, n, ins, out, features, ragged):
+    rows = (tasks * n,) if ragged else (tasks, n)
+    p = out * ins
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
+    x, grad, h = empty(*rows, ins), empty(*rows, out), empty(tasks, features)
+    head, bias, w = empty(p + out, features), empty(p + out), empty(1, out, ins)
+    w = w.expand(tasks, -1, -1)
+    kernels.hyper_linear(x, h, head, bias, ids, True, "contract")
+    kernels.hyper_linear_grad_x(grad, h, head[:p], bias[:p], ids, "contract")
+    kernels.hyper_linear_grad_h(grad, x, head, ids, tasks, True, "contract")
+    kernels.hyper_linear_grad_weight(grad, x, h, ids, True, "contract")
+    kernels.hyper_linear_grad_weight(grad, x, h[:, :1], ids, True, "contract")
+    kernels.task_linear(x, w, empty(tasks, out), ids)
+    kernels.task_linear(grad, w.mT, None, ids)
+    kernels.task_linear_grad_weight(grad, x, ids, tasks)
+
+
+class Binary(NamedTuple):
+    """What the compiler made of one launch."""
+
+    launch: str
+    kernel: str
+    size: int
+    shared: int
+    registers: int
+    spilled: int  # bytes a thread
+    matrix_unit: bool
+
+
+def cuda_resources(cubin, path):
+    path.write_bytes(cubin)
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing.stdout).groups()
+    return int(registers), int(stack)
+
+
+def amd_resources(assembly):
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]
+    return int(registers), 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+
+
+def compile_all(target, kind, directory):
+    gpu = TARGETS[target].gpu
+    binaries = []
+    for n, launch in enumerate(launches(kind, TARGETS[target].multiprocessors)):
+        made = launch.compile(gpu)
+        if gpu.backend == "cuda":
+            binary, text = made.asm["cubin"], made.asm["ptx"]
+            registers, spilled = cuda_resources(binary, Path(directory) / f"{target}{kind}{n}")
+        else:
+            binary, text = made.asm["hsaco"], made.asm["amdgcn"]
+            registers, spilled = amd_resources(text)
+        binaries.append(
+            Binary(
+                str(launch),
+                launch.kernel.__name__,
+                len(binary),
+                made.metadata.shared,
+                registers,
+                spilled,
+                MATRIX_UNIT.search(text) is not None,
+            )
+        )
+    return binaries
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Every binary, by target and kind; two processes share the work."""
+    directory = tmp_path_factory.mktemp("binaries")
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            (target, kind): pool.submit(compile_all, target, kind, directory)
+            for target in TARGETS
+            for kind in KINDS
+        }
+        return {job: future.result() for job, future in jobs.items()}
+
+
+every_job = pytest.mark.parametrize(("target", "kind"), list(product(TARGETS, KINDS)))
+
+
+@every_job
+def test_every_kernel_fits(compiled, target, kind):
+    binaries = compiled[target, kind]
+    made = {b.kernel for b in binaries}
+    assert {"_contract", "_outer", "_task_linear", "_task_outer"} <= made
+    for b in binaries:
+        assert b.size > 0, b
+        assert b.shared <= TARGETS[target].shared, b
+        assert b.spilled <= MAY_SPILL.get((target, kind), 0), b
+
+
+@every_job
+def test_products_run_on_matrix_units(compiled, target, kind):
+    """Not those of IEEE fp32: NVIDIA's units have no such format, and an MI300's are as fast as its
+    vector units. The two products of rows with few are sums of outer products, or bound by memory.
+    """
+    if kind == "fp32":
+        assert not any(b.matrix_unit for b in compiled["sm_90", kind])
+        return
+    products = [b for b in compiled[target, kind] if b.kernel in ("_contract", "_outer")]
+    assert products
+    for b in products:
+        assert b.matrix_unit, b
+
+
+def test_a_large_tile_of_16_bit_products_is_a_warpgroups(compiled):
+    """wgmma, the instruction that reaches a Hopper's peak, with its left operand in registers."""
+    (launch,) = [
+        la
+        for la in launches("bf16", 132)
+        if la.kernel.__name__ == "_contract" and dict(la.constants)["BM"] == 128
+    ][:1]
+    ptx = launch.compile(TARGETS["sm_90"].gpu).asm["ptx"]
+    instructions = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, (\{|%rd)", ptx)
+    assert instructions
+    assert "{" in instructions
