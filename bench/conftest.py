@@ -1,0 +1,73 @@
+"""Options of `pytest bench`, and what goes into its JSON besides times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from . import machine, memory
+from .contest import Outcome, hold
+from .rivals import RIVALS
+from .workloads import WORKLOADS
+
+ABSENT = pytest.StashKey[list[dict[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hyperfast bench")
+    group.addoption("--workloads", default=",".join(WORKLOADS), help="names, separated by commas")
+    group.addoption("--rivals", default=",".join(RIVALS), help="names, separated by commas")
+    group.addoption("--rounds", type=int, default=10, help="turns of each rival (10)")
+    group.addoption("--threads", type=int, default=machine.cores(), help="for every rival alike")
+    group.addoption("--scale", type=int, default=1, help="times as many tasks")
+
+
+def chosen(option: str, known: Mapping[str, object]) -> list[str]:
+    names = [name.strip() for name in option.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
+    return names
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ABSENT] = []
+    machine.use_threads(config.getoption("--threads"))
+
+
+@pytest.fixture(scope="session")
+def peaks(pytestconfig: pytest.Config) -> memory.Peaks:
+    """Weighed before anything is timed, which also leaves compiled kernels in the disk cache."""
+    if memory.unavailable():
+        return {}
+    return memory.weigh(
+        chosen(pytestconfig.getoption("--workloads"), WORKLOADS),
+        chosen(pytestconfig.getoption("--rivals"), RIVALS),
+        pytestconfig.getoption("--threads"),
+        pytestconfig.getoption("--scale"),
+    )
+
+
+@pytest.fixture(scope="module")
+def contest(request: pytest.FixtureRequest, peaks: memory.Peaks) -> dict[str, Outcome]:
+    """The whole race of one (workload, mode), held when the first of its tests asks for it."""
+    workload, mode = request.param
+    config = request.config
+    rivals = [RIVALS[name] for name in chosen(config.getoption("--rivals"), RIVALS)]
+    scaled = WORKLOADS[workload].scaled(config.getoption("--scale"))
+    return hold(scaled, mode, rivals, config.getoption("--rounds"))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, object]) -> None:
+    output_json["hyperfast"] = {
+        "date": machine.today(),
+        "commit": machine.commit(),
+        "threads": config.getoption("--threads"),
+        "scale": config.getoption("--scale"),
+        "rounds": config.getoption("--rounds"),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "memory": memory.unavailable() or "peak resident pages of one call, less what it returns",
+        "absent": config.stash[ABSENT],
+    }

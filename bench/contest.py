@@ -1,0 +1,71 @@
+"""One workload in one mode: every rival built, warmed, timed in turns and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .load import ForeignLoad
+from .problem import Judge, make_problem
+from .race import Rounds, flat, race, ratio, warm_up
+from .rival import Call, Rival, Unavailable
+from .rivals import OURS
+from .workloads import Workload
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rival achieved; `absent`: why it could not take part, `failure`: what it raised."""
+
+    samples: tuple[float, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    share: float | None = None  # error as a share of the budget
+    ratio: tuple[float, float, float] | None = None  # to ours: of medians, quartiles over rounds
+    foreign_load: float | None = None  # share of the machine that others took during the race
+    absent: str | None = None
+    failure: Exception | None = None
+
+
+def as_tensors(outputs: Iterable[Any]) -> tuple[Tensor, ...]:
+    """torch or JAX on the CPU -> torch."""
+    return tuple(
+        out if isinstance(out, Tensor) else torch.from_numpy(np.array(out)) for out in outputs
+    )
+
+
+def hold(workload: Workload, mode: str, rivals: Iterable[Rival], rounds: int) -> dict[str, Outcome]:
+    # Compiled rivals of several workloads share code objects: forget the earlier shapes, lest
+    # a recompilation limit or dynamic shapes come into play.
+    torch._dynamo.reset()
+    problem = make_problem(workload)
+    calls: dict[str, Call] = {}
+    outcomes: dict[str, Outcome] = {}
+    for rival in rivals:
+        try:
+            call = rival.build(problem, mode)
+            warm_up(call)
+        except Unavailable as reason:
+            outcomes[rival.name] = Outcome(absent=str(reason))
+        except Exception as error:  # told by this rival's test; the others still race
+            outcomes[rival.name] = Outcome(failure=error)
+        else:
+            calls[rival.name] = call
+
+    with ForeignLoad() as load:
+        times: dict[str, Rounds] = race(calls, rounds)
+    judge = Judge(problem, mode)
+    for name, call in calls.items():
+        outputs = as_tensors(call())
+        outcomes[name] = Outcome(
+            samples=tuple(flat(times[name])),
+            outputs=outputs,
+            share=judge.share(outputs),
+            ratio=ratio(times[name], times[OURS]) if OURS in times else None,
+            foreign_load=load.share,
+        )
+    return outcomes

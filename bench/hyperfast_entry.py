@@ -1,0 +1,37 @@
+"""hyperfast itself, called as a user calls it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .problem import Problem
+from .rival import Network, load_linears, torch_rival
+from .torch_rivals import compiled
+
+
+def hyper_mlp(problem: Problem) -> Network:
+    import hyperfast
+
+    w = problem.workload
+    hyper = hyperfast.HyperNet(
+        w.z_dim,
+        w.sizes[0],
+        w.sizes[1:-1],
+        w.sizes[-1],
+        hidden=(w.H,),
+        target_activation=w.activation,
+        dtype=problem.z.dtype,
+    )
+    leaves = load_linears(hyper.generator, problem)
+    model = hyperfast.HyperMLP(hyper, hyperfast.TargetNet(w.activation))
+
+    def function(z: Tensor, x: Tensor) -> Tensor:
+        return model(x, z)
+
+    return function, leaves
+
+
+HYPERFAST = (
+    torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp),
+    torch_rival("hyperfast compiled", "the same under torch.compile", compiled(hyper_mlp)),
+)

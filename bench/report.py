@@ -1,0 +1,165 @@
+"""Results as tables and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .results import Results, Row
+from .rivals import OURS
+from .workloads import MODES
+
+BUSY = 0.1  # share of the machine taken by others above which a table says so
+
+
+def _rows(results: Results, mode: str) -> dict[str, dict[str, Row]]:
+    """workload -> rival -> row."""
+    table: dict[str, dict[str, Row]] = {}
+    for row in results["results"]:
+        if row["mode"] == mode:
+            table.setdefault(row["workload"], {})[row["rival"]] = row
+    return table
+
+
+def _rivals(results: Results) -> list[str]:
+    seen = {row["rival"] for row in results["results"]} | {
+        row["rival"] for row in results["absent"]
+    }
+    return [name for name in results["rivals"] if name in seen and name != OURS]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['ratio']:.2f}x" if row["ratio"] is not None else _duration(row["median_s"])
+
+
+def _memory(row: Row | None) -> str:
+    if row is None or row["peak_extra_bytes"] is None:
+        return "-"
+    return f"{row['peak_extra_bytes'] / 2**20:.1f}"
+
+
+def _table(header: list[str], body: list[list[str]], markdown: bool) -> list[str]:
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    bar = " | " if markdown else "  "
+
+    def line(cells: list[str]) -> str:
+        text = bar.join(
+            [cells[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+        )
+        return f"| {text} |" if markdown else text
+
+    rule = line(
+        ["-" * widths[0]] + ["-" * (w - 1) + (":" if markdown else "-") for w in widths[1:]]
+    )
+    return [line(header), rule, *map(line, body)]
+
+
+def headline(results: Results) -> str:
+    machine, versions = results["machine"], results["versions"]
+    libraries = ", ".join(f"{k} {versions[k]}" for k in ("torch", "jax") if k in versions)
+    isa = next((f for f in ("avx512f", "avx2", "asimd") if f in machine["isa"]), "no SIMD named")
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {isa}; {results['threads']} threads; "
+        f"{libraries}; fp32; commit {results['commit'][:10]}"
+        f"{'+changes' if results['commit'].endswith('+changes') else ''}; {results['date']}"
+    )
+
+
+def text(results: Results, markdown: bool = False) -> str:
+    """Times of ours and ratios of the others, peak memory, and who was absent and why."""
+    rivals = _rivals(results)
+    lines = [headline(results), ""]
+    for mode in MODES:
+        rows = _rows(results, mode)
+        if not rows:
+            continue
+        lines += [f"{mode}: time of {OURS}, then how many times longer each rival takes", ""]
+        body = []
+        for workload, by_rival in rows.items():
+            ours = by_rival.get(OURS)
+            mine = _duration(ours["median_s"]) if ours else "-"
+            body.append([workload, mine] + [_cell(by_rival.get(name)) for name in rivals])
+        lines += [*_table(["workload", OURS, *rivals], body, markdown), ""]
+    for mode in MODES:
+        rows = _rows(results, mode)
+        if any(row["peak_extra_bytes"] is not None for by in rows.values() for row in by.values()):
+            lines += [f"{mode}: peak extra memory in MiB, beyond inputs and what is returned", ""]
+            body = [
+                [workload] + [_memory(by.get(name)) for name in (OURS, *rivals)]
+                for workload, by in rows.items()
+            ]
+            lines += [*_table(["workload", OURS, *rivals], body, markdown), ""]
+    return "\n".join(lines + _remarks(results)).rstrip()
+
+
+def _remarks(results: Results) -> list[str]:
+    lines = []
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in results["absent"]:
+        places = reasons.setdefault((row["rival"], row["reason"]), [])
+        places.append(f"{row['workload']} {row['mode']}")
+    for (rival, reason), places in reasons.items():
+        where = places[0] if len(places) == 1 else f"{len(places)} races"
+        lines.append(f"absent: {rival} in {where}: {reason}")
+    loads = {(r["workload"], r["mode"]): r["foreign_load"] or 0.0 for r in results["results"]}
+    busy = [f"{w} {m} ({load:.0%})" for (w, m), load in loads.items() if load > BUSY]
+    if busy:
+        lines.append(f"other processes kept the machine busy during: {', '.join(busy)}")
+    return lines
+
+
+def plot(results: Results, path: Path) -> None:
+    """One dot a rival and workload, on a logarithmic axis of ratios; ours is the line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "hyperfast"  # the same numbers make the same file
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    rivals = _rivals(results)
+    workloads = list(results["workloads"])
+    shapes = dict(zip(rivals, "os^Dvp<>hX*d", strict=False))
+    colors = pyplot.get_cmap("tab10")
+    height = 1.5 + 0.42 * len(workloads)
+    figure, axes = pyplot.subplots(1, len(MODES), figsize=(10, height), sharey=True)
+    for mode, axis in zip(MODES, axes, strict=True):
+        rows = _rows(results, mode)
+        for index, rival in enumerate(rivals):
+            points = [
+                (rows[w][rival]["ratio"], y)
+                for y, w in enumerate(workloads)
+                if rows.get(w, {}).get(rival, {}).get("ratio") is not None
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(
+                    x, y, shapes[rival], color=colors(index % 10), ms=6, alpha=0.85, ls="",
+                    label=rival,
+                )  # fmt: skip
+        axis.axvline(1, color="black", lw=1.2)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_yticks(range(len(workloads)), workloads)
+        axis.set_ylim(len(workloads) - 0.5, -0.5)
+        axis.grid(color="0.88")
+        axis.set_axisbelow(True)
+        axis.set_title(mode, fontsize=11)
+        axis.set_xlabel(f"times as long as {OURS} (right of 1: {OURS} is faster)", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=5, fontsize=8, frameon=False)
+    top = 1 - 0.15 * (1 + (len(labels) - 1) // 5) * 2 / height
+    figure.tight_layout(rect=(0, 0, 1, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, metadata=metadata, dpi=150, facecolor="white")
+    pyplot.close(figure)

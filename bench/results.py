@@ -1,0 +1,110 @@
+"""The results file: what one run found, small and stable enough to commit and to compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .rivals import OURS, RIVALS
+from .workloads import MODES, WORKLOADS
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """To significant digits: what a timing is worth, and a file that stays small."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def _key(row: Row) -> tuple[int, int, int]:
+    return (
+        list(WORKLOADS).index(row["workload"]),
+        MODES.index(row["mode"]),
+        list(RIVALS).index(row["rival"]),
+    )
+
+
+def _row(benchmark: Row) -> Row:
+    info, stats = benchmark["extra_info"], benchmark["stats"]
+    ratio, low, high = info["ratio"] or (None, None, None)
+    return {
+        "workload": info["workload"],
+        "mode": info["mode"],
+        "rival": info["rival"],
+        "median_s": rounded(stats["median"]),
+        "iqr_s": rounded(stats["iqr"]),
+        "samples": stats["rounds"],
+        "ratio": rounded(ratio),
+        "ratio_q1": rounded(low),
+        "ratio_q3": rounded(high),
+        "peak_extra_bytes": info["peak_extra_bytes"],
+        "gflops": rounded(info["flops"] / stats["median"] / 1e9),
+        "error_share_of_budget": rounded(info["error_share_of_budget"]),
+        "foreign_load": rounded(info["foreign_load"], 2),
+    }
+
+
+def collect(report: Row) -> Results:
+    """pytest-benchmark's JSON -> ours."""
+    run = dict(report["hyperfast"])
+    absent = run.pop("absent")
+    rows = sorted((_row(benchmark) for benchmark in report["benchmarks"]), key=_key)
+    names = {row["workload"] for row in rows} | {row["workload"] for row in absent}
+    workloads = {}
+    for name, workload in WORKLOADS.items():
+        if name in names:
+            scaled = workload.scaled(run["scale"])
+            workloads[name] = asdict(scaled) | {
+                "sizes": list(scaled.sizes),
+                "P": scaled.P,
+                "flops": {mode: scaled.flops(mode) for mode in MODES},
+                "bytes": {mode: scaled.bytes(mode) for mode in MODES},
+            }
+    return {
+        **run,
+        "rivals": {name: rival.about for name, rival in RIVALS.items()},
+        "workloads": workloads,
+        "absent": sorted(absent, key=_key),
+        "results": rows,
+    }
+
+
+def write(results: Results, path: Path) -> None:
+    """Header indented, then one line a row, so that a diff shows what changed."""
+    header = {key: value for key, value in results.items() if key != "results"}
+    text = json.dumps(header, indent=1).removesuffix("\n}")
+    rows = ",\n".join("  " + json.dumps(row) for row in results["results"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{text},\n "results": [\n{rows}\n ]\n}}\n')
+
+
+def read(path: Path) -> Results:
+    return json.loads(path.read_text())
+
+
+def ratios(results: Results) -> dict[tuple[str, str, str], float]:
+    """(workload, mode, rival) -> how many times longer the rival takes than we do."""
+    return {
+        (row["workload"], row["mode"], row["rival"]): row["ratio"]
+        for row in results["results"]
+        if row["ratio"] is not None and row["rival"] != OURS
+    }
+
+
+def regressions(old: Results, new: Results, share: float) -> Iterator[str]:
+    """A line for each ratio that fell by more than `share`; ValueError when nothing can be
+    compared, for a comparison of nothing must not pass."""
+    before, after = ratios(old), ratios(new)
+    common = [key for key in after if key in before]
+    if not common:
+        raise ValueError("the two results have no workload, mode and rival in common")
+    for key in common:
+        if after[key] < (1 - share) * before[key]:
+            workload, mode, rival = key
+            yield (
+                f"{workload} {mode}: {before[key]:.2f}x over {rival} before, {after[key]:.2f}x now"
+            )

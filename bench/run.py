@@ -1,0 +1,132 @@
+"""``python -m hyperfast bench``: run the races, save results, print tables, draw the plot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from . import machine, report, results
+from .rivals import OURS, RIVALS
+from .workloads import WORKLOADS
+
+BENCH = Path(__file__).resolve().parent
+
+# A smoke test: one small workload without and one with many rows, and no long compilation.
+QUICK_WORKLOADS = ("qmix1024", "digits_inr")
+QUICK_RIVALS = (OURS, "loop", "vmap", "bmm", "jax")
+QUICK_ROUNDS = 3
+ROUNDS = 10
+
+
+def _names(known: Mapping[str, object]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(","))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}"
+            )
+        return names
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m hyperfast bench",
+        description="Times hyperfast beside its rivals, in turns, on named workloads.",
+    )
+    p.add_argument("--quick", action="store_true", help="a small smoke test, under a minute")
+    p.add_argument("--only", type=_names(WORKLOADS), metavar="WORKLOAD,...")
+    p.add_argument("--rivals", type=_names(RIVALS), metavar="RIVAL,...")
+    p.add_argument("--threads", type=int, default=machine.cores(), help="for every rival alike")
+    p.add_argument(
+        "--rounds", type=int, help=f"turns of each rival ({ROUNDS}; quick: {QUICK_ROUNDS})"
+    )
+    p.add_argument("--scale", type=int, default=1, help="times as many tasks")
+    p.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where to save results, the plot beside it as .svg; a complete run is saved under "
+        "bench/results/ by the machine's name, a partial one nowhere unless told",
+    )
+    p.add_argument("--report", type=Path, metavar="FILE", help="show these results; run nothing")
+    p.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    p.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="older results: exit status 3 when a ratio to a rival fell by more than --tolerance",
+    )
+    p.add_argument("--tolerance", type=float, default=0.15, metavar="SHARE", help="0.15")
+    return p
+
+
+def measure(args: argparse.Namespace) -> tuple[results.Results | None, int]:
+    """Runs pytest in a process of its own, where threads are set before anything is imported."""
+    workloads = args.only or (QUICK_WORKLOADS if args.quick else tuple(WORKLOADS))
+    rivals = args.rivals or (QUICK_RIVALS if args.quick else tuple(RIVALS))
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmark.json"
+        command = [
+            *(sys.executable, "-m", "pytest", str(BENCH), "-q", "-p", "no:cacheprovider"),
+            *("--rootdir", str(BENCH.parent), "--benchmark-json", str(file)),
+            "--benchmark-quiet",
+            *("--benchmark-columns", "median,iqr,rounds", "--benchmark-sort", "name"),
+            *("--workloads", ",".join(workloads), "--rivals", ",".join(rivals)),
+            *("--rounds", str(rounds), "--threads", str(args.threads), "--scale", str(args.scale)),
+        ]
+        status = subprocess.run(command, cwd=BENCH.parent).returncode
+        if not file.exists() or not (text := file.read_text()):
+            return None, status or 1
+        return results.collect(json.loads(text)), status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 fine, 1 a rival was wrong or failed, 2 wrong usage, 3 slower than before."""
+    p = parser()
+    args = p.parse_args(argv)
+    old = results.read(args.compare) if args.compare else None
+    status = 0
+    if args.report:
+        new = results.read(args.report)
+    else:
+        if importlib.util.find_spec("pytest_benchmark") is None:
+            print("hyperfast bench: needs the extra: pip install -e '.[bench]'", file=sys.stderr)
+            return 2
+        measured, status = measure(args)
+        if measured is None:
+            return status
+        new = measured
+        complete = not (args.quick or args.only or args.rivals or args.scale != 1)
+        path = args.json
+        if path is None and complete and status == 0:
+            name = machine.machine_key(new["machine"], new["threads"])
+            path = BENCH / "results" / f"{name}.json"
+        if path:
+            results.write(new, path)
+            if importlib.util.find_spec("matplotlib"):
+                report.plot(new, path.with_suffix(".svg"))
+            else:
+                print("no plot: matplotlib is not installed", file=sys.stderr)
+    print(report.text(new, args.markdown))
+    if old is not None:
+        if old["machine"] != new["machine"] or old["threads"] != new["threads"]:
+            print("compared with results of another machine or number of threads")
+        fallen = list(results.regressions(old, new, args.tolerance))
+        print("\n".join(f"slower: {line}" for line in fallen))
+        if fallen and status == 0:
+            status = 3
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
