@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ class Problem:
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Problem:
         """The same with other parameters and another z."""
-        names = ("trunk_weight", "trunk_bias", "head_weight", "head_bias", "z")
-        return replace(self, **dict(zip(names, leaves, strict=True)))
+        trunk_weight, trunk_bias, head_weight, head_bias, z = leaves
+        return Problem(
+            self.workload, trunk_weight, trunk_bias, head_weight, head_bias, z, self.x, self.grad
+        )
 
     def to(self, dtype: torch.dtype) -> Problem:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "workload"}

@@ -94,13 +94,14 @@ def bmm_by_layer(problem: Problem) -> Network:
     the next are made: the fastest plain PyTorch we know once compiled (max-autotune adds nothing on
     a CPU)."""
     generate, leaves = generator(problem)
-    trunk, head = generate[:-1], generate[-1]
+    trunk = generate[:-1]
+    head_weight, head_bias = leaves[2:]
     w = problem.workload
     sizes = [size for i, o in w.layers for size in (o * i, o)]
 
     def function(z: Tensor, x: Tensor) -> Tensor:
         features = trunk(z)
-        pieces = zip(head.weight.split(sizes), head.bias.split(sizes), strict=True)
+        pieces = zip(head_weight.split(sizes), head_bias.split(sizes), strict=True)
         made = iter([linear(features, weight, bias) for weight, bias in pieces])
         layers = [(next(made).unflatten(1, (o, i)), next(made)) for i, o in w.layers]
         return apply_bmm(w, layers, x)

@@ -1,0 +1,299 @@
+"""The benchmark's own arithmetic, and that its rivals do the work they are timed for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # bench/ is no part of the installed package
+
+from bench import memory, race, report, results, run  # noqa: E402
+from bench.contest import as_tensors, hold  # noqa: E402
+from bench.load import ForeignLoad  # noqa: E402
+from bench.problem import CORNER, Judge, _corner_distance, answer, make_problem  # noqa: E402
+from bench.rival import Rival, Unavailable, torch_rival  # noqa: E402
+from bench.rivals import OURS, RIVALS  # noqa: E402
+from bench.torch_rivals import bmm  # noqa: E402
+from bench.workloads import MODES, WORKLOADS, Workload  # noqa: E402
+
+TINY = Workload("tiny", B=3, N=5, z_dim=4, H=6, sizes=(3, 7, 2))
+TINY_SINE = Workload("tiny_sine", B=2, N=3, z_dim=4, H=5, sizes=(2, 4, 3, 1), activation="sin")
+EAGER = [name for name in RIVALS if "compiled" not in name]
+
+
+# workloads ---------------------------------------------------------------------------------------
+
+
+def test_workloads_are_what_their_names_say():
+    table = {n: (w.B, w.N, w.z_dim, w.H, w.sizes, w.activation) for n, w in WORKLOADS.items()}
+    assert table["qmix1024"] == (1024, 1, 120, 64, (8, 32, 1), "relu")
+    assert table["qmix4096"] == (4096, 1, 120, 64, (8, 32, 1), "relu")
+    assert table["digits_inr"] == (256, 64, 32, 128, (2, 32, 1), "relu")
+    assert table["siren"] == (16, 4096, 32, 256, (2, 64, 64, 1), "sin")
+    for n, B, N in (("mlp64_n1", 1024, 1), ("mlp64_n32", 256, 32)):
+        assert table[n] == (B, N, 32, 64, (64, 64, 10), "relu")
+    for n in (1, 8, 64):
+        assert table[f"mlp128_n{n}"] == (512, n, 32, 128, (128, 128, 128), "relu")
+
+
+@pytest.mark.parametrize("workload", [TINY, TINY_SINE], ids=lambda w: w.name)
+def test_counts_match_the_problem(workload):
+    problem = make_problem(workload)
+    assert problem.head_bias.numel() == workload.P
+    assert sum(t.numel() for t in problem.parameters) == workload.hyper_params
+    elements = sum(t.numel() for t in (*problem.parameters, problem.z, problem.x, problem.grad))
+    assert workload.bytes("forward") == 4 * elements  # grad has y's size
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flops_match_the_flop_counter(mode):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    problem = make_problem(TINY)
+    with FlopCounterMode(display=False) as counter:
+        answer(problem, mode)
+    assert counter.get_total_flops() == TINY.flops(mode)
+
+
+def test_scaling_multiplies_the_tasks_only():
+    scaled = TINY.scaled(8)
+    assert (scaled.B, scaled.N, scaled.P) == (24, TINY.N, TINY.P)
+
+
+# right answers -----------------------------------------------------------------------------------
+
+
+def test_no_pre_activation_on_the_corner():
+    for workload in (TINY, WORKLOADS["qmix1024"]):
+        trunk, rows = _corner_distance(make_problem(workload).to(torch.float64))
+        assert trunk.min() >= CORNER
+        assert rows.min() >= CORNER
+
+
+@pytest.mark.parametrize("workload", [TINY, TINY_SINE], ids=lambda w: w.name)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.filterwarnings("ignore")  # rivals' deprecations are theirs
+def test_rival_equals_reference(name, mode, workload):
+    problem = make_problem(workload)
+    try:
+        call = RIVALS[name].build(problem, mode)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    outputs = as_tensors(call())
+    assert len(outputs) == (1 if mode == "forward" else 6)
+    assert Judge(problem, mode).share(outputs) <= 1
+
+
+@pytest.mark.parametrize("output", range(6))
+def test_judge_rejects_an_error_in_any_output(output):
+    problem = make_problem(TINY)
+    judge = Judge(problem, "forward+backward")
+    outputs = list(answer(problem, "forward+backward"))
+    assert judge.share(tuple(outputs)) <= 1
+    outputs[output] = outputs[output].bfloat16().float()
+    assert judge.share(tuple(outputs)) > 10
+
+
+def test_judge_rejects_nan_wrong_shapes_and_missing_outputs():
+    problem = make_problem(TINY)
+    judge = Judge(problem, "forward")
+    (y,) = answer(problem, "forward")
+    assert judge.share((y.mT,)) == math.inf
+    assert judge.share((y * math.nan,)) == math.inf
+    assert judge.share(()) == math.inf
+
+
+# the race ----------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, seconds: float, log: list[str], name: str):
+        def run() -> None:
+            log.append(name)
+            self.now += seconds
+
+        return run
+
+
+def test_race_takes_turns_and_counts_each_call():
+    clock, log = FakeClock(), []
+    calls = {"slow": clock.call(1.0, log, "slow"), "fast": clock.call(0.01, log, "fast")}
+    samples = race.race(calls, rounds=4, clock=clock)
+    assert [len(turn) for turn in samples["slow"]] == [1] * 4
+    assert all(2 <= len(turn) <= race.MOST_CALLS for turn in samples["fast"])
+    assert race.flat(samples["slow"]) == pytest.approx([1.0] * 4)
+    turns = [name for name, _ in itertools.groupby(log)]
+    assert turns.count("slow") >= 2  # interleaved, not one after the other
+    assert len(log) == 8 + sum(len(t) for t in samples["fast"]) + 4  # one untimed call a turn
+
+
+def test_drift_cancels_in_the_ratio():
+    ours = [[1.0, 1.0], [3.0, 3.0], [9.0, 9.0]]  # the machine slows down threefold, twice
+    rival = [[2.0], [6.0], [18.0]]
+    assert race.ratio(rival, ours) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_foreign_load_is_a_share():
+    with ForeignLoad() as load:
+        sum(range(10**6))
+    assert load.share is None or load.share >= 0
+
+
+def test_contest_tells_absence_and_failure_apart():
+    def missing(problem):
+        raise Unavailable("no such package")
+
+    def broken(problem):
+        raise RuntimeError("broke")
+
+    def wrong(problem):
+        function, leaves = bmm(problem)
+        return (lambda z, x: function(z, x) * 1.001), leaves
+
+    rivals = [
+        torch_rival(OURS, "", bmm),
+        torch_rival("missing", "", missing),
+        torch_rival("broken", "", broken),
+        torch_rival("wrong", "", wrong),
+    ]
+    outcomes = hold(TINY, "forward", rivals, rounds=2)
+    assert outcomes[OURS].share <= 1
+    assert outcomes[OURS].ratio[0] == 1
+    assert outcomes["missing"].absent == "no such package"
+    assert isinstance(outcomes["broken"].failure, RuntimeError)
+    assert outcomes["wrong"].share > 1
+
+
+@pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
+def test_peak_memory_of_a_known_allocation():
+    script = (
+        "import torch; from bench.memory import peak_extra\n"
+        "def call():\n"
+        "    temporary = torch.ones(8 * 2**20 // 4)\n"
+        "    return (temporary[: 2 * 2**20 // 4] + 1,)\n"
+        "call(); print(peak_extra(call))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, **memory.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # 8 MiB of temporary; the 2 MiB that are returned do not count
+    assert int(done.stdout) / 2**20 == pytest.approx(8, abs=0.5)
+
+
+# results -----------------------------------------------------------------------------------------
+
+
+def made_up(**ratios: float) -> results.Results:
+    """Results of one workload with these rivals' ratios, in the form in which files hold them."""
+    benchmarks = [
+        {
+            "stats": {"median": 1e-3 * ratio, "iqr": 1e-5, "rounds": 7},
+            "extra_info": {
+                "workload": "qmix1024",
+                "mode": "forward",
+                "rival": rival,
+                "ratio": [ratio, ratio, ratio],
+                "peak_extra_bytes": 2**20,
+                "error_share_of_budget": 0.1,
+                "foreign_load": 0.5,
+                "flops": 10**6,
+            },
+        }
+        for rival, ratio in {"jax": 1.0, OURS: 1.0, **ratios}.items()
+    ]
+    return results.collect(
+        {
+            "benchmarks": benchmarks,
+            "hyperfast": {
+                "date": "2026-01-01",
+                "commit": "0" * 40,
+                "threads": 2,
+                "scale": 1,
+                "rounds": 7,
+                "machine": {"cpu": "a cpu", "cores": 2, "isa": ["avx2"], "system": "Linux"},
+                "versions": {"torch": "2.13.0"},
+                "memory": "",
+                "absent": [
+                    {"workload": "qmix1024", "mode": "forward", "rival": "hyperlight",
+                     "reason": "hyperlight cannot be imported"}
+                ],
+            },
+        }
+    )  # fmt: skip
+
+
+def test_results_survive_the_file_in_stable_order(tmp_path):
+    found = made_up(bmm=2.0)
+    results.write(found, tmp_path / "a" / "r.json")
+    assert results.read(tmp_path / "a" / "r.json") == found
+    assert [row["rival"] for row in found["results"]] == [OURS, "bmm", "jax"]
+    assert results.ratios(found) == {
+        ("qmix1024", "forward", "bmm"): 2.0,
+        ("qmix1024", "forward", "jax"): 1.0,
+    }
+
+
+@pytest.mark.parametrize(("now", "status"), [(2.0, 0), (1.71, 0), (1.69, 3), (1.0, 3), (4.0, 0)])
+def test_compare_fails_only_when_a_ratio_fell(tmp_path, capsys, now, status):
+    results.write(made_up(bmm=2.0), tmp_path / "old.json")
+    results.write(made_up(bmm=now), tmp_path / "new.json")
+    files = {"report": tmp_path / "new.json", "compare": tmp_path / "old.json"}
+    argv = [f"--{option}={file}" for option, file in files.items()]
+    assert run.main([*argv, "--tolerance=0.15"]) == status
+    assert ("slower: qmix1024 forward: 2.00x over bmm" in capsys.readouterr().out) == (status == 3)
+
+
+def test_comparing_nothing_does_not_pass():
+    other = made_up()
+    other["results"] = []
+    with pytest.raises(ValueError, match="in common"):
+        list(results.regressions(made_up(), other, 0.15))
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_report_shows_ratios_absence_and_load(markdown):
+    text = report.text(made_up(bmm=2.5), markdown)
+    assert "2.50x" in text
+    assert "hyperlight cannot be imported" in text
+    assert "qmix1024 forward (50%)" in text
+    assert ("| qmix1024" in text) == markdown
+
+
+def test_plot_is_reproducible(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("a.svg", "b.svg"):
+        report.plot(made_up(bmm=2.5), tmp_path / name)
+    assert (tmp_path / "a.svg").stat().st_size > 5000
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize("argv", [["--only", "nope"], ["--rivals", "bmm,nope"]])
+def test_unknown_names_are_told(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.main(argv)
+    assert exit.value.code == 2
+    assert "unknown: nope; there are:" in capsys.readouterr().err
+
+
+def test_registry_has_unique_described_entries():
+    assert OURS in RIVALS
+    assert all(isinstance(r, Rival) and r.about for r in RIVALS.values())
