@@ -32,18 +32,52 @@ ELEMENTWISE = (
 )
 
 
-# Fused ops that vmap has no rule for, and what they are in ops that it has rules for.
+def _lstm(*args: Any) -> tuple[Tensor, ...]:
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.set_flags(_enabled=False)  # its fused layer has no rule for vmap either
+    try:
+        return torch.ops.aten.lstm.input.decompose(*args)
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / v.square().sum_to_size(g.shape).sqrt())
+
+
+def _autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``op`` under autocast, which does not see the convolutions inside vmap."""
+
+    def cast(*args: Any, **kwargs: Any) -> Tensor:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return op(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(device)
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: t if t.dtype == torch.float64 else t.to(dtype), (args, kwargs)
+        )
+        return op(*args, **kwargs)
+
+    return cast
+
+
+# Ops that vmap has no rule for, or a wrong one, and what stands in for them.
 _aten = torch.ops.aten
-DECOMPOSED: dict[Callable, Callable] = {
+REPLACED: dict[Callable, Callable] = {
     torch.gru: _aten.gru.input.decompose,
     torch.gru_cell: _aten.gru_cell.default.decompose,
-    torch.lstm: _aten.lstm.input.decompose,
+    torch.lstm: _lstm,
     torch.lstm_cell: _aten.lstm_cell.default.decompose,
     torch.rnn_relu: _aten.rnn_relu.input.decompose,
     torch.rnn_relu_cell: _aten.rnn_relu_cell.default.decompose,
     torch.rnn_tanh: _aten.rnn_tanh.input.decompose,
     torch.rnn_tanh_cell: _aten.rnn_tanh_cell.default.decompose,
-    torch._weight_norm: lambda v, g, dim=0: v * (g / v.square().sum_to_size(g.shape).sqrt()),
+    torch._weight_norm: _weight_norm,
+    **{op: _autocast(op) for op in (torch.conv1d, torch.conv2d, torch.conv3d)},
+    **{
+        op: _autocast(op)
+        for op in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+    },
 }
 
 
@@ -179,7 +213,7 @@ class ModuleTarget(nn.Module):
         in_dims = tree_map(lambda t: 0 if isinstance(t, Tensor) else None, x)
         run = torch.vmap(self._call, (in_dims, 0), randomness="different")
         # vmap has no rule for the CPU's flash attention and would loop over the tasks
-        with _Decomposed(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        with _Replaced(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             return run(x, tuple(weights))
 
     def _refuse_running_statistics(self) -> None:
@@ -195,14 +229,14 @@ class ModuleTarget(nn.Module):
         return f"generated={list(self.names)}"
 
 
-class _Decomposed(TorchFunctionMode):
-    """Runs the ops of ``DECOMPOSED`` as the plain ops that define them.
+class _Replaced(TorchFunctionMode):
+    """Runs what stands in for the ops of ``REPLACED``.
 
     While any such mode is on, attention and transformer layers avoid their fused kernels too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return DECOMPOSED.get(func, func)(*args, **(kwargs or {}))
+        return REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 def select(net: nn.Module, params: Params) -> tuple[str, ...]:
@@ -221,18 +255,18 @@ def select(net: nn.Module, params: Params) -> tuple[str, ...]:
     if params is None or callable(params):
         predicate = params or (lambda name, parameter: True)
         chosen = {n for n in available if predicate(n, net.get_parameter(n))}
-        if not chosen:
-            raise ValueError(f"params must match some of the parameters {available}, got none")
     else:
         patterns = [params] if isinstance(params, str) else list(params)
         matches = {p: {n for n in available if fnmatchcase(n, p)} for p in patterns}
         useless = [p for p, found in matches.items() if not found]
-        if useless or not patterns:
+        if useless:
             raise ValueError(
                 f"params must match some of the parameters {available}, "
-                f"got {useless or patterns}, which match none"
+                f"got {useless}, which match none"
             )
         chosen = set().union(*matches.values())
+    if not chosen:
+        raise ValueError(f"params must match some of the parameters {available}, got none")
     names = tuple(aliases[0] for aliases in known if not chosen.isdisjoint(aliases))
     for name in names:
         if not net.get_parameter(name).is_floating_point():
@@ -267,8 +301,6 @@ def parameter_names(net: nn.Module) -> list[tuple[str, ...]]:
 def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
     """Layout and target of a plain stack of linear layers, all with biases or all without, and
     elementwise activations after them; ``None`` for a net that may be anything else."""
-    if type(net) is not nn.Sequential:
-        return None
     linears: list[nn.Linear] = []
     activations: list[list[nn.Module]] = []
     for module in _flat(net):
@@ -288,7 +320,8 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
     if len(biases) != 1 or not chained or len(set(tensors)) < len(tensors):
         return None
     for module in (m for after in activations for m in after if hasattr(m, "inplace")):
-        module.inplace = False  # type: ignore[assignment]  # its input is the output of an op that may be a view
+        # its input may be a view that an op returned, which cannot be changed in place
+        module.inplace = False  # type: ignore[assignment]
     per_layer = [after[0] if len(after) == 1 else nn.Sequential(*after) for after in activations]
     return MLPSpec(sizes, biases.pop()), TargetNet(per_layer)
 

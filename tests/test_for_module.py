@@ -48,6 +48,17 @@ class Repeated(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class Twice(nn.Module):
+    """One parameter under two names of the same module."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
 def convolution():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)
@@ -95,6 +106,7 @@ CASES = {
     ),
     "tied": (Tied, integers(3)),
     "repeated": (Repeated, real(3, 4)),
+    "twice": (Twice, real(3, 4)),
     "parametrised": (lambda: weight_norm(nn.Linear(4, 3)), real(3, 4)),
     "prelu": (lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU(3)), real(2, 4)),
 }
@@ -259,6 +271,7 @@ STACKS = {
         nn.Sequential(nn.Linear(3, 4), nn.Softplus(), nn.Tanh()),
         nn.Sequential(nn.Sequential(nn.Linear(4, 5)), nn.Linear(5, 2), nn.Sigmoid()),
     ),
+    "a layer alone": lambda: nn.Linear(3, 2),
     "one layer": lambda: nn.Sequential(nn.Linear(3, 2), nn.LeakyReLU(0.3)),
 }
 
@@ -480,6 +493,36 @@ def test_state_dict_round_trip():
     assert torch.equal(other(x, z), model(x, z))
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "convolution", "transformer, eval"])
+def test_single_precision(name):
+    _, hyper, target, x = case(name)
+    model, z = HyperMLP(hyper, target), torch.randn(3, Z)
+    want = tree_leaves(model(x, z))
+    single = tree_leaves(model.float()(x.float(), z.float()))
+    for s, w in zip(single, want, strict=True):
+        torch.testing.assert_close(s, w.float(), rtol=1e-5, atol=1e-5)
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("name", ["convolution", "transposed convolution", "layer norm", "gru"])
+@pytest.mark.parametrize("params", [None, lambda name, p: p.ndim > 1], ids=["all", "weights"])
+def test_autocast(name, params):
+    """As far from double precision as the loop over tasks under autocast, at most twice."""
+    make, inputs = CASES[name]
+    hyper, target = HyperNet.for_module(make(), Z, params=params)
+    x, z = inputs(3), torch.randn(3, Z)
+    model = HyperMLP(hyper, target)
+    want = stack([model(x[b], z[b]) for b in range(3)])
+    model, x, z = model.float(), x.float(), z.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, looped = model(x, z), stack([model(x[b], z[b]) for b in range(3)])
+    for g, l, w in zip(*map(tree_leaves, (got, looped, want)), strict=True):
+        error, allowed = ((t.double() - w).abs().max() for t in (g, l))
+        assert 0 < error <= 2 * allowed + 2**-8 * w.abs().max()
+    sum(t.float().sum() for t in tree_leaves(got)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_second_derivatives():
     net = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.LayerNorm(3))
     hyper, target = HyperNet.for_module(net, 2, hidden=(), activation="tanh")
@@ -524,7 +567,7 @@ def test_compile(dynamo, dynamic):
     [
         ("net", None, TypeError, r"net must be a torch.nn.Module, got str"),
         (nn.ReLU(), None, ValueError, r"parameters \[\], got none"),
-        (nn.Linear(2, 3), [], ValueError, r"\['weight', 'bias'\], got \[\]"),
+        (nn.Linear(2, 3), [], ValueError, r"parameters \['weight', 'bias'\], got none"),
         (
             nn.Linear(2, 3),
             ["weight", "bais", "w*x"],
