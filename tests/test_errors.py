@@ -190,7 +190,7 @@ TARGETS = [
         lambda: TARGET(X, (W, None))),
     bad("first rank", ValueError, r"weights\[0\] must have shape \(out, in\) or \(B, out, in\), "
         r"got \(4,\)", lambda: TARGET(X, (W[0, 0],))),
-    bad("bias rank", ValueError, r"weights\[1\] must be a weight of rank 3 or a bias of rank 2, "
+    bad("bias rank", ValueError, r"weights\[1\] must be a weight of rank 3 or a .* rank 2, got "
         r"shape \(5,\)", lambda: TARGET(X, (W, B[0]))),
     bad("two biases", ValueError, r"weights\[2\] must be a weight of rank 3 or",
         lambda: TARGET(X, (W, B, B))),
