@@ -8,7 +8,7 @@ import pytest
 
 from . import machine, memory
 from .contest import Outcome, hold
-from .rivals import RIVALS
+from .rivals import RIVALS, entry
 from .workloads import WORKLOADS
 
 ABSENT = pytest.StashKey[list[dict[str, str]]]()
@@ -54,8 +54,8 @@ def contest(request: pytest.FixtureRequest, peaks: memory.Peaks) -> dict[str, Ou
     """The whole race of one (workload, mode), held when the first of its tests asks for it."""
     workload, mode = request.param
     config = request.config
-    rivals = [RIVALS[name] for name in chosen(config.getoption("--rivals"), RIVALS)]
     scaled = WORKLOADS[workload].scaled(config.getoption("--scale"))
+    rivals = [entry(name, scaled) for name in chosen(config.getoption("--rivals"), RIVALS)]
     return hold(scaled, mode, rivals, config.getoption("--rounds"))
 
 

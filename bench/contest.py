@@ -15,7 +15,7 @@ from .problem import Judge, make_problem
 from .race import Rounds, flat, race, ratio, warm_up
 from .rival import Call, Rival, Unavailable
 from .rivals import OURS
-from .workloads import Workload
+from .workloads import AnyWorkload
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,42 @@ def as_tensors(outputs: Iterable[Any]) -> tuple[Tensor, ...]:
     )
 
 
-def hold(workload: Workload, mode: str, rivals: Iterable[Rival], rounds: int) -> dict[str, Outcome]:
+def hold(
+    workload: AnyWorkload, mode: str, rivals: Iterable[Rival], rounds: int
+) -> dict[str, Outcome]:
     # Compiled rivals of several workloads share code objects: forget the earlier shapes, lest
     # a recompilation limit or dynamic shapes come into play.
     torch._dynamo.reset()
     problem = make_problem(workload)
+    problems = {problem.dtype: problem}
+    judges: dict[torch.dtype, Judge] = {}
     calls: dict[str, Call] = {}
     outcomes: dict[str, Outcome] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for rival in rivals:
         try:
-            call = rival.build(problem, mode)
+            if rival.dtype not in problems:
+                problems[rival.dtype] = problem.to(rival.dtype)
+            call = rival.build(problems[rival.dtype], mode)
             warm_up(call)
         except Unavailable as reason:
             outcomes[rival.name] = Outcome(absent=str(reason))
         except Exception as error:  # told by this rival's test; the others still race
             outcomes[rival.name] = Outcome(failure=error)
         else:
-            calls[rival.name] = call
+            calls[rival.name], dtypes[rival.name] = call, rival.dtype
 
     with ForeignLoad() as load:
         times: dict[str, Rounds] = race(calls, rounds)
-    judge = Judge(problem, mode)
     for name, call in calls.items():
         outputs = as_tensors(call())
+        dtype = dtypes[name]
+        if dtype not in judges:
+            judges[dtype] = Judge(problems[dtype], mode)
         outcomes[name] = Outcome(
-            samples=tuple(flat(times[name])),
+            samples=tuple(seconds / workload.requests for seconds in flat(times[name])),
             outputs=outputs,
-            share=judge.share(outputs),
+            share=judges[dtype].share(outputs),
             ratio=ratio(times[name], times[OURS]) if OURS in times else None,
             foreign_load=load.share,
         )

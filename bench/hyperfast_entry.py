@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .problem import Problem
-from .rival import Network, load_linears, torch_rival
+from .rival import Call, Network, Rival, Unavailable, load_linears, torch_rival
 from .torch_rivals import compiled
 
 
@@ -31,7 +32,14 @@ def hyper_mlp(problem: Problem) -> Network:
     return function, leaves
 
 
+def _bf16(problem: Problem, mode: str) -> Call:
+    if mode != "forward":
+        raise Unavailable("bfloat16 is timed forward only: training keeps float32 parameters")
+    return torch_rival("hyperfast bf16", "", hyper_mlp).build(problem, mode)
+
+
 HYPERFAST = (
     torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp),
+    Rival("hyperfast bf16", "the same in bfloat16, forward", _bf16, torch.bfloat16),
     torch_rival("hyperfast compiled", "the same under torch.compile", compiled(hyper_mlp)),
 )

@@ -4,9 +4,10 @@ Linux can reset a process's peak (clear_refs), so what one call needs on top of 
 minus present. That holds only while freed memory goes back at once, whichever thread freed it, so
 the rivals are weighed in a process of their own where glibc maps every block above 64 KiB by
 itself; timed there, they would pay for page faults that users do not have. What the call returns is
-not counted: a training step of every rival returns the same gradients. Buffers that a library keeps
-between calls count as living. Differences below about a quarter of a MiB are noise: the kernel
-counts pages in batches.
+not counted: a training step of every rival returns the same gradients. Each call runs in a thread
+of its own, with a thread pool of its own, so that scratch memory which a library keeps for the
+thread's next call counts too; what it keeps for the whole process counts as living. Differences
+below about a quarter of a MiB are noise: the kernel counts pages in batches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,11 +64,16 @@ def peak_extra(call: Callable[[], tuple[Any, ...]]) -> int:
         gc.collect()
         _reset_peak()
         before, _ = _resident()
-        outputs = call()
+        outputs = _in_new_thread(call)
         _, peak = _resident()
         peaks.append(max(peak - before - sum(out.nbytes for out in outputs), 0))
         del outputs
     return int(median(peaks))
+
+
+def _in_new_thread(call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(call).result()
 
 
 def weigh(workloads: Sequence[str], rivals: Sequence[str], threads: int, scale: int) -> Peaks:
@@ -89,17 +96,19 @@ def _child(workloads: list[str], rivals: list[str], threads: int, scale: int, fi
 
     from .problem import make_problem
     from .race import warm_up
-    from .rivals import RIVALS
-    from .workloads import MODES, WORKLOADS
+    from .rivals import entry
+    from .workloads import WORKLOADS
 
     peaks: Peaks = {}
     for workload in workloads:
-        problem = make_problem(WORKLOADS[workload].scaled(scale))
-        for mode in MODES:
+        scaled = WORKLOADS[workload].scaled(scale)
+        problem = make_problem(scaled)
+        for mode in scaled.modes:
             torch._dynamo.reset()
             for rival in rivals:
                 try:
-                    call = RIVALS[rival].build(problem, mode)
+                    chosen = entry(rival, scaled)
+                    call = chosen.build(problem.to(chosen.dtype), mode)
                     warm_up(call)
                     peaks[f"{workload}/{mode}/{rival}"] = peak_extra(call)
                 except Exception:  # its own test tells what went wrong

@@ -75,6 +75,8 @@ def hyperlight(problem: Problem) -> Network:
     apply = vmap(one_task)
 
     def function(z: Tensor, x: Tensor) -> Tensor:
+        if w.B == 1:  # its HyperNet drops a batch of one
+            return one_task(hyper(z=z), x.squeeze(0)).unsqueeze(0)
         return apply(hyper(z=z), x)
 
     return function, leaves

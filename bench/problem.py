@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .workloads import Workload
+from .workloads import AnyWorkload, BankWorkload, Workload
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sin": torch.sin}
 
@@ -46,8 +46,59 @@ class Problem:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "workload"}
         return Problem(self.workload, **{name: t.to(dtype) for name, t in tensors.items()})
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.z.dtype
 
-def target_weights(flat: Tensor, workload: Workload) -> list[tuple[Tensor, Tensor]]:
+    def answer(self, mode: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(y,), or (y, gradient of each parameter, gradient of z), computed in `dtype`."""
+        problem = self.to(dtype)
+        if mode == "forward":
+            return (plain_forward(problem),)
+        leaves = [t.detach().requires_grad_() for t in (*problem.parameters, problem.z)]
+        y = plain_forward(problem.with_leaves(leaves))
+        return (y.detach(), *torch.autograd.grad(y, leaves, problem.grad))
+
+    def sums(self, mode: str) -> list[int]:
+        """The number of terms of the longest sum behind each part of the answer."""
+        w = self.workload
+        longest = max(w.z_dim, w.H, *w.sizes)
+        if mode == "forward":
+            return [longest]
+        return [longest, *[max(longest, w.B * w.N)] * (len(self.parameters) + 1)]
+
+
+@dataclass(frozen=True)
+class BankProblem:
+    workload: BankWorkload
+    flat: Tensor  # (tasks, P): the weights of each task, laid out as HyperNet's
+    x: Tensor  # (requests, rows, in)
+    task_ids: Tensor  # (requests, rows)
+
+    def to(self, dtype: torch.dtype) -> BankProblem:
+        flat, x = self.flat.to(dtype), self.x.to(dtype)
+        return BankProblem(self.workload, flat, x, self.task_ids)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.flat.dtype
+
+    def answer(self, mode: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(y of all requests,), each row by the weights of its task, computed in `dtype`."""
+        outputs = []
+        for x, ids in zip(self.x.to(dtype), self.task_ids, strict=True):
+            layers = target_weights(self.flat[ids].to(dtype), self.workload)
+            outputs.append(apply_plainly(self.workload, layers, x.unsqueeze(1)).squeeze(1))
+        return (torch.stack(outputs),)
+
+    def sums(self, mode: str) -> list[int]:
+        return [max(self.workload.sizes)]
+
+
+AnyProblem = Problem | BankProblem
+
+
+def target_weights(flat: Tensor, workload: AnyWorkload) -> list[tuple[Tensor, Tensor]]:
     """(B, P) -> per layer a weight (B, out, in) and a bias (B, out), as views.
 
     One split, not a slice for each: the gradient of a slice is a zero-filled (B, P) tensor, which
@@ -71,7 +122,27 @@ def _corner_distance(problem: Problem) -> tuple[Tensor, Tensor]:
     return trunk.abs().amin(-1), rows
 
 
-def make_problem(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
+def make_problem(
+    workload: AnyWorkload, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> AnyProblem:
+    if isinstance(workload, BankWorkload):
+        return make_bank(workload, seed, dtype)
+    return make_hyper(workload, seed, dtype)
+
+
+def make_bank(w: BankWorkload, seed: int = 0, dtype: torch.dtype = torch.float32) -> BankProblem:
+    """Random values of the size training starts from."""
+    rng = torch.Generator().manual_seed(seed)
+    fan_in = torch.cat([torch.full((i * o + o,), float(i)) for i, o in w.layers])
+    return BankProblem(
+        w,
+        torch.randn(w.tasks, w.P, generator=rng, dtype=dtype).div_(fan_in.sqrt()),
+        torch.randn(w.requests, w.rows, w.sizes[0], generator=rng, dtype=dtype),
+        torch.randint(w.tasks, (w.requests, w.rows), generator=rng),
+    )
+
+
+def make_hyper(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
     """Random values of the size training starts from, with no pre-activation on relu's corner."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -98,26 +169,24 @@ def make_problem(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.f
     return problem.to(dtype)
 
 
-def plain_forward(problem: Problem) -> Tensor:
-    """y by the definition: generate every weight, then apply them."""
-    p = problem
-    features = torch.relu(p.z @ p.trunk_weight.T + p.trunk_bias)
-    x = p.x
-    layers = target_weights(features @ p.head_weight.T + p.head_bias, p.workload)
+def apply_plainly(workload: AnyWorkload, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    """x (B, N, in) through weights (B, out, in) and biases (B, out)."""
     for index, (weight, bias) in enumerate(layers):
+        x = x if index == 0 else ACTIVATIONS[workload.activation](x)
         x = torch.einsum("bni,boi->bno", x, weight) + bias.unsqueeze(1)
-        if index + 1 < len(layers):
-            x = ACTIVATIONS[p.workload.activation](x)
     return x
 
 
-def answer(problem: Problem, mode: str) -> tuple[Tensor, ...]:
-    """(y,), or (y, gradient of each parameter, gradient of z), in the problem's dtype."""
-    if mode == "forward":
-        return (plain_forward(problem),)
-    leaves = [t.detach().requires_grad_() for t in (*problem.parameters, problem.z)]
-    y = plain_forward(problem.with_leaves(leaves))
-    return (y.detach(), *torch.autograd.grad(y, leaves, problem.grad))
+def plain_forward(p: Problem) -> Tensor:
+    """y by the definition: generate every weight, then apply them."""
+    features = torch.relu(p.z @ p.trunk_weight.T + p.trunk_bias)
+    flat = features @ p.head_weight.T + p.head_bias
+    return apply_plainly(p.workload, target_weights(flat, p.workload), p.x)
+
+
+def answer(problem: AnyProblem, mode: str) -> tuple[Tensor, ...]:
+    """In the problem's own dtype."""
+    return problem.answer(mode, problem.dtype)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -132,18 +201,13 @@ class Judge:
     """Holds outputs against float64, within twice the error that plain PyTorch makes in the
     problem's own precision plus one rounding of the longest sum (n terms round by sqrt(n) eps)."""
 
-    def __init__(self, problem: Problem, mode: str):
-        w = problem.workload
-        self.exact = answer(problem.to(torch.float64), mode)
-        eps = torch.finfo(problem.z.dtype).eps
-        longest = max(w.z_dim, w.H, *w.sizes)
+    def __init__(self, problem: AnyProblem, mode: str):
+        eps = torch.finfo(problem.dtype).eps
+        self.exact = problem.answer(mode, torch.float64)
         self.budgets = [
             2 * (relative_error(plain, exact) + eps * math.sqrt(terms))
             for plain, exact, terms in zip(
-                answer(problem, mode),
-                self.exact,
-                [longest] + [max(longest, w.B * w.N)] * (len(self.exact) - 1),
-                strict=True,
+                answer(problem, mode), self.exact, problem.sums(mode), strict=True
             )
         ]
 

@@ -43,6 +43,7 @@ def _row(benchmark: Row) -> Row:
         "ratio_q3": rounded(high),
         "peak_extra_bytes": info["peak_extra_bytes"],
         "gflops": rounded(info["flops"] / stats["median"] / 1e9),
+        "gbytes": rounded(info["bytes"] / stats["median"] / 1e9),
         "error_share_of_budget": rounded(info["error_share_of_budget"]),
         "foreign_load": rounded(info["foreign_load"], 2),
     }
@@ -61,8 +62,8 @@ def collect(report: Row) -> Results:
             workloads[name] = asdict(scaled) | {
                 "sizes": list(scaled.sizes),
                 "P": scaled.P,
-                "flops": {mode: scaled.flops(mode) for mode in MODES},
-                "bytes": {mode: scaled.bytes(mode) for mode in MODES},
+                "flops": {mode: scaled.flops(mode) for mode in scaled.modes},
+                "bytes": {mode: scaled.bytes(mode) for mode in scaled.modes},
             }
     return {
         **run,

@@ -21,19 +21,26 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Rival:
-    """`build(problem, mode)` returns a call that does all the work anew each time and comes back
-    when the result is there: (y,) or (y, gradients of the four parameters, gradient of z)."""
+    """`build(problem, mode)` takes a problem of `dtype`, and returns a call that does all the work
+    anew each time and comes back when the result is there: (y,), or (y, gradients of the four
+    parameters, gradient of z)."""
 
     name: str
     about: str
-    build: Callable[[Problem, str], Call]
+    build: Callable[[Any, str], Call]
+    dtype: torch.dtype = torch.float32
 
 
 # z, x -> y, with the four parameters in the order of Problem.parameters.
 Network = tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, ...]]
 
 
-def torch_rival(name: str, about: str, network: Callable[[Problem], Network]) -> Rival:
+def torch_rival(
+    name: str,
+    about: str,
+    network: Callable[[Problem], Network],
+    dtype: torch.dtype = torch.float32,
+) -> Rival:
     """A rival from a differentiable PyTorch function of (z, x)."""
 
     def build(problem: Problem, mode: str) -> Call:
@@ -51,7 +58,7 @@ def torch_rival(name: str, about: str, network: Callable[[Problem], Network]) ->
 
         return forward if mode == "forward" else forward_backward
 
-    return Rival(name, about, build)
+    return Rival(name, about, build, dtype)
 
 
 def load_linears(module: nn.Module, problem: Problem) -> tuple[Tensor, ...]:

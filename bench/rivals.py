@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from .bank_rivals import BANK_RIVALS
 from .hyperfast_entry import HYPERFAST
 from .jax_rival import JAX_RIVAL
 from .packages import PACKAGES
+from .rival import Call, Rival, Unavailable
 from .torch_rivals import TORCH_RIVALS
+from .workloads import AnyWorkload, BankWorkload
 
 RIVALS = {r.name: r for r in (*HYPERFAST, *TORCH_RIVALS, JAX_RIVAL, *PACKAGES)}
 
 # Ratios are taken to this entry.
 OURS = "hyperfast"
+
+NO_BANK = {
+    "hyperfast compiled": "the eager entry is one op a layer: nothing is left to fuse",
+    "vmap": "takes the gathered weights of every row, as bmm does, and calls the same bmm",
+    "bmm by layer compiled": "no weights are generated here: the same as bmm compiled",
+    "hypnettorch": "keeps no bank: its target takes the weights of one task a call",
+    "hyperlight": "keeps no bank: its target takes the weights of one task a call",
+    "hyper-nn": "keeps no bank: its target takes the weights of one task a call",
+}
+
+
+def entry(name: str, workload: AnyWorkload) -> Rival:
+    """What runs under that name on that workload; its build may raise Unavailable."""
+    if not isinstance(workload, BankWorkload):
+        return RIVALS[name]
+    if name in BANK_RIVALS:
+        return BANK_RIVALS[name]
+
+    def build(problem: object, mode: str) -> Call:
+        raise Unavailable(NO_BANK[name])
+
+    return Rival(name, NO_BANK[name], build)

@@ -19,8 +19,8 @@ from .conftest import ABSENT, chosen
 from .contest import Outcome
 from .machine import commit, versions
 from .memory import Peaks
-from .rivals import RIVALS
-from .workloads import MODES, WORKLOADS
+from .rivals import RIVALS, entry
+from .workloads import WORKLOADS
 
 
 class ReplayClock:
@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("ig
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     workloads = chosen(metafunc.config.getoption("--workloads"), WORKLOADS)
-    contests = [(workload, mode) for workload in workloads for mode in MODES]
+    contests = [(name, mode) for name in workloads for mode in WORKLOADS[name].modes]
     ids = ["-".join(contest) for contest in contests]
     rivals = chosen(metafunc.config.getoption("--rivals"), RIVALS)
     metafunc.parametrize("rival", rivals)
@@ -82,7 +82,7 @@ def test_speed(
         error_share_of_budget=outcome.share,
         foreign_load=outcome.foreign_load,
         flops=workload.flops(mode),
-        bytes=workload.bytes(mode),
+        bytes=workload.bytes(mode, entry(rival, workload).dtype.itemsize),
         threads=request.config.getoption("--threads"),
         versions=versions(),
         commit=commit(),

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .problem import ACTIVATIONS, Problem, target_weights
 from .rival import Network, load_linears, torch_rival
-from .workloads import Workload
+from .workloads import AnyWorkload, Workload
 
 
 class Activation(nn.Module):
@@ -43,6 +43,15 @@ def loop(problem: Problem) -> Network:
     generate, leaves = generator(problem)
     activation = ACTIVATIONS[problem.workload.activation]
 
+    def single(z: Tensor, x: Tensor) -> Tensor:
+        """The body alone, as one writes it for a single task."""
+        rows = x.squeeze(0)
+        for index, (weight, bias) in enumerate(target_weights(generate(z), problem.workload)):
+            rows = linear(
+                rows if index == 0 else activation(rows), weight.squeeze(0), bias.squeeze(0)
+            )
+        return rows.unsqueeze(0)
+
     def function(z: Tensor, x: Tensor) -> Tensor:
         layers = [
             (weight.unbind(), bias.unbind())
@@ -55,7 +64,7 @@ def loop(problem: Problem) -> Network:
             outputs.append(rows)
         return torch.stack(outputs)
 
-    return function, leaves
+    return (single if problem.workload.B == 1 else function), leaves
 
 
 def vmap_functional_call(problem: Problem) -> Network:
@@ -72,7 +81,7 @@ def vmap_functional_call(problem: Problem) -> Network:
     return function, leaves
 
 
-def apply_bmm(workload: Workload, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+def apply_bmm(workload: AnyWorkload, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     activation = ACTIVATIONS[workload.activation]
     for index, (weight, bias) in enumerate(layers):
         x = x if index == 0 else activation(x)

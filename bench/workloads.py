@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 MODES = ("forward", "forward+backward")
 
@@ -10,6 +11,9 @@ MODES = ("forward", "forward+backward")
 @dataclass(frozen=True)
 class Workload:
     """B tasks with N rows each; trunk z_dim -> H (relu) and head H -> P make an MLP of `sizes`."""
+
+    modes = MODES
+    requests = 1
 
     name: str
     B: int
@@ -22,7 +26,7 @@ class Workload:
     @property
     def layers(self) -> list[tuple[int, int]]:
         """(in, out) of each target layer."""
-        return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
+        return list(pairwise(self.sizes))
 
     @property
     def macs(self) -> int:
@@ -67,7 +71,52 @@ class Workload:
         return itemsize * (forward + differentiated + rows * self.sizes[-1])
 
 
-WORKLOADS = {
+@dataclass(frozen=True)
+class BankWorkload:
+    """Given weights of many tasks, and requests of `rows` mixed rows, each for a random task.
+
+    One call serves all requests, lest what one leaves in the caches should serve the next call;
+    times, FLOPs and bytes are of one request.
+    """
+
+    modes = MODES[:1]
+
+    name: str
+    tasks: int
+    rows: int
+    sizes: tuple[int, ...]
+    activation: str = "relu"
+    requests: int = 4
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(in, out) of each layer."""
+        return list(pairwise(self.sizes))
+
+    @property
+    def P(self) -> int:
+        """Parameters of one network."""
+        return sum(i * o + o for i, o in self.layers)
+
+    def scaled(self, factor: int) -> BankWorkload:
+        """As many times the tasks, and the rows."""
+        return replace(self, tasks=self.tasks * factor, rows=self.rows * factor)
+
+    def flops(self, mode: str) -> int:
+        """Two a multiply-add."""
+        return 2 * self.rows * sum(i * o for i, o in self.layers)
+
+    def bytes(self, mode: str, itemsize: int = 4) -> int:
+        """Compulsory traffic: x, y and ids, and once the weights of each task that is asked for. Of
+        T tasks, R random rows ask for T (1 - (1 - 1/T)^R) on average."""
+        touched = round(self.tasks * (1 - (1 - 1 / self.tasks) ** self.rows))
+        values = touched * self.P + self.rows * (self.sizes[0] + self.sizes[-1])
+        return itemsize * values + 8 * self.rows
+
+
+AnyWorkload = Workload | BankWorkload
+
+WORKLOADS: dict[str, AnyWorkload] = {
     w.name: w
     for w in (
         Workload("qmix1024", B=1024, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),
@@ -79,5 +128,7 @@ WORKLOADS = {
         Workload("mlp128_n8", B=512, N=8, z_dim=32, H=128, sizes=(128, 128, 128)),
         Workload("mlp128_n64", B=512, N=64, z_dim=32, H=128, sizes=(128, 128, 128)),
         Workload("siren", B=16, N=4096, z_dim=32, H=256, sizes=(2, 64, 64, 1), activation="sin"),
+        Workload("mlp64_single", B=1, N=1, z_dim=32, H=64, sizes=(64, 64, 10)),
+        BankWorkload("bank20000", tasks=20_000, rows=4096, sizes=(64, 64, 10)),
     )
 }
