@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from hyperfast import ops
+from hyperfast.plan import HAS_TRITON
 
 # A backend registers its kernels for a dispatch key; the reference needs none.
 KEYS = {"cpp": "CPU", "triton": "CUDA"}
@@ -39,7 +40,7 @@ def interpreting() -> bool:
 def why_missing(backend: str) -> str:
     """Why ``backend`` cannot be used here; empty where it can."""
     if backend == "triton":
-        if not ops.HAS_TRITON:
+        if not HAS_TRITON:
             return "the package triton is not installed"
         if not torch.cuda.is_available() and not interpreting():
             return "torch sees no CUDA device, nor is TRITON_INTERPRET=1 set to run on the CPU"

@@ -10,7 +10,6 @@ derivatives of every order stay inside them. Shapes are those of :mod:`hyperfast
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hyperfast import checks, eager, reference
+from hyperfast.plan import HAS_TRITON
 
 # What a tensor argument holds: an entry a row, an entry a task, the ids, or the same for all tasks.
 ROW, TASK, IDS, SHARED = "row", "task", "ids", "shared"
-
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _triton(name: str) -> Callable[..., Tensor]:

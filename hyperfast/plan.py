@@ -7,13 +7,19 @@ predict seconds.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from hyperfast.model import HyperMLP
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 PLANS = ("contract", "tile", "materialize")
 
@@ -53,6 +59,26 @@ DEVICES = {
 BLOCK = 1 << 18
 
 
+class Gpu(NamedTuple):
+    """What the fused kernel and a library's matrix product reach in one kind of arithmetic: FLOP/s.
+    An H200's peaks by its data sheet, of which a fused kernel is taken to reach half and a library
+    three quarters. The figures order the plans; they are not measured."""
+
+    fused: float
+    library: float
+
+
+GPU = {
+    "half": Gpu(495e12, 740e12),
+    "tf32": Gpu(245e12, 370e12),
+    "fp32": Gpu(33e12, 50e12),
+    "fp64": Gpu(33e12, 50e12),
+}
+GPU_MEMORY, GPU_CACHE = 4.8e12, 7e12  # bytes/s
+GPU_LAUNCH = 3e-6  # seconds
+GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one plan takes for one layer, forward."""
@@ -66,7 +92,9 @@ class Cost:
 
 @lru_cache(maxsize=4096)
 def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
-    """The cost of every plan, by name."""
+    """The cost of every plan, by name; ``device`` is a :func:`device_key`."""
+    if device in GPU:
+        return _gpu_costs(layer, itemsize, GPU[device])
     machine = DEVICES.get(device, DEVICES["cuda"])
     b, r, i, o, k, ragged, _ = layer
     p = layer.params
@@ -89,6 +117,53 @@ def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
         seconds += 2 * extra * itemsize * spills / machine.bandwidth
         result[name] = Cost(name, flops, moved, extra * itemsize, seconds)
     return result
+
+
+def _gpu_costs(layer: Layer, itemsize: int, gpu: Gpu) -> dict[str, Cost]:
+    """Where fused kernels run: ``contract`` stores nothing; ``tile`` writes and reads the weights
+    in cache, a block at a time; ``materialize`` in memory, unless they fit."""
+    b, r, i, o, k, ragged, _ = layer
+    p = layer.params
+    io = (p * k + b * k + r * (i + o)) * itemsize
+    weights = b * p * itemsize
+    generated = 2 * b * p * k + 2 * r * p
+    blocks = max(-(-weights // GPU_BLOCK), 1)
+    memory = GPU_MEMORY if blocks > 1 else GPU_CACHE
+    # FLOPs at a rate, weights stored, bytes of them moved at a rate, launches. Mixed rows would
+    # have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
+    table = {
+        "contract": (2 * r * p * k, gpu.fused, 0, 0, memory, 1),
+        "tile": (generated, gpu.library, min(weights, GPU_BLOCK), 2 * weights, GPU_CACHE,
+                 2 * blocks),
+        "materialize": (generated, gpu.library, weights, 2 * weights, memory, 2),
+    }  # fmt: skip
+    return {
+        name: Cost(
+            name,
+            flops,
+            io + min(moved, 2 * stored),
+            stored,
+            math.inf
+            if ragged and name == "tile"
+            else flops / rate + moved / bandwidth + launches * GPU_LAUNCH,
+        )
+        for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()
+    }
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """The kind of arithmetic, a key of :data:`GPU`: fp32 is TF32 where PyTorch's products are."""
+    if dtype == torch.float64:
+        return "fp64"
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+    return "half"
+
+
+def device_key(device: str, dtype: torch.dtype) -> str:
+    """What the choice of plan depends on besides sizes: a key of :data:`DEVICES`, or of
+    :data:`GPU` where fused kernels run."""
+    return arithmetic(dtype) if device == "cuda" and HAS_TRITON else device
 
 
 @lru_cache(maxsize=4096)
@@ -153,12 +228,13 @@ def explain(
     for size in x_shape[:-1]:
         rows *= size
     weight = hyper.head.weight
+    device = device_key(weight.device.type, weight.dtype)
     explained = []
     for layer in spec.layers:
         i, o = layer.in_features, layer.out_features
         sizes = Layer(z_shape[0], rows, i, o, hyper.head.in_features, ragged, layer.bias)
-        table = costs(sizes, weight.element_size(), weight.device.type)
-        name = choose(sizes, weight.element_size(), weight.device.type)
+        table = costs(sizes, weight.element_size(), device)
+        name = choose(sizes, weight.element_size(), device)
         explained.append((f"{i} -> {o}", table[name]))
     title = f"x {x_shape}, z {z_shape}, {str(weight.dtype).removeprefix('torch.')}"
     return Explanation(f"{title} on {weight.device.type}", tuple(explained))

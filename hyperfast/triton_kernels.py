@@ -15,7 +15,7 @@ sort of their task ids gives. Offsets that can pass 2^31 elements are 64-bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from statistics import median
@@ -322,14 +322,19 @@ def hyper_linear(
     _agree(x=x, h=h, weight=weight, bias=bias)
     _expect(weight, "weight", (n + out * target_bias, h.shape[1]))
     _expect(bias, "bias", weight.shape[:1])
+    rows = _rows([x], [h], task_ids, len(h))
     plan = plan or _choose(x, len(h), out, ins, h.shape[1], task_ids)
-    if plan == "tile":
+    if plan == "tile" and task_ids is not None:
         return eager.hyper_linear(x, h, weight, bias, task_ids, target_bias, plan)
+    if plan == "tile":
+        y = x.new_empty(*x.shape[:-1], out)
+        for t in _blocks(h, len(weight)):
+            y[t] = hyper_linear(x[t], h[t], weight, bias, None, target_bias, "materialize")
+        return y
     if plan == "materialize":
         flat = F.linear(h, weight, bias)
         w, b = flat[:, :n].unflatten(1, (out, ins)), flat[:, n:] if target_bias else None
         return task_linear(x, w, b, task_ids)
-    rows = _rows(x, task_ids, len(h))
     y = _trilinear(
         (x.reshape(-1, ins), False),
         (h, True),
@@ -356,13 +361,18 @@ def hyper_linear_grad_x(
     _agree(grad=grad, h=h, weight=weight, bias=bias)
     _expect(weight, "weight", (out * ins, h.shape[1]))
     _expect(bias, "bias", weight.shape[:1])
+    rows = _rows([grad], [h], task_ids, len(h))
     plan = plan or _choose(grad, len(h), out, ins, h.shape[1], task_ids)
-    if plan == "tile":
+    if plan == "tile" and task_ids is not None:
         return eager.hyper_linear_grad_x(grad, h, weight, bias, task_ids, plan)
+    if plan == "tile":
+        y = grad.new_empty(*grad.shape[:-1], ins)
+        for t in _blocks(h, len(weight)):
+            y[t] = hyper_linear_grad_x(grad[t], h[t], weight, bias, None, "materialize")
+        return y
     if plan == "materialize":
         w = F.linear(h, weight, bias).unflatten(1, (out, ins))
         return task_linear(grad, w.mT, None, task_ids)
-    rows = _rows(grad, task_ids, len(h))
     y = _trilinear(
         (grad.reshape(-1, out), False),
         (h, True),
@@ -389,13 +399,17 @@ def hyper_linear_grad_h(
     n = out * ins
     _agree(grad=grad, x=x, weight=weight)
     _expect(weight, "weight", (n + out * target_bias, features))
-    _expect(x, "x", (*grad.shape[:-1], ins))
     plan = plan or _choose(x, tasks, out, ins, features, task_ids)
-    if plan == "tile":
+    rows = _rows([grad, x], [], task_ids, tasks)
+    if plan == "tile" and task_ids is not None:
         return eager.hyper_linear_grad_h(grad, x, weight, task_ids, tasks, target_bias, plan)
+    if plan == "tile":
+        y = grad.new_empty(tasks, features)
+        for t in _blocks(y, len(weight)):
+            y[t] = _grad_flat(grad[t], x[t], None, len(y[t]), target_bias) @ weight
+        return y
     if plan == "materialize":
         return _grad_flat(grad, x, task_ids, tasks, target_bias) @ weight
-    rows = _rows(grad, task_ids, tasks)
     single = task_ids is None and rows.per_task == 1
     each = _trilinear(
         (grad.reshape(-1, out), False),
@@ -427,15 +441,20 @@ def hyper_linear_grad_weight(
 ) -> Tensor:
     out, ins, features = grad.shape[-1], x.shape[-1], h.shape[1]
     _agree(grad=grad, x=x, h=h)
-    _expect(x, "x", (*grad.shape[:-1], ins))
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
-    if plan == "tile":
+    rows = _rows([grad, x], [h], task_ids, len(h))
+    n = out * ins
+    if plan == "tile" and task_ids is not None:
         return eager.hyper_linear_grad_weight(grad, x, h, task_ids, target_bias, plan)
+    if plan == "tile":  # summed in fp32, or the rounding would grow with the number of blocks
+        total = torch.promote_types(grad.dtype, torch.float32)
+        y = grad.new_zeros(n + out * target_bias, features, dtype=total)
+        for t in _blocks(h, len(y)):
+            y += _grad_flat(grad[t], x[t], None, len(h[t]), target_bias).mT @ h[t]
+        return y.to(grad.dtype)
     if plan == "materialize":
         return _grad_flat(grad, x, task_ids, len(h), target_bias).mT @ h
-    rows = _rows(grad, task_ids, len(h))
     grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
-    n = out * ins
     y = grad.new_empty(n + out * target_bias, features)
     _sum_outer((grad, False), (x, False), (h, True), y[:n].unflatten(0, (out, ins)), rows)
     if target_bias:
@@ -449,16 +468,16 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: Tensor
     _agree(x=x, weight=weight, bias=bias)
     _expect(x, "x", (*x.shape[:-1], ins))
     _expect(bias, "bias", weight.shape[:2])
-    if task_ids is None and x.shape[1] >= MANY:
+    rows = _rows([x], [weight], task_ids, tasks)
+    if rows.keys is None and rows.per_task >= MANY:
         return reference.task_linear(x, weight, bias)
-    rows = _rows(x, task_ids, tasks)
     order = None
     if rows.keys is not None:
         keys, order = rows.keys.sort(stable=True)
         rows = rows._replace(keys=keys)
     y = x.new_empty(*x.shape[:-1], out)
     x = x.reshape(-1, ins)
-    kind = _kind(x.dtype)
+    kind = plans.arithmetic(x.dtype)
     c = TASK[kind]
     share = rows.total / max(tasks, 1)
     few = 1 if share < 2 else min(_power(int(share)), c.rows)
@@ -483,10 +502,9 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: Tensor
 def task_linear_grad_weight(grad: Tensor, x: Tensor, task_ids: Tensor | None, tasks: int) -> Tensor:
     out, ins = grad.shape[-1], x.shape[-1]
     _agree(grad=grad, x=x)
-    _expect(x, "x", (*grad.shape[:-1], ins))
-    if task_ids is None and x.shape[1] >= MANY:
+    rows = _rows([grad, x], [], task_ids, tasks)
+    if rows.keys is None and rows.per_task >= MANY:
         return reference.task_linear_grad_weight(grad, x, None, tasks)
-    rows = _rows(grad, task_ids, tasks)
     order = starts = None
     if rows.keys is not None:
         keys, order = rows.keys.sort(stable=True)
@@ -494,7 +512,7 @@ def task_linear_grad_weight(grad: Tensor, x: Tensor, task_ids: Tensor | None, ta
         starts = torch.searchsorted(keys, edges)
     y = grad.new_empty(tasks, out, ins)
     grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
-    kind = _kind(x.dtype)
+    kind = plans.arithmetic(x.dtype)
     c = TASK[kind]
     depth = c.depth if rows.total >= MANY * tasks and min(out, ins) >= MANY else 1
     smallest = 1 if depth == 1 else 16
@@ -539,7 +557,7 @@ def _trilinear(
     and constant: ``a_weight (N, I)``, ``b_weight (N, J)``, ``bias (N,)``.
     """
     n, i, j = v.shape
-    table = CONTRACT[_kind(v.dtype)]
+    table = CONTRACT[plans.arithmetic(v.dtype)]
     cap = table[0].depth
 
     def work(looped: int, dotted: int) -> int:
@@ -592,7 +610,7 @@ def _sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> Non
         a, b, y = b, a, y.transpose(0, 1)
     shape = y.shape
     (a_, a_task), (b_, b_task), (c_, c_task) = a, b, c
-    kind = _kind(y.dtype)
+    kind = plans.arithmetic(y.dtype)
     total_dtype = torch.promote_types(y.dtype, torch.float32)
 
     def tile(config: Config) -> tuple[int, int, int]:
@@ -677,24 +695,31 @@ def _launch(kernel: Any, programs: int, first: Tensor, *args: Any, **options: An
             kernel[(programs,)](first, *args, **options)
 
 
-def _rows(x: Tensor, task_ids: Tensor | None, tasks: int) -> Rows:
-    """The rows of ``x (B, N, I)``, or ``(R, I)`` with ids, and their tasks.
+def _rows(rows: list[Tensor], per_task: list[Tensor], task_ids: Tensor | None, tasks: int) -> Rows:
+    """The rows, after a check that all arguments speak of the same ones.
 
     Raises:
-        ValueError: the rows are not those of ``tasks`` tasks.
-        IndexError: an id is out of range (a device-side assertion on a GPU).
+        ValueError: they do not.
+        IndexError: an id is out of range (on a GPU, a device-side assertion).
     """
+    checks.fitting(rows, per_task, tasks, task_ids)
     if task_ids is None:
-        _expect(x, "x", (tasks, *x.shape[1:]))
-        return Rows(x.shape[0] * x.shape[1], x.shape[1], None)
-    _expect(task_ids, "task_ids", x.shape[:1])
-    if task_ids.dtype != torch.int64 or task_ids.device != x.device:
-        raise TypeError(f"task_ids must be int64 on {x.device}, got {task_ids.dtype}")
+        return Rows(tasks * rows[0].shape[1], rows[0].shape[1], None)
+    if task_ids.dtype != torch.int64 or task_ids.device != rows[0].device:
+        raise TypeError(
+            f"task_ids must be int64 on {rows[0].device}, got {task_ids.dtype} on {task_ids.device}"
+        )
     if INTERPRETED:
         checks.in_range(task_ids, tasks)
-    keys = torch.empty(task_ids.shape, dtype=torch.int32, device=x.device)
+    keys = torch.empty(task_ids.shape, dtype=torch.int32, device=task_ids.device)
     _launch(_keys, _up(len(keys), 1024), task_ids.contiguous(), keys, len(keys), tasks, BLOCK=1024)
     return Rows(len(keys), 1, keys)
+
+
+def _blocks(h: Tensor, params: int) -> Iterator[slice]:
+    """Slices of the tasks, whose ``params`` generated weights each fit half of the cache."""
+    step = max(1, plans.GPU_BLOCK // (h.element_size() * max(params, 1)))
+    return (slice(t, min(t + step, len(h))) for t in range(0, len(h), step))
 
 
 def _agree(**tensors: Tensor | None) -> None:
@@ -719,22 +744,14 @@ def _choose(
 ) -> str:
     rows = x.shape[:-1].numel()
     layer = plans.Layer(tasks, rows, ins, out, features, ragged=task_ids is not None)
-    return plans.choose(layer, x.element_size(), "cuda")
-
-
-def _kind(dtype: torch.dtype) -> str:
-    if dtype == torch.float64:
-        return "fp64"
-    if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
-    return "half"
+    return plans.choose(layer, x.element_size(), plans.arithmetic(x.dtype))
 
 
 def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     """16-bit products are summed in fp32; fp32 ones are rounded to TF32 where PyTorch's are."""
     return {
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if _kind(dtype) == "tf32" else "ieee",
+        "PRECISION": "tf32" if plans.arithmetic(dtype) == "tf32" else "ieee",
     }
 
 

@@ -54,6 +54,7 @@ KINDS = {
 }
 # Bytes a thread: ptxas spills up to four registers rather than give up a program a multiprocessor.
 MAY_SPILL = dict.fromkeys([*product(["sm_80"], KINDS), ("sm_90", "fp32")], 16)
+RUNS_AS = {"bf16": "half", "fp16": "half"}
 MATRIX_UNIT = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|v_mfma")
 
 # tasks, rows a task, in, out, features, ragged: many rows and few, wide layers and narrow.
@@ -123,7 +124,7 @@ def launches(kind, multiprocessors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_launch", record)
         patch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
-        patch.setattr(kernels, "_kind", lambda dtype: kind if kind in kernels.TASK else "half")
+        patch.setattr(kernels.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
         for size in SIZES[:1] if kind == "fp16" else SIZES:
             run_all(KINDS[kind], *size)
     return list(recorded)
