@@ -3,6 +3,7 @@
 from hyperfast import functional
 from hyperfast.activations import Sine
 from hyperfast.backend import use_backend
+from hyperfast.bank import TaskBank
 from hyperfast.hypernet import HyperNet
 from hyperfast.model import HyperMLP
 from hyperfast.module_target import ModuleTarget
@@ -17,6 +18,7 @@ __all__ = [
     "ModuleTarget",
     "Sine",
     "TargetNet",
+    "TaskBank",
     "explain",
     "functional",
     "use_backend",

@@ -1,0 +1,459 @@
+"""A bank on disk: a memory-mapped safetensors file, and a log of what came after it.
+
+A **block** is a safetensors image: ``u64 length | JSON header | tensors back to back``, all little
+endian. Its header is exactly what :func:`header` makes of its metadata and shapes, so that a reader
+who makes it again and finds the same bytes knows that every tensor lies within the block.
+
+A **snapshot** is a block whose first tensor, ``checksums (I64)``, holds CRC-32s: of the header, of
+every part of every other tensor (whole rows, about 64 KB), and last of the checksums before it.
+Header, checksums and small tensors are verified when a file is opened; a part of a mapped tensor
+before its first use.
+
+A **log** is a sequence of records: a block each, framed by ``magic | CRC-32 of the block | u64
+length | u64 sequence number | CRC-32 of these``. It begins with a record that names the bank and
+the snapshot's sequence number, and what follows counts on from there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing guards against two writers
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = "hyperfast.TaskBank/1"
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 1 << 16
+PART = 1 << 16
+MAGIC = b"HFR1"
+FRAME = struct.Struct("<4sIQQI")
+
+
+class BankFileError(ValueError):
+    """A file that is damaged, is not a bank, or does not fit what it is opened with."""
+
+
+class Array(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for n in self.shape[1:]:
+            size *= n
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+    @property
+    def step(self) -> int:
+        """Rows of one part."""
+        return max(1, PART // max(1, self.row_bytes))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.shape[0] // self.step)
+
+
+def header(meta: Mapping[str, Any], arrays: Mapping[str, Array]) -> tuple[bytes, dict[str, int]]:
+    """The head of a block, length included, and where in the block each tensor begins.
+
+    Wide dtypes come first, so that every tensor is aligned.
+    """
+    entries: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "bank": json.dumps(meta, sort_keys=True)}
+    }
+    at, starts = 0, {}
+    for name, array in sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize):
+        starts[name] = at
+        at += array.nbytes
+        entries[name] = {
+            "dtype": NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [starts[name], at],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + start for name, start in starts.items()}
+
+
+def parse(block: memoryview, source: str) -> tuple[dict[str, Any], dict[str, Array], int]:
+    """Metadata and arrays of a block, and the length of its head. Every tensor lies within it.
+
+    Raises:
+        BankFileError: the block is none that :func:`header` made.
+    """
+    length = int.from_bytes(block[:8], "little")
+    if len(block) < 8 or length > min(len(block) - 8, HEADER_LIMIT):
+        raise BankFileError(f"{source} is not a bank: its header does not fit")
+    head = bytes(block[: 8 + length])
+    try:
+        entries = json.loads(head[8:].decode())
+        meta = json.loads(entries.pop("__metadata__")["bank"])
+        arrays = {
+            name: Array(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+        sizes = [n for array in arrays.values() for n in array.shape]
+        ranks = [len(array.shape) for array in arrays.values()]
+        if any(type(n) is not int or n < 0 for n in sizes) or 0 in ranks:
+            raise ValueError("a shape")
+        again, _ = header(meta, arrays)
+        if again != head or not isinstance(meta, dict):
+            raise ValueError("not canonical")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BankFileError(f"{source} is not a bank, or its header is damaged") from error
+    size = len(head) + sum(array.nbytes for array in arrays.values())
+    if size != len(block):
+        raise BankFileError(f"{source} must have {size} bytes by its header, got {len(block)}")
+    return meta, arrays, len(head)
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, kept alive by it."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return memoryview(b"")
+    memory = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
+
+
+def view(buffer: Any, array: Array, start: int) -> Tensor:
+    """The tensor at ``start`` of a writable buffer, which it keeps alive."""
+    if array.nbytes == 0:
+        return torch.empty(array.shape, dtype=array.dtype)
+    flat = torch.frombuffer(
+        buffer, dtype=array.dtype, count=array.nbytes // array.dtype.itemsize, offset=start
+    )
+    return flat.view(array.shape)
+
+
+# Snapshots
+
+
+def write_snapshot(
+    path: Path, meta: Mapping[str, Any], content: Mapping[str, tuple[Array, Iterable[Tensor]]]
+) -> None:
+    """Writes a file that is either there in whole or not at all, also after a crash.
+
+    Args:
+        content: of every tensor its shape, and its rows in consecutive pieces; all but the last
+            piece of a tensor hold a multiple of ``step`` rows.
+    """
+    arrays = {name: array for name, (array, _) in content.items()}
+    count = 2 + sum(array.parts for array in arrays.values())
+    arrays["checksums"] = Array(torch.int64, (count,))
+    head, starts = header(meta, arrays)
+    if len(head) > HEADER_LIMIT:
+        raise ValueError(f"the description of the bank must fit into {HEADER_LIMIT} bytes")
+    temporary = path.with_name(path.name + ".tmp")
+    with exclusive(temporary) as file, _removed_on_error(temporary):
+        file.truncate(0)
+        file.write(head)
+        sums = [zlib.crc32(head)]
+        for name in [name for name in starts if name in content]:
+            array, pieces = content[name]
+            file.seek(starts[name])
+            step = array.step * array.row_bytes
+            for piece in pieces:
+                data = raw(piece.contiguous().cpu())
+                sums += [zlib.crc32(data[n : n + step]) for n in range(0, len(data), step)]
+                file.write(data)
+        sums.append(zlib.crc32(raw(torch.tensor(sums))))
+        file.seek(starts["checksums"])
+        file.write(raw(torch.tensor(sums)))
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path)
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+class Snapshot:
+    """A mapped file.
+
+    Attributes:
+        meta: what :func:`write_snapshot` was given.
+        tensors: by name. They are private copies on write of what all processes share, and their
+            content is verified only by their guard.
+        guards: of every tensor its :class:`Checks`.
+
+    Raises:
+        BankFileError: not a snapshot, or its header or its checksums are damaged.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size < 8:
+                raise BankFileError(f"{path} is too short to be a bank")
+            # ACCESS_COPY: torch takes no read-only memory. Nothing is ever written to it.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        block = memoryview(mapped)
+        self.meta, arrays, length = parse(block, str(path))
+        _, starts = header(self.meta, arrays)
+        count = 2 + sum(a.parts for name, a in arrays.items() if name != "checksums")
+        if arrays.get("checksums") != Array(torch.int64, (count,)):
+            raise BankFileError(f"{path} does not have the {count} checksums of a bank")
+        # A copy of its own: 8 bytes for every 64 KB.
+        sums = view(mapped, arrays["checksums"], starts["checksums"]).clone()
+        own, of_header = int(sums[-1]), int(sums[0])
+        if zlib.crc32(raw(sums[:-1])) != own or zlib.crc32(block[:length]) != of_header:
+            raise BankFileError(f"{path} is damaged: its header or its checksums have changed")
+        self.tensors: dict[str, Tensor] = {}
+        self.guards: dict[str, Checks] = {}
+        at = 1
+        for name, array in arrays.items():
+            if name == "checksums":
+                continue
+            data = block[starts[name] : starts[name] + array.nbytes]
+            self.tensors[name] = view(mapped, array, starts[name])
+            self.guards[name] = Checks(
+                f"{name} of {path}", data, array, sums[at : at + array.parts]
+            )
+            at += array.parts
+
+
+class Checks:
+    """The guard of one mapped tensor: verifies a part when one of its rows is first asked for."""
+
+    def __init__(self, name: str, data: memoryview, array: Array, sums: Tensor):
+        self._name, self._data, self._array, self._sums = name, data, array, sums
+        self._pending: Tensor | None = torch.ones(len(sums), dtype=torch.bool)
+
+    def __call__(self, rows: Tensor | None) -> None:
+        """Raises BankFileError if one of ``rows``, or any for ``None``, lies in a damaged part.
+
+        Threads may verify the same part twice. None goes on before its parts are verified, for a
+        part leaves ``pending`` only afterwards.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        if rows is not None:
+            touched = rows.div(self._array.step, rounding_mode="floor")
+            wanted = touched[pending[touched]].unique()
+        else:
+            wanted = pending.nonzero().squeeze(1)
+        if not len(wanted):
+            return
+        size = self._array.step * self._array.row_bytes
+        for part in wanted.tolist():
+            if zlib.crc32(self._data[part * size : (part + 1) * size]) != int(self._sums[part]):
+                first = part * self._array.step
+                last = min(first + self._array.step, self._array.shape[0]) - 1
+                raise BankFileError(f"{self._name} is damaged in its rows {first} to {last}")
+        pending[wanted] = False
+        if not bool(pending.any()):
+            self._pending = None
+
+
+# The log
+
+
+class Record(NamedTuple):
+    """One record, and where it ends in its file."""
+
+    sequence: int
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+    end: int
+
+
+def records(file: BinaryIO, source: str) -> Iterator[Record]:
+    """The records of a log. A torn tail ends them: at most one record is ever unacknowledged, so
+    what is torn is not followed by a record.
+
+    Raises:
+        BankFileError: damage other than a torn tail.
+    """
+    size, at = os.fstat(file.fileno()).st_size, 0
+    while at < size:
+        file.seek(at)
+        frame = _unframe(file.read(FRAME.size))
+        if frame is None:
+            file.seek(at)
+            rest = file.read()
+            found = rest.find(MAGIC, 1)
+            while found >= 0:
+                if _unframe(rest[found : found + FRAME.size]):
+                    raise BankFileError(f"{source} is damaged at byte {at}")
+                found = rest.find(MAGIC, found + 1)
+            return
+        checksum, length, sequence = frame
+        start, end = at + FRAME.size, at + FRAME.size + length
+        if end > size:
+            return
+        block = bytearray(file.read(length))
+        if zlib.crc32(block) != checksum:
+            if end == size:
+                return
+            raise BankFileError(f"{source} is damaged at byte {start}")
+        meta, arrays, _ = parse(memoryview(block), source)
+        _, starts = header(meta, arrays)
+        tensors = {name: view(block, array, starts[name]) for name, array in arrays.items()}
+        yield Record(sequence, meta, tensors, end)
+        at = end
+
+
+def _unframe(data: bytes) -> tuple[int, int, int] | None:
+    """Checksum, length and sequence number, or ``None`` if this is no frame."""
+    if len(data) < FRAME.size:
+        return None
+    magic, checksum, length, sequence, own = FRAME.unpack(data)
+    if magic != MAGIC or zlib.crc32(data[:-4]) != own:
+        return None
+    return checksum, length, sequence
+
+
+class Log:
+    """The open end of a log, held by one process at a time.
+
+    Raises:
+        BankFileError: another process holds it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = exclusive(path)
+        self.end = 0
+        self.broken = False
+
+    def begin(self, bank: str, sequence: int) -> None:
+        """An empty log for the snapshot of that bank and sequence number."""
+        self.end = 0
+        self.file.truncate(0)
+        self.append(sequence, {"op": "begin", "bank": bank}, {})
+        sync_folder(self.path)
+
+    def append(self, sequence: int, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Writes a record; when this returns, it is on disk.
+
+        Raises:
+            OSError: it may not be; nothing can be appended any more.
+        """
+        if self.broken:
+            state = "is closed" if self.file.closed else "could not be written before"
+            raise OSError(f"{self.path} {state}: nothing more can be changed")
+        kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        arrays = {name: Array(t.dtype, tuple(t.shape)) for name, t in kept.items()}
+        head, starts = header(meta, arrays)
+        block = bytearray(head)
+        for name in starts:
+            block += raw(kept[name])
+        frame = FRAME.pack(MAGIC, zlib.crc32(block), len(block), sequence, 0)[:-4]
+        frame += struct.pack("<I", zlib.crc32(frame))
+        self.broken = True
+        self.file.seek(self.end)
+        self.file.write(frame + block)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.broken = False
+        self.end += len(frame) + len(block)
+
+    def cut(self, end: int) -> None:
+        """Drops what follows ``end``."""
+        self.file.truncate(end)
+        os.fsync(self.file.fileno())
+        self.end = end
+
+    def trim(self, start: int, bank: str, sequence: int) -> None:
+        """Drops the records before ``start``, which a snapshot now holds."""
+        new = Log(self.path.with_name(self.path.name + ".tmp"))
+        new.begin(bank, sequence)
+        self.file.seek(start)
+        while piece := self.file.read(min(1 << 20, self.end - self.file.tell())):
+            new.file.write(piece)
+            new.end += len(piece)
+        new.file.flush()
+        os.fsync(new.file.fileno())
+        os.replace(new.path, self.path)
+        sync_folder(self.path)
+        self.file.close()
+        # What could not be appended before is not in the new file.
+        self.file, self.end, self.broken = new.file, new.end, False
+
+    def close(self) -> None:
+        self.file.close()
+        self.broken = True
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read it, but no pipe: that would wait for a writer.
+
+    Raises:
+        BankFileError: it is not a regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BankFileError(f"{path} is not a regular file")
+    return open(path, "rb")
+
+
+def exclusive(path: Path) -> BinaryIO:
+    """Opens or makes a file that no other process has open in this way.
+
+    Raises:
+        BankFileError: one has.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have renamed it before we got the lock.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+            file.close()
+        except FileNotFoundError:
+            file.close()
+        except BlockingIOError:
+            file.close()
+            raise BankFileError(f"{path} is being written by another bank") from None
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the name of ``path`` in its folder durable."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
