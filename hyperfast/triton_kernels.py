@@ -669,7 +669,8 @@ def _run(
     when tuning, the one that was fastest for this key."""
     full = _multiprocessors(device)
     config = tuned.get(key) or next((c for c in table if programs(c) >= full), table[-1])
-    if AUTOTUNE and key not in tuned and not torch.cuda.is_current_stream_capturing():
+    capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
+    if AUTOTUNE and key not in tuned and not capturing:
         config = tuned[key] = min(table, key=lambda c: _milliseconds(lambda: run(c)))
     run(config)
 
