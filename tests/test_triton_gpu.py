@@ -1,0 +1,225 @@
+"""The Triton kernels on a GPU, where there is one: all dtypes, graphs, compilation, memory."""
+
+import pytest
+import torch
+from cases import VARIANTS, Sizes, Variant, close
+
+import hyperfast
+from hyperfast import reference
+from hyperfast.functional import hyper_linear, task_linear
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.usefixtures("nan_poison"),
+]
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LARGE = [
+    Sizes(1000, 1, 128, 128, 64),
+    Sizes(300, 3, 63, 17, 129),
+    Sizes(7, 100, 17, 129, 3),
+    Sizes(64, 16, 2, 32, 128),
+]
+FEW = [Sizes(), Sizes(3, 3, 3, 3, 3), Sizes(63, 1, 3, 3, 1), Sizes(tasks=0), Sizes(rows=0)]
+# Both biases or none. Each size and dtype is a compilation, a third of a second: hence no more.
+PAIRED = [v for v in VARIANTS if v.bias == v.target_bias or v.name != "hyper_linear"]
+FUSED = [v for v in PAIRED if v.plan == "contract" or v.name.startswith("task")]
+STORED = [v for v in PAIRED if v.plan in ("tile", "materialize")]
+every_fused = pytest.mark.parametrize("variant", FUSED, ids=str)
+
+
+def is_float(a):
+    return isinstance(a, torch.Tensor) and a.is_floating_point()
+
+
+def to(args, device="cuda", dtype=None):
+    return [
+        a.to(device, dtype if dtype and is_float(a) else None) if isinstance(a, torch.Tensor) else a
+        for a in args
+    ]
+
+
+def assert_as_good(y, plain, exact):
+    """``y`` errs by at most twice what plain PyTorch does in the same dtype, and a rounding, where
+    errors are the largest over the whole tensor."""
+    assert y.shape == exact.shape
+    assert y.dtype == plain.dtype
+    if y.numel() == 0:
+        return
+    error, other = ((t.double() - exact).abs().max() for t in (y, plain))
+    rounding = exact.abs().max() * torch.finfo(y.dtype).eps
+    assert error <= 2 * other + rounding, f"{error:.3g}, plain PyTorch {other:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", LARGE, ids=lambda s: "x".join(map(str, s)))
+@every_fused
+def test_value(variant, sizes, dtype):
+    args = to(variant.random(sizes, dtype=dtype))
+    exact = variant.expected(*to(args, dtype=torch.float64))
+    assert_as_good(variant.op(*args), variant.expected(*args), exact)
+
+
+@pytest.mark.parametrize("variant", STORED, ids=str)
+def test_value_by_stored_weights(variant):
+    args = to(variant.random(LARGE[1]))
+    close(variant.op(*args), variant.expected(*args))
+
+
+@pytest.mark.parametrize("sizes", FEW, ids=lambda s: "x".join(map(str, s)))
+@every_fused
+def test_gradients(variant, sizes):
+    args = to(variant.random(sizes))
+    args = [a.requires_grad_() if is_float(a) else a for a in args]
+    leaves = [a for a in args if is_float(a)]
+    expected = variant.expected(*args)
+    weight = torch.randn_like(expected)
+    y = variant.op(*args)
+    close(y, expected)
+    close(torch.autograd.grad(y, leaves, weight), torch.autograd.grad(expected, leaves, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tf32_follows_pytorch(dtype, monkeypatch):
+    """As PyTorch's own products: fp32 loses digits where TF32 is allowed, and only there."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    variant = Variant("hyper_linear", False, plan="contract")
+    args = to(variant.random(Sizes(1000, 1, 128, 128, 64), dtype=dtype))
+    errors = {}
+    exact = variant.expected(*to(args, dtype=torch.float64))
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            errors[precision] = (variant.op(*args).double() - exact).abs().max() / exact.abs().max()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    if dtype == torch.float32:
+        assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-2
+    else:
+        assert errors["ieee"] == errors["tf32"]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_every_time(dtype, ragged):
+    """No order of summation is left to chance, and rows do not depend on their neighbours."""
+    for variant in (v for v in FUSED if v.ragged == ragged):
+        args = to(variant.random(Sizes(500, 3, 33, 17, 20), dtype=dtype))
+        first = variant.op(*args)
+        assert all(torch.equal(variant.op(*args), first) for _ in range(3))
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    x, h = torch.randn(500, 33, device="cuda"), torch.randn(90, 20, device="cuda")
+    weight, w = torch.randn(34 * 17, 20, device="cuda"), torch.randn(90, 17, 33, device="cuda")
+    ids, shuffle = torch.randint(90, (500,), device="cuda"), torch.randperm(500, device="cuda")
+    for layer in (
+        lambda x, ids: hyper_linear(x, h, weight, None, ids, plan="contract"),
+        lambda x, ids: task_linear(x, w, None, ids),
+    ):
+        assert torch.equal(layer(x[shuffle], ids[shuffle]), layer(x, ids)[shuffle])
+
+
+def test_nan_stays_with_its_task():
+    x, w = torch.randn(40, 3, device="cuda"), torch.randn(5, 4, 3, device="cuda")
+    ids = torch.arange(40, device="cuda") % 5
+    expected = reference.task_linear(x, w, None, ids)
+    w[2] = torch.inf
+    y = task_linear(x, w, None, ids)
+    close(y[ids != 2], expected[ids != 2], 1e-5)
+    assert not y[ids == 2].isfinite().any()
+
+
+@pytest.fixture
+def model():
+    hyper = hyperfast.HyperNet(8, 16, (32, 24), 4, hidden=(32,))
+    return hyperfast.HyperMLP(hyper).cuda()
+
+
+def batch(ragged, tasks=200, rows=3):
+    z = torch.randn(tasks, 8, device="cuda")
+    if not ragged:
+        return torch.randn(tasks, rows, 16, device="cuda"), z
+    ids = torch.randint(tasks, (tasks * rows,), device="cuda")
+    return torch.randn(tasks * rows, 16, device="cuda"), z, ids
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_graph_captures_and_replays(model, ragged):
+    """Nothing in a call waits for the device; new inputs, ids too, take effect at a replay."""
+    inputs, fresh = batch(ragged), batch(ragged)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(*inputs)  # compiles the kernels
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(*inputs)
+        for old, new in zip(inputs, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(y, model(*fresh))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_compiles_in_one_graph(model, ragged, mode, dynamo):
+    torch.use_deterministic_algorithms(False)  # max-autotune's choice of products is not
+    inputs = batch(ragged)
+    expected = model(*inputs)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    y = torch.compile(model, fullgraph=True, mode=mode)(*inputs)
+    close(y, expected, 1e-3)
+    close(torch.autograd.grad(y.square().sum(), list(model.parameters())), gradients, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(model, dtype):
+    x, z = batch(False)
+    with torch.autocast("cuda", dtype):
+        y = model(x, z)
+    assert y.dtype == dtype
+    close(y.float(), model(x, z), 0.1)
+
+
+def test_fused_backend_is_what_runs(model):
+    x, z = batch(False)
+    with hyperfast.use_backend("triton"):
+        y = model(x, z)
+    assert torch.equal(y, model(x, z))
+    with hyperfast.use_backend("reference"):
+        close(model(x, z), y, 1e-4)
+
+
+def test_contract_stores_no_weights():
+    """Memory does not grow with the number of tasks times that of parameters."""
+    tasks, ins, out = 4096, 64, 64
+    x, h = torch.randn(tasks, 1, ins, device="cuda"), torch.randn(tasks, 64, device="cuda")
+    weight = torch.randn(out * ins + out, 64, device="cuda")
+    hyper_linear(x, h, weight, None, plan="contract")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    hyper_linear(x, h, weight, None, plan="contract")
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 2 * x.numel() * 4
+    assert extra < tasks * weight.shape[0] * 4 / 100
+
+
+def test_ids_out_of_range_trap():
+    """A device-side assertion, as of PyTorch's own indexing; it ends a process, hence another."""
+    import subprocess
+    import sys
+
+    code = """
+import torch
+from hyperfast.functional import task_linear
+ids = torch.tensor([0, 5], device="cuda")
+task_linear(torch.randn(2, 3, device="cuda"), torch.randn(5, 2, 3, device="cuda"), None, ids)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "task_ids out of range" in done.stdout + done.stderr
