@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from . import machine, memory
+from . import ceilings, machine, memory
 from .contest import Outcome, hold
 from .rivals import RIVALS, entry
 from .workloads import WORKLOADS
 
 ABSENT = pytest.StashKey[list[dict[str, str]]]()
+MEMORY = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,20 +34,26 @@ def chosen(option: str, known: Mapping[str, object]) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ABSENT] = []
+    config.stash[MEMORY] = "peak resident pages of one call, less what it returns"
     machine.use_threads(config.getoption("--threads"))
 
 
 @pytest.fixture(scope="session")
 def peaks(pytestconfig: pytest.Config) -> memory.Peaks:
     """Weighed before anything is timed, which also leaves compiled kernels in the disk cache."""
-    if memory.unavailable():
+    if reason := memory.unavailable():
+        pytestconfig.stash[MEMORY] = reason
         return {}
-    return memory.weigh(
-        chosen(pytestconfig.getoption("--workloads"), WORKLOADS),
-        chosen(pytestconfig.getoption("--rivals"), RIVALS),
-        pytestconfig.getoption("--threads"),
-        pytestconfig.getoption("--scale"),
-    )
+    try:
+        return memory.weigh(
+            chosen(pytestconfig.getoption("--workloads"), WORKLOADS),
+            chosen(pytestconfig.getoption("--rivals"), RIVALS),
+            pytestconfig.getoption("--threads"),
+            pytestconfig.getoption("--scale"),
+        )
+    except RuntimeError as error:  # times stand without it, and the results say so
+        pytestconfig.stash[MEMORY] = str(error)
+        return {}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, o
         "rounds": config.getoption("--rounds"),
         "machine": machine.machine(),
         "versions": machine.versions(),
-        "memory": memory.unavailable() or "peak resident pages of one call, less what it returns",
+        "ceilings": ceilings.measure(config.getoption("--threads")),
+        "memory": config.stash[MEMORY],
         "absent": config.stash[ABSENT],
     }

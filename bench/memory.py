@@ -77,16 +77,18 @@ def _in_new_thread(call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def weigh(workloads: Sequence[str], rivals: Sequence[str], threads: int, scale: int) -> Peaks:
-    """Every chosen rival in a child process; one that cannot run there is left out."""
+    """Every chosen rival in a child process; one that cannot run there is left out. RuntimeError
+    when the child itself ends early, as it does where memory is short."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "peaks.json"
         task = json.dumps([list(workloads), list(rivals), threads, scale, str(file)])
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "bench.memory", task],
             cwd=machine.ROOT,
             env={**os.environ, **ENVIRONMENT},
-            check=True,
         )
+        if done.returncode:
+            raise RuntimeError(f"not measured: the process for it ended with {done.returncode}")
         return json.loads(file.read_text())
 
 

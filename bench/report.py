@@ -1,8 +1,6 @@
-"""Results as tables and as a plot."""
+"""Results as tables."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from .results import Results, Row
 from .rivals import OURS
@@ -11,7 +9,7 @@ from .workloads import MODES
 BUSY = 0.1  # share of the machine taken by others above which a table says so
 
 
-def _rows(results: Results, mode: str) -> dict[str, dict[str, Row]]:
+def rows_of(results: Results, mode: str) -> dict[str, dict[str, Row]]:
     """workload -> rival -> row."""
     table: dict[str, dict[str, Row]] = {}
     for row in results["results"]:
@@ -76,7 +74,7 @@ def text(results: Results, markdown: bool = False) -> str:
     rivals = _rivals(results)
     lines = [headline(results), ""]
     for mode in MODES:
-        rows = _rows(results, mode)
+        rows = rows_of(results, mode)
         if not rows:
             continue
         lines += [f"{mode}: time of {OURS}, then how many times longer each rival takes", ""]
@@ -87,7 +85,7 @@ def text(results: Results, markdown: bool = False) -> str:
             body.append([workload, mine] + [_cell(by_rival.get(name)) for name in rivals])
         lines += [*_table(["workload", OURS, *rivals], body, markdown), ""]
     for mode in MODES:
-        rows = _rows(results, mode)
+        rows = rows_of(results, mode)
         if any(row["peak_extra_bytes"] is not None for by in rows.values() for row in by.values()):
             lines += [f"{mode}: peak extra memory in MiB, beyond inputs and what is returned", ""]
             body = [
@@ -95,11 +93,34 @@ def text(results: Results, markdown: bool = False) -> str:
                 for workload, by in rows.items()
             ]
             lines += [*_table(["workload", OURS, *rivals], body, markdown), ""]
-    return "\n".join(lines + _remarks(results)).rstrip()
+    return "\n".join(lines + _limits(results, markdown) + _remarks(results)).rstrip()
+
+
+def _limits(results: Results, markdown: bool) -> list[str]:
+    """How much of the machine ours uses: of its multiply-adds, and of its memory's reads."""
+    ceilings = results["ceilings"]
+    if ceilings is None:
+        return []
+    peak, read = ceilings["gflops"], ceilings["read_gbytes"]
+    body = [
+        [
+            *(row["workload"], row["mode"]),
+            *(f"{row['gflops']:.1f}", f"{row['gflops'] / peak:.0%}"),
+            *(f"{row['gbytes']:.2f}", f"{row['gbytes'] / read:.0%}"),
+        ]
+        for row in results["results"]
+        if row["rival"] == OURS
+    ]
+    title = (
+        f"{OURS} against ceilings of the same machine: {peak:.0f} GFLOP/s in multiply-adds, "
+        f"{read:.1f} GB/s read; FLOPs of the textbook way, bytes that must be moved"
+    )
+    header = ["workload", "mode", "GFLOP/s", "of peak", "GB/s", "of reads"]
+    return [title, "", *_table(header, body, markdown), ""]
 
 
 def _remarks(results: Results) -> list[str]:
-    lines = []
+    lines = [] if results["memory"].startswith("peak") else [f"memory {results['memory']}"]
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in results["absent"]:
         places = reasons.setdefault((row["rival"], row["reason"]), [])
@@ -112,54 +133,3 @@ def _remarks(results: Results) -> list[str]:
     if busy:
         lines.append(f"other processes kept the machine busy during: {', '.join(busy)}")
     return lines
-
-
-def plot(results: Results, path: Path) -> None:
-    """One dot a rival and workload, on a logarithmic axis of ratios; ours is the line at 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "hyperfast"  # the same numbers make the same file
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    rivals = _rivals(results)
-    workloads = list(results["workloads"])
-    shapes = dict(zip(rivals, "os^Dvp<>hX*d", strict=False))
-    colors = pyplot.get_cmap("tab10")
-    height = 1.5 + 0.42 * len(workloads)
-    figure, axes = pyplot.subplots(1, len(MODES), figsize=(10, height), sharey=True)
-    for mode, axis in zip(MODES, axes, strict=True):
-        rows = _rows(results, mode)
-        for index, rival in enumerate(rivals):
-            points = [
-                (rows[w][rival]["ratio"], y)
-                for y, w in enumerate(workloads)
-                if rows.get(w, {}).get(rival, {}).get("ratio") is not None
-            ]
-            if points:
-                x, y = zip(*points, strict=True)
-                axis.plot(
-                    x, y, shapes[rival], color=colors(index % 10), ms=6, alpha=0.85, ls="",
-                    label=rival,
-                )  # fmt: skip
-        axis.axvline(1, color="black", lw=1.2)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-        axis.tick_params(axis="x", labelsize=8)
-        axis.set_yticks(range(len(workloads)), workloads)
-        axis.set_ylim(len(workloads) - 0.5, -0.5)
-        axis.grid(color="0.88")
-        axis.set_axisbelow(True)
-        axis.set_title(mode, fontsize=11)
-        axis.set_xlabel(f"times as long as {OURS} (right of 1: {OURS} is faster)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=5, fontsize=8, frameon=False)
-    top = 1 - 0.15 * (1 + (len(labels) - 1) // 5) * 2 / height
-    figure.tight_layout(rect=(0, 0, 1, top))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(path, metadata=metadata, dpi=150, facecolor="white")
-    pyplot.close(figure)

@@ -63,6 +63,7 @@ def collect(report: Row) -> Results:
                 "sizes": list(scaled.sizes),
                 "P": scaled.P,
                 "flops": {mode: scaled.flops(mode) for mode in scaled.modes},
+                "measured": {key: run[key] for key in ("date", "commit", "rounds", "versions")},
                 "bytes": {mode: scaled.bytes(mode) for mode in scaled.modes},
             }
     return {
@@ -71,6 +72,30 @@ def collect(report: Row) -> Results:
         "workloads": workloads,
         "absent": sorted(absent, key=_key),
         "results": rows,
+    }
+
+
+def merge(old: Results, new: Results) -> Results:
+    """The new results, and the old ones of workloads that were not measured again."""
+    same = ("machine", "threads", "scale")
+    if any(old[key] != new[key] for key in same):
+        return new
+    workloads = {**old["workloads"], **new["workloads"]}
+
+    def rows(key: str) -> list[Row]:
+        kept = [row for row in old[key] if row["workload"] not in new["workloads"]]
+        return sorted((r for r in kept + new[key] if r["workload"] in WORKLOADS), key=_key)
+
+    highest = {
+        key: max(results["ceilings"][key] for results in (old, new) if results["ceilings"])
+        for key in (new["ceilings"] or old["ceilings"] or {})
+    }
+    return {
+        **new,
+        "ceilings": highest or None,
+        "workloads": {name: workloads[name] for name in WORKLOADS if name in workloads},
+        "absent": rows("absent"),
+        "results": rows("results"),
     }
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import machine, report, results
+from . import machine, plots, report, results
 from .rivals import OURS, RIVALS
 from .workloads import WORKLOADS
 
@@ -54,8 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         metavar="FILE",
-        help="where to save results, the plot beside it as .svg; a complete run is saved under "
-        "bench/results/ by the machine's name, a partial one nowhere unless told",
+        help="where to save results, the plots speed.png and roofline.png beside it; by default "
+        "bench/results/ under the machine's name, where --only replaces those workloads alone. "
+        "--quick, --rivals, --rounds and --scale save nothing unless told where",
     )
     p.add_argument("--report", type=Path, metavar="FILE", help="show these results; run nothing")
     p.add_argument("--markdown", action="store_true", help="tables as Markdown")
@@ -80,6 +81,7 @@ def measure(args: argparse.Namespace) -> tuple[results.Results | None, int]:
             *(sys.executable, "-m", "pytest", str(BENCH), "-q", "-p", "no:cacheprovider"),
             *("--rootdir", str(BENCH.parent), "--benchmark-json", str(file)),
             "--benchmark-quiet",
+            *("-W", "default"),  # a run in which every rival is absent is no error
             *("--benchmark-columns", "median,iqr,rounds", "--benchmark-sort", "name"),
             *("--workloads", ",".join(workloads), "--rivals", ",".join(rivals)),
             *("--rounds", str(rounds), "--threads", str(args.threads), "--scale", str(args.scale)),
@@ -88,6 +90,18 @@ def measure(args: argparse.Namespace) -> tuple[results.Results | None, int]:
         if not file.exists() or not (text := file.read_text()):
             return None, status or 1
         return results.collect(json.loads(text)), status
+
+
+def save(new: results.Results, path: Path, keep: bool) -> None:
+    """The file and its pictures; `keep`: what the file holds of other workloads stays."""
+    if keep and path.exists():
+        new = results.merge(results.read(path), new)
+    results.write(new, path)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed", file=sys.stderr)
+        return
+    plots.speed(new, path.parent / "speed.png")
+    plots.roofline(new, path.parent / "roofline.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,17 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if measured is None:
             return status
         new = measured
-        complete = not (args.quick or args.only or args.rivals or args.scale != 1)
+        measured_fully = not (args.quick or args.rivals or args.rounds or args.scale != 1)
         path = args.json
-        if path is None and complete and status == 0:
+        if path is None and measured_fully and status == 0:
             name = machine.machine_key(new["machine"], new["threads"])
             path = BENCH / "results" / f"{name}.json"
         if path:
-            results.write(new, path)
-            if importlib.util.find_spec("matplotlib"):
-                report.plot(new, path.with_suffix(".svg"))
-            else:
-                print("no plot: matplotlib is not installed", file=sys.stderr)
+            save(new, path, keep=bool(args.only))
     print(report.text(new, args.markdown))
     if old is not None:
         if old["machine"] != new["machine"] or old["threads"] != new["threads"]:
