@@ -60,8 +60,8 @@ def _resident() -> tuple[int, int]:
 def peak_extra(call: Callable[[], tuple[Any, ...]]) -> int:
     """Bytes, the median of REPEATS calls; of use only in a process started with ENVIRONMENT."""
     peaks = []
+    gc.collect()  # once: with these libraries loaded it takes a third of a second
     for _ in range(REPEATS):
-        gc.collect()
         _reset_peak()
         before, _ = _resident()
         outputs = _in_new_thread(call)
@@ -97,7 +97,6 @@ def _child(workloads: list[str], rivals: list[str], threads: int, scale: int, fi
     import torch
 
     from .problem import make_problem
-    from .race import warm_up
     from .rivals import entry
     from .workloads import WORKLOADS
 
@@ -111,7 +110,7 @@ def _child(workloads: list[str], rivals: list[str], threads: int, scale: int, fi
                 try:
                     chosen = entry(rival, scaled)
                     call = chosen.build(problem.to(chosen.dtype), mode)
-                    warm_up(call)
+                    call()  # compiles
                     peaks[f"{workload}/{mode}/{rival}"] = peak_extra(call)
                 except Exception:  # its own test tells what went wrong
                     continue
