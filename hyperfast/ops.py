@@ -208,9 +208,7 @@ def _hyper_linear_backward(need, grad, x, h, weight, bias, ids, target_bias, pla
         if need[1]
         else None,
         hyper_linear_grad_weight(grad, x, h, ids, target_bias, plan) if need[2] else None,
-        hyper_linear_grad_weight(grad, x, _ones(h), ids, target_bias, plan).squeeze(1)
-        if need[3]
-        else None,
+        _grad_shared(grad, x, target_bias) if need[3] else None,
     )
 
 
@@ -219,9 +217,7 @@ def _hyper_linear_grad_x_backward(need, grad, g, h, weight, bias, ids, plan):
         hyper_linear(grad, h, weight, bias, ids, False, plan) if need[0] else None,
         hyper_linear_grad_h(g, grad, weight, ids, h.shape[0], False, plan) if need[1] else None,
         hyper_linear_grad_weight(g, grad, h, ids, False, plan) if need[2] else None,
-        hyper_linear_grad_weight(g, grad, _ones(h), ids, False, plan).squeeze(1)
-        if need[3]
-        else None,
+        _grad_shared(g, grad, False) if need[3] else None,
     )
 
 
@@ -248,9 +244,11 @@ def _one(rows: Tensor) -> Tensor:
     return rows.new_ones(()).expand(*rows.shape[:-1], 1)
 
 
-def _ones(h: Tensor) -> Tensor:
-    """A constant feature of 1, ``(B, 1)``: the head's bias is the weight of such a feature."""
-    return h.new_ones(()).expand(h.shape[0], 1)
+def _grad_shared(grad: Tensor, x: Tensor, target_bias: bool) -> Tensor:
+    """``(P,)``: the gradient of the head's bias, which all tasks share: they count as one."""
+    grad, x = grad.reshape(1, -1, grad.shape[-1]), x.reshape(1, -1, x.shape[-1])
+    weight = task_linear_grad_weight(grad, x, None, 1).reshape(-1)
+    return torch.cat([weight, grad.sum((0, 1))]) if target_bias else weight
 
 
 task_linear = _define(

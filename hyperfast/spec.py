@@ -44,10 +44,8 @@ class ParamSpec:
                 f"got shape {tuple(flat.shape)}"
             )
         pieces = flat.split(self.numels, dim=-1)
-        return tuple(
-            p if len(s) == 1 else p.unflatten(-1, s)
-            for p, s in zip(pieces, self.shapes, strict=True)
-        )
+        # Splitting a dimension needs no copy, whatever its stride.
+        return tuple(p.view((*p.shape[:-1], *s)) for p, s in zip(pieces, self.shapes, strict=True))
 
     def flatten(self, weights: Sequence[Tensor]) -> Tensor:
         """The flat vector ``(..., P)`` that :meth:`split` would split into ``weights``.

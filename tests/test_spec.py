@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hyperfast import MLPSpec
+from hyperfast.spec import ParamSpec
 
 SIZES = [(1, 1), (4, 3), (4, 8, 3), (2, 5, 1, 7, 3)]
 
@@ -46,6 +47,15 @@ def test_split_gives_views_and_flatten_inverts(spec, batch):
     pieces = spec.split(flat)
     assert all(p.shape == batch + s for p, s in zip(pieces, spec.shapes, strict=True))
     assert all(p._base is flat for p in pieces)
+    assert torch.equal(spec.flatten(pieces), flat)
+
+
+def test_scalar_parameters():
+    spec = ParamSpec(((2, 3), (), (4,)))
+    flat = torch.randn(5, 11)
+    pieces = spec.split(flat)
+    assert [p.shape for p in pieces] == [(5, 2, 3), (5,), (5, 4)]
+    assert torch.equal(pieces[1], flat[:, 6])
     assert torch.equal(spec.flatten(pieces), flat)
 
 
