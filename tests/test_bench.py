@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # bench/ is no part of the installed package
 
-from bench import memory, race, report, results, run  # noqa: E402
+from bench import ceilings, memory, plots, race, report, results, run  # noqa: E402
 from bench.contest import as_tensors, hold  # noqa: E402
 from bench.load import ForeignLoad  # noqa: E402
 from bench.problem import CORNER, Judge, _corner_distance, answer, make_problem  # noqa: E402
 from bench.rival import Rival, Unavailable, torch_rival  # noqa: E402
-from bench.rivals import OURS, RIVALS  # noqa: E402
+from bench.rivals import OURS, RIVALS, entry  # noqa: E402
 from bench.torch_rivals import bmm  # noqa: E402
-from bench.workloads import MODES, WORKLOADS, Workload  # noqa: E402
+from bench.workloads import MODES, WORKLOADS, BankWorkload, Workload  # noqa: E402
 
 TINY = Workload("tiny", B=3, N=5, z_dim=4, H=6, sizes=(3, 7, 2))
 TINY_SINE = Workload("tiny_sine", B=2, N=3, z_dim=4, H=5, sizes=(2, 4, 3, 1), activation="sin")
+TINY_SINGLE = Workload("tiny_single", B=1, N=1, z_dim=4, H=6, sizes=(3, 7, 2))
+TINY_BANK = BankWorkload("tiny_bank", tasks=11, rows=63, sizes=(3, 7, 2), requests=2)
 EAGER = [name for name in RIVALS if "compiled" not in name]
 
 
@@ -33,7 +36,15 @@ EAGER = [name for name in RIVALS if "compiled" not in name]
 
 
 def test_workloads_are_what_their_names_say():
-    table = {n: (w.B, w.N, w.z_dim, w.H, w.sizes, w.activation) for n, w in WORKLOADS.items()}
+    table = {
+        n: (w.B, w.N, w.z_dim, w.H, w.sizes, w.activation)
+        for n, w in WORKLOADS.items()
+        if isinstance(w, Workload)
+    }
+    assert table["mlp64_single"] == (1, 1, 32, 64, (64, 64, 10), "relu")
+    bank = WORKLOADS["bank20000"]
+    assert (bank.tasks, bank.rows, bank.sizes) == (20_000, 4096, (64, 64, 10))
+    assert bank.modes == ("forward",)
     assert table["qmix1024"] == (1024, 1, 120, 64, (8, 32, 1), "relu")
     assert table["qmix4096"] == (4096, 1, 120, 64, (8, 32, 1), "relu")
     assert table["digits_inr"] == (256, 64, 32, 128, (2, 32, 1), "relu")
@@ -63,6 +74,19 @@ def test_flops_match_the_flop_counter(mode):
     assert counter.get_total_flops() == TINY.flops(mode)
 
 
+def test_counts_of_a_bank_match_its_requests():
+    problem = make_problem(TINY_BANK)
+    touched = [len(ids.unique()) for ids in problem.task_ids]
+    assert touched == [TINY_BANK.tasks] * 2  # 63 rows miss one of 11 tasks 2 times in 1,000
+    moved = problem.flat.nbytes + problem.x[0].nbytes + problem.task_ids[0].nbytes + 63 * 2 * 4
+    assert TINY_BANK.bytes("forward") == moved
+    few = BankWorkload("few", tasks=20_000, rows=4096, sizes=(64, 64, 10))
+    found = [len(torch.randint(20_000, (4096,)).unique()) for _ in range(20)]
+    expected = (few.bytes("forward") - 4096 * (74 * 4 + 8)) / 4 / few.P
+    assert expected == pytest.approx(sum(found) / 20, rel=0.01)
+    assert few.flops("forward") == 4096 * 2 * (64 * 64 + 64 * 10)
+
+
 def test_scaling_multiplies_the_tasks_only():
     scaled = TINY.scaled(8)
     assert (scaled.B, scaled.N, scaled.P) == (24, TINY.N, TINY.P)
@@ -78,19 +102,41 @@ def test_no_pre_activation_on_the_corner():
         assert rows.min() >= CORNER
 
 
-@pytest.mark.parametrize("workload", [TINY, TINY_SINE], ids=lambda w: w.name)
-@pytest.mark.parametrize("mode", MODES)
+ALL_TINY = [(w, mode) for w in (TINY, TINY_SINE, TINY_SINGLE, TINY_BANK) for mode in w.modes]
+
+
+@pytest.mark.parametrize(
+    ("workload", "mode"), ALL_TINY, ids=lambda value: getattr(value, "name", value)
+)
 @pytest.mark.parametrize("name", EAGER)
 @pytest.mark.filterwarnings("ignore")  # rivals' deprecations are theirs
 def test_rival_equals_reference(name, mode, workload):
-    problem = make_problem(workload)
+    rival = entry(name, workload)
+    problem = make_problem(workload).to(rival.dtype)
     try:
-        call = RIVALS[name].build(problem, mode)
+        call = rival.build(problem, mode)
     except Unavailable as reason:
         pytest.skip(str(reason))
     outputs = as_tensors(call())
     assert len(outputs) == (1 if mode == "forward" else 6)
     assert Judge(problem, mode).share(outputs) <= 1
+
+
+def test_what_cannot_take_part_says_why():
+    """Where an entry other than an optional package is absent, that is known in advance."""
+    absent: dict[str, dict[str, str]] = {}
+    for workload, mode in ALL_TINY:
+        for name in RIVALS:
+            rival = entry(name, workload)
+            try:
+                rival.build(make_problem(workload).to(rival.dtype), mode)
+            except Unavailable as reason:
+                absent.setdefault(workload.name, {})[name] = str(reason)
+    packages = {"hypnettorch", "hyperlight", "hyper-nn", "jax"}
+    rest = {"hyperfast compiled", "vmap", "bmm by layer compiled"}
+    assert set(absent["tiny_bank"]) - packages == rest
+    assert set(absent["tiny"]) - packages == {"hyperfast bf16"}  # forward only
+    assert all(len(why) > 20 for by_name in absent.values() for why in by_name.values())
 
 
 @pytest.mark.parametrize("output", range(6))
@@ -202,13 +248,13 @@ def test_peak_memory_of_a_known_allocation():
 # results -----------------------------------------------------------------------------------------
 
 
-def made_up(**ratios: float) -> results.Results:
+def made_up(workload: str = "qmix1024", date: str = "2026-01-01", **ratios: float):
     """Results of one workload with these rivals' ratios, in the form in which files hold them."""
     benchmarks = [
         {
             "stats": {"median": 1e-3 * ratio, "iqr": 1e-5, "rounds": 7},
             "extra_info": {
-                "workload": "qmix1024",
+                "workload": workload,
                 "mode": "forward",
                 "rival": rival,
                 "ratio": [ratio, ratio, ratio],
@@ -216,6 +262,7 @@ def made_up(**ratios: float) -> results.Results:
                 "error_share_of_budget": 0.1,
                 "foreign_load": 0.5,
                 "flops": 10**6,
+                "bytes": 10**5,
             },
         }
         for rival, ratio in {"jax": 1.0, OURS: 1.0, **ratios}.items()
@@ -224,16 +271,17 @@ def made_up(**ratios: float) -> results.Results:
         {
             "benchmarks": benchmarks,
             "hyperfast": {
-                "date": "2026-01-01",
+                "date": date,
                 "commit": "0" * 40,
                 "threads": 2,
                 "scale": 1,
                 "rounds": 7,
                 "machine": {"cpu": "a cpu", "cores": 2, "isa": ["avx2"], "system": "Linux"},
                 "versions": {"torch": "2.13.0"},
+                "ceilings": {"gflops": 400.0, "read_gbytes": 40.0},
                 "memory": "",
                 "absent": [
-                    {"workload": "qmix1024", "mode": "forward", "rival": "hyperlight",
+                    {"workload": workload, "mode": "forward", "rival": "hyperlight",
                      "reason": "hyperlight cannot be imported"}
                 ],
             },
@@ -250,6 +298,46 @@ def test_results_survive_the_file_in_stable_order(tmp_path):
         ("qmix1024", "forward", "bmm"): 2.0,
         ("qmix1024", "forward", "jax"): 1.0,
     }
+
+
+def test_a_partial_run_replaces_its_workloads_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "r.json"
+    run.save(made_up("qmix1024", bmm=2.0, loop=9.0), path, keep=True)
+    run.save(made_up("mlp64_n1", bmm=3.0), path, keep=True)
+    run.save(made_up("qmix1024", date="2026-02-02", bmm=4.0), path, keep=True)
+    found = results.read(path)
+    assert list(found["workloads"]) == ["qmix1024", "mlp64_n1"]
+    assert results.ratios(found) == {
+        ("qmix1024", "forward", "bmm"): 4.0,
+        ("qmix1024", "forward", "jax"): 1.0,
+        ("mlp64_n1", "forward", "bmm"): 3.0,
+        ("mlp64_n1", "forward", "jax"): 1.0,
+    }
+    dates = {name: fact["measured"]["date"] for name, fact in found["workloads"].items()}
+    assert dates == {"qmix1024": "2026-02-02", "mlp64_n1": "2026-01-01"}
+    assert [row["workload"] for row in found["absent"]] == ["qmix1024", "mlp64_n1"]
+
+
+def test_results_of_another_machine_are_not_mixed():
+    old, new = made_up("qmix1024"), made_up("mlp64_n1")
+    old["machine"] = {**old["machine"], "cpu": "another"}
+    assert results.merge(old, new) == new
+
+
+def test_ceilings_stay_at_the_highest_seen():
+    old, new = made_up(), made_up()
+    old["ceilings"] = {"gflops": 500.0, "read_gbytes": 30.0}
+    assert results.merge(old, new)["ceilings"] == {"gflops": 500.0, "read_gbytes": 40.0}
+
+
+def test_ceilings_are_above_a_plain_product_and_sum(monkeypatch):
+    monkeypatch.setattr(ceilings, "SECONDS", 0.02)
+    monkeypatch.setattr(ceilings, "READ", 1 << 22)
+    found = ceilings.measure(1)
+    assert found["gflops"] > 1
+    assert found["read_gbytes"] > 0.1
+    assert ceilings.best(lambda: time.sleep(0.005), 1.0) < 200
 
 
 @pytest.mark.parametrize(("now", "status"), [(2.0, 0), (1.71, 0), (1.69, 3), (1.0, 3), (4.0, 0)])
@@ -278,12 +366,21 @@ def test_report_shows_ratios_absence_and_load(markdown):
     assert ("| qmix1024" in text) == markdown
 
 
-def test_plot_is_reproducible(tmp_path):
+@pytest.mark.parametrize("draw", [plots.speed, plots.roofline])
+def test_plots_are_reproducible(tmp_path, draw):
     pytest.importorskip("matplotlib")
-    for name in ("a.svg", "b.svg"):
-        report.plot(made_up(bmm=2.5), tmp_path / name)
-    assert (tmp_path / "a.svg").stat().st_size > 5000
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    for name in ("a.svg", "b.svg", "c.svg"):
+        draw(made_up(jax=2.5 if name != "c.svg" else 5.0), tmp_path / name)
+    a, b, c = ((tmp_path / f"{name}.svg").read_bytes() for name in "abc")
+    assert len(a) > 5000
+    assert a == b
+    assert a != c
+
+
+def test_a_family_is_drawn_by_its_fastest_member():
+    by_rival = {row["rival"]: row for row in made_up(hypnettorch=3.0, hyperlight=2.0)["results"]}
+    assert plots.fastest(by_rival, ("hypnettorch", "hyperlight", "hyper-nn"))["ratio"] == 2.0
+    assert plots.fastest(by_rival, ("hyper-nn",)) is None
 
 
 @pytest.mark.parametrize("argv", [["--only", "nope"], ["--rivals", "bmm,nope"]])
