@@ -89,7 +89,7 @@ def speed(results: Results, path: Path) -> None:
                     row["ratio"], y, marker, color=color, ms=7, mec="white", mew=0.6, zorder=3
                 )
             axis.text(
-                1.015, y, f"{best:.2g}x" if best < 10 else f"{best:.0f}x", va="center",
+                1.015, y, f"{best:.2f}x" if best < 10 else f"{best:.0f}x", va="center",
                 transform=axis.get_yaxis_transform(), weight="bold",
                 color=ACCENT if best >= 1 else INK,
             )  # fmt: skip
@@ -122,10 +122,11 @@ def speed(results: Results, path: Path) -> None:
 
 
 def roofline(results: Results, path: Path) -> None:
-    """Work per byte of compulsory traffic against work per second, under the measured ceilings."""
+    """FLOPs a byte of compulsory traffic against FLOPs a second, under the measured ceilings; the
+    stems lead down, or up, to the fastest rival."""
     pyplot = _pyplot()
     peak, read = (results["ceilings"][name] for name in ("gflops", "read_gbytes"))
-    figure, axes = pyplot.subplots(1, len(MODES), figsize=(11, 4.9), sharey=True, sharex=True)
+    figure, axes = pyplot.subplots(1, len(MODES), figsize=(11.5, 4.9), sharey=True, sharex=True)
     facts = results["workloads"]
     work = {
         (name, mode): fact["flops"][mode] / fact["bytes"][mode]
@@ -143,21 +144,23 @@ def roofline(results: Results, path: Path) -> None:
             fontsize=8,
         )  # fmt: skip
         axis.annotate(
-            f"{read:.0f} GB/s read", (left * 1.15, left * 1.15 * read), xytext=(0, 12),
+            f"{read:.0f} GB/s read", (corner / 3, peak / 3), xytext=(-6, 4), ha="right",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
-        points = []
-        for name, by_rival in rows_of(results, mode).items():
+        for number, name in enumerate(facts, 1):
+            by_rival = rows_of(results, mode).get(name, {})
             if OURS not in by_rival:
                 continue
             x, y = work[name, mode], by_rival[OURS]["gflops"]
             rival = fastest(by_rival, [n for _, _, names in FAMILIES.values() for n in names])
             if rival:
                 axis.plot([x, x], [rival["gflops"], y], color="#d5d5d5", lw=1.4, zorder=1)
-                axis.plot(x, rival["gflops"], "o", color="#1b4f8a", ms=4.5, mec="white", zorder=2)
-            axis.plot(x, y, "o", color=ACCENT, ms=8, mec="white", zorder=3)
-            points.append((x, y, name))
-        _label(axis, points)
+                axis.plot(x, rival["gflops"], "o", color="#1b4f8a", ms=5, mec="white", zorder=2)
+            axis.plot(x, y, "o", color=ACCENT, ms=13, mec="white", zorder=3 + number)
+            axis.text(
+                x, y, str(number), color="white", weight="bold", fontsize=7, zorder=3 + number,
+                ha="center", va="center_baseline",
+            )  # fmt: skip
         axis.set_xlim(left, right)
         axis.grid(color="#f2f2f2", which="major")
         axis.set_axisbelow(True)
@@ -170,23 +173,9 @@ def roofline(results: Results, path: Path) -> None:
     ]
     figure.legend(handles=marks, loc="upper center", ncols=2, frameon=False)
     figure.text(0.5, 0.012, headline(results), ha="center", fontsize=7, color="#777777")
-    figure.tight_layout(rect=(0, 0.03, 1, 0.95))
+    figure.text(
+        0.885, 0.88, "\n".join(f"{number:>2}  {name}" for number, name in enumerate(facts, 1)),
+        va="top", linespacing=1.7, family="monospace", fontsize=8,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.03, 0.88, 0.95))
     _save(pyplot, figure, path)
-
-
-def _label(axis: Any, points: list[tuple[float, float, str]]) -> None:
-    """Names to the left of their points, moved apart vertically where they would touch."""
-    figure = axis.figure
-    figure.canvas.draw()
-    step = 10 * figure.dpi / 72
-    taken: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda p: -p[1]):
-        px, py = axis.transData.transform((x, y))
-        at = py
-        while any(abs(at - other) < step and abs(px - ox) < 9 * step for ox, other in taken):
-            at -= step / 4
-        taken.append((px, at))
-        axis.annotate(
-            name, (x, y), xytext=(-8, (at - py) * 72 / figure.dpi), textcoords="offset points",
-            ha="right", va="center", fontsize=7.5,
-        )  # fmt: skip
