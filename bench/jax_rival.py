@@ -16,6 +16,8 @@ def build(problem: Problem, mode: str) -> Call:
     device = jax.devices("cpu")[0]
 
     def array(tensor: Any) -> Any:
+        if tensor.is_cuda:
+            return jax.dlpack.from_dlpack(tensor)
         return jax.device_put(tensor.numpy(), device)
 
     parameters = tuple(array(t) for t in problem.parameters)

@@ -669,10 +669,13 @@ def _run(
     when tuning, the one that was fastest for this key."""
     full = _multiprocessors(device)
     config = tuned.get(key) or next((c for c in table if programs(c) >= full), table[-1])
-    capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
-    if AUTOTUNE and key not in tuned and not capturing:
+    if AUTOTUNE and key not in tuned and not _capturing():
         config = tuned[key] = min(table, key=lambda c: _milliseconds(lambda: run(c)))
     run(config)
+
+
+def _capturing() -> bool:
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
 
 
 def _milliseconds(call: Callable[[], None], repeats: int = 5) -> float:

@@ -6,11 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
+def version(package):
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(
+    version(triton) < (3, 7) and version(numpy) >= (2, 4),
+    reason="the interpreter of Triton before 3.7 needs NumPy before 2.4",
+)
 def test_by_the_interpreter():
     tests = Path(__file__).with_name("triton_interpreted.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
