@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .rivals import OURS, RIVALS
@@ -122,15 +123,20 @@ def ratios(results: Results) -> dict[tuple[str, str, str], float]:
 
 
 def regressions(old: Results, new: Results, share: float) -> Iterator[str]:
-    """A line for each ratio that fell by more than `share`; ValueError when nothing can be
-    compared, for a comparison of nothing must not pass."""
+    """A line for each workload and mode where our ratio to the rivals fell by more than `share`.
+
+    The change of a ratio is the median of its changes over all rivals: a change of ours moves all
+    of them, the noise of one rival only its own. ValueError when nothing can be compared, for a
+    comparison of nothing must not pass.
+    """
     before, after = ratios(old), ratios(new)
-    common = [key for key in after if key in before]
-    if not common:
+    changes: dict[tuple[str, str], list[float]] = {}
+    for workload, mode, rival in after:
+        key = (workload, mode, rival)
+        if key in before:
+            changes.setdefault((workload, mode), []).append(after[key] / before[key])
+    if not changes:
         raise ValueError("the two results have no workload, mode and rival in common")
-    for key in common:
-        if after[key] < (1 - share) * before[key]:
-            workload, mode, rival = key
-            yield (
-                f"{workload} {mode}: {before[key]:.2f}x over {rival} before, {after[key]:.2f}x now"
-            )
+    for (workload, mode), values in changes.items():
+        if median(values) < 1 - share:
+            yield f"{workload} {mode}: ratios to rivals are {median(values):.2f} of what they were"

@@ -43,8 +43,10 @@ def parser() -> argparse.ArgumentParser:
         description="Times hyperfast beside its rivals, in turns, on named workloads.",
     )
     p.add_argument("--quick", action="store_true", help="a small smoke test, under a minute")
-    p.add_argument("--only", type=_names(WORKLOADS), metavar="WORKLOAD,...")
-    p.add_argument("--rivals", type=_names(RIVALS), metavar="RIVAL,...")
+    p.add_argument(
+        "--only", type=_names(WORKLOADS), metavar="WORKLOAD,...", help=", ".join(WORKLOADS)
+    )
+    p.add_argument("--rivals", type=_names(RIVALS), metavar="RIVAL,...", help=", ".join(RIVALS))
     p.add_argument("--threads", type=int, default=machine.cores(), help="for every rival alike")
     p.add_argument(
         "--rounds", type=int, help=f"turns of each rival ({ROUNDS}; quick: {QUICK_ROUNDS})"
@@ -64,9 +66,10 @@ def parser() -> argparse.ArgumentParser:
         "--compare",
         type=Path,
         metavar="FILE",
-        help="older results: exit status 3 when a ratio to a rival fell by more than --tolerance",
+        help="older results: exit status 3 when our ratio to the rivals, in the median over rivals, fell "
+        "by more than --tolerance on any workload",
     )
-    p.add_argument("--tolerance", type=float, default=0.15, metavar="SHARE", help="0.15")
+    p.add_argument("--tolerance", type=float, default=0.15, metavar="SHARE", help="default: 0.15")
     return p
 
 
