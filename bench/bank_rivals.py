@@ -45,6 +45,14 @@ def fused(problem: BankProblem) -> Request:
     return lambda x, ids: target(x, weights, task_ids=ids)
 
 
+def task_bank(problem: BankProblem) -> Request:
+    import hyperfast
+
+    sizes = problem.workload.sizes
+    target = hyperfast.TargetNet(problem.workload.activation)
+    return hyperfast.TaskBank.from_weights(hyperfast.MLPSpec(sizes), problem.flat, target=target)
+
+
 def loop(problem: BankProblem) -> Request:
     """Sorts the rows, then serves one task after another."""
     layers = target_weights(problem.flat, problem.workload)
@@ -114,6 +122,7 @@ BANK_RIVALS = {
     for r in (
         bank_rival("hyperfast", "TargetNet with task_ids", fused),
         bank_rival("hyperfast bf16", "the same on a bank in bfloat16", fused, torch.bfloat16),
+        bank_rival("hyperfast TaskBank", "TaskBank.from_weights", task_bank),
         bank_rival("loop", "rows sorted, then a Python loop over tasks", loop),
         bank_rival("bmm", "the weights of every row gathered, then baddbmm", gather_bmm),
         bank_rival("bmm compiled", "the same under torch.compile", gather_bmm_compiled),

@@ -38,8 +38,13 @@ def _bf16(problem: Problem, mode: str) -> Call:
     return torch_rival("hyperfast bf16", "", hyper_mlp).build(problem, mode)
 
 
+def _no_bank(problem: Problem, mode: str) -> Call:
+    raise Unavailable("serves stored weights; here they are generated")
+
+
 HYPERFAST = (
     torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp),
     Rival("hyperfast bf16", "the same in bfloat16, forward", _bf16, torch.bfloat16),
+    Rival("hyperfast TaskBank", "TaskBank, for given weights", _no_bank),
     torch_rival("hyperfast compiled", "the same under torch.compile", compiled(hyper_mlp)),
 )

@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
         "--compare",
         type=Path,
         metavar="FILE",
-        help="older results: exit status 3 when our ratio to the rivals, in the median over rivals, fell "
-        "by more than --tolerance on any workload",
+        help="older results: exit status 3 when on any workload our ratio to the rivals, in the "
+        "median over rivals, fell by more than --tolerance",
     )
     p.add_argument("--tolerance", type=float, default=0.15, metavar="SHARE", help="default: 0.15")
     return p
