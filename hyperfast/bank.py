@@ -10,7 +10,7 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -228,7 +228,10 @@ class TaskBank:
         checks.rows(x, self.spec.sizes[0], len(self), checks.tensor("task_ids", task_ids), "")
         if not len(x):
             return x.new_empty(0, self.spec.sizes[-1])
-        with _plain(self.device):
+        if torch.is_autocast_enabled(self.device.type):  # it would cast the whole bank
+            with torch.autocast(self.device.type, enabled=False):
+                return self(x, task_ids)
+        with torch.no_grad():
             rows = x.to(self._format.compute)
             parts = [
                 (where, self._apply(columns, rows if where is None else rows[where], local))
@@ -246,7 +249,7 @@ class TaskBank:
         ids = self._ids(ids)
         if not len(ids):
             return torch.empty(0, self.spec.numel, dtype=self._format.compute, device=self.device)
-        with _plain(self.device):
+        with torch.no_grad():
             parts = [
                 (where, self._format.decode(tuple(c.index_select(0, local) for c in columns)))
                 for columns, where, local in self._table.visit(ids, self._generate)
@@ -416,7 +419,7 @@ class TaskBank:
     def _generate(self, z: Tensor) -> Columns:
         """The columns of the networks of ``z (n, z_dim)``."""
         assert self.hyper is not None
-        with _plain(self.device):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self._format.encode(self.spec.flatten(self.hyper(z)))
 
     def _apply(self, columns: Columns, x: Tensor, rows: Tensor) -> Tensor:
@@ -669,13 +672,6 @@ def _join(parts: list[tuple[Tensor | None, Tensor]], count: int) -> Tensor:
     for where, part in parts:
         whole[where] = part
     return whole
-
-
-@contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
-    """No gradients, and no casts of a whole bank by autocast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _flat(spec: MLPSpec, weights: Weights) -> Tensor:

@@ -125,8 +125,9 @@ def parse(block: memoryview, source: str) -> tuple[dict[str, Any], dict[str, Arr
             for name, entry in entries.items()
         }
         sizes = [n for array in arrays.values() for n in array.shape]
-        ranks = [len(array.shape) for array in arrays.values()]
-        if any(type(n) is not int or n < 0 for n in sizes) or 0 in ranks:
+        if any(type(n) is not int or not 0 <= n < 1 << 48 for n in sizes):
+            raise ValueError("a size")
+        if any(len(array.shape) not in (1, 2) for array in arrays.values()):
             raise ValueError("a shape")
         again, _ = header(meta, arrays)
         if again != head or not isinstance(meta, dict):
@@ -171,9 +172,9 @@ def write_snapshot(
         content: of every tensor its shape, and its rows in consecutive pieces; all but the last
             piece of a tensor hold a multiple of ``step`` rows.
     """
-    arrays = {name: array for name, (array, _) in content.items()}
-    count = 2 + sum(array.parts for array in arrays.values())
-    arrays["checksums"] = Array(torch.int64, (count,))
+    count = 2 + sum(array.parts for array, _ in content.values())
+    arrays = {"checksums": Array(torch.int64, (count,))}
+    arrays |= {name: array for name, (array, _) in content.items()}
     head, starts = header(meta, arrays)
     if len(head) > HEADER_LIMIT:
         raise ValueError(f"the description of the bank must fit into {HEADER_LIMIT} bytes")

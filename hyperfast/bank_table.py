@@ -66,6 +66,7 @@ class Table:
         self.keys: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
         self._entries = torch.full((64, 4), -1, dtype=torch.int64, device=device)
+        self._codes = self._code(torch.arange(64, device=device))
         self._slots = 0
         self._free: list[int] = []  # a heap
         self._tick = 0
@@ -93,7 +94,8 @@ class Table:
         Raises:
             IndexError: there is no such task.
         """
-        entries = self._entries.index_select(0, self._places(ids))
+        places = (ids & SLOT).clamp_(max=len(self._entries) - 1)
+        entries = self._entries.index_select(0, places)
         known = (entries[:, ID] == ids) & alive(entries)
         if not bool(known.all()):
             raise IndexError(f"no task of the bank has the id {int(ids[~known][0])}")
@@ -109,47 +111,61 @@ class Table:
             ids: ``(R,)``, at least one.
             generate: makes columns of latents, for tasks that have no weights now.
         """
-        places = self._places(ids)
+        slots = ids & SLOT
         with self.lock:
-            entries = self._entries.index_select(0, places)
-            rows = torch.where(entries[:, ID] == ids, entries[:, ROW], -2)
-            complete = int(rows.min()) >= 0
+            rows = self._rows(ids, slots)
+            low, high = torch.aminmax(rows)
+            complete = int(low) >= 0 and int(high) < SLOT
             if not complete:
                 entries = self.find(ids)
             if self.limit is not None:
                 self._tick += 1
-                self._entries[places, USED] = self._tick
+                self._entries[slots, USED] = self._tick
+            reader = self.weights.enter()
             latents = None if complete else self.latents
-            reader, regenerator = self.weights.enter(), latents.enter() if latents else None
-        with self._until_left(latents, regenerator):
+            regenerator = latents.enter() if latents is not None else None
+        try:
             # Left before new weights are kept: they may take the rows that this batch has used.
-            with self._until_left(self.weights, reader):
+            try:
                 if latents is None:
                     yield from self.weights.parts(rows)
                     return
-                here = (rows >= 0).nonzero().squeeze(1)
+                here = (rows != SLOT).nonzero().squeeze(1)
                 for columns, where, local in self.weights.parts(rows[here]):
                     yield columns, here if where is None else here[where], local
-            gone = (rows < 0).nonzero().squeeze(1)
+            finally:
+                with self.lock:
+                    self.weights.leave(reader)
+            gone = (rows == SLOT).nonzero().squeeze(1)
             size = max(1, BLOCK // self.format.spec.numel)
             for seeds, where, local in blocks(entries[gone, LATENT], size):
                 columns = generate(latents.column(0, seeds))
                 yield columns, gone[where], local
                 owners = torch.empty_like(seeds).index_copy_(0, local, ids[gone[where]])
                 self._keep(owners, seeds, columns)
-
-    def _places(self, ids: Tensor) -> Tensor:
-        """An entry to compare with each id: that of its slot, or the last where there is none."""
-        return (ids & SLOT).clamp_(max=len(self._entries) - 1)
-
-    @contextmanager
-    def _until_left(self, store: Store | None, reader: object) -> Iterator[None]:
-        try:
-            yield
         finally:
-            if store is not None:
+            if latents is not None:
                 with self.lock:
-                    store.leave(reader)
+                    latents.leave(regenerator)
+
+    def _code(self, slots: Tensor) -> Tensor:
+        """What makes a row of an id: ``code ^ id`` is the row of the slot's task, or SLOT where it
+        has none, if the id is the entry's, and negative or above SLOT if it is not.
+
+        A look-up reads 8 bytes a row: while weights stream through the caches it is bound by how
+        many lines of the table it misses.
+        """
+        ids, rows = self._entries[slots, ID], self._entries[slots, ROW]
+        return (ids & ~SLOT) | ((rows & SLOT) ^ slots)
+
+    def _rows(self, ids: Tensor, slots: Tensor) -> Tensor:
+        if self.device.type != "cpu" and int(slots.max()) >= len(self._codes):
+            self.find(ids)  # raises; on the CPU index_select checks by itself
+        try:
+            return self._codes.index_select(0, slots).bitwise_xor_(ids)
+        except IndexError:
+            self.find(ids)
+            raise
 
     def _keep(self, ids: Tensor, seeds: Tensor, columns: Columns) -> None:
         """Keeps generated weights, of tasks still without, in place of those not used longest."""
@@ -169,10 +185,12 @@ class Table:
                 oldest = resident[used.topk(min(count, len(used)), largest=False).indices]
                 self.weights.release(self._entries[oldest, ROW])
                 self._entries[oldest, ROW] = -1
+                self._codes[oldest] = self._code(oldest)
                 rows = torch.cat([rows, self.weights.reserve(len(new) - len(rows))])
             new = new[: len(rows)]  # fewer, while other readers hold what was released
             self.weights.write(rows, tuple(column[new] for column in columns))
             self._entries[slots[new], ROW] = rows
+            self._codes[slots[new]] = self._code(slots[new])
 
     # Changing. The caller holds ``write``.
 
@@ -219,6 +237,9 @@ class Table:
         with self.lock:
             if end > len(self._entries):
                 self._entries = torch.cat([self._entries, self._entries.new_full((more, 4), -1)])
+                self._codes = torch.cat([self._codes, self._codes.new_empty(more)])
+                unused = torch.arange(self._slots, len(self._entries), device=self.device)
+                self._codes[unused] = self._code(unused)
             for _ in range(len(slots) - (end - self._slots)):
                 heappop(self._free)
             self._slots = end
@@ -242,6 +263,7 @@ class Table:
             spent = ids >= LAST
             self._entries[slots, ID] = torch.where(spent, ids, ids + SLOT + 1)
             self._entries[slots, ROW : LATENT + 1] = -1
+            self._codes[slots] = self._code(slots)
             for slot in slots[~spent].tolist():
                 heappush(self._free, slot)
             self.count -= len(ids)
@@ -252,7 +274,9 @@ class Table:
     def _publish(self, change: Change) -> None:
         self._tick += 1
         used = torch.full_like(change.ids, self._tick)
-        self._entries[change.ids & SLOT] = torch.stack([*change[:3], used], 1)
+        slots = change.ids & SLOT
+        self._entries[slots] = torch.stack([*change[:3], used], 1)
+        self._codes[slots] = self._code(slots)
 
     def _release(self, rows: Tensor, latents: Tensor) -> None:
         self.weights.release(rows)
@@ -313,6 +337,7 @@ class Table:
         self._slots = len(entries)
         self._entries = torch.full((max(64, self._slots), 4), -1, dtype=torch.int64)
         self._entries[: self._slots, :USED] = entries
+        self._codes = self._code(torch.arange(len(self._entries)))
         held = alive(entries)
         self.count = int(held.sum())
         self._key_of = dict(names)
