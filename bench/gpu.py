@@ -48,10 +48,10 @@ TABLE = [
 
 # Kinds of arithmetic: dtype, and whether fp32 products may be rounded to TF32.
 KINDS = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "fp32": (torch.float32, "ieee"),
-    "fp64": (torch.float64, "ieee"),
+    "bf16": (torch.bfloat16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "fp32": (torch.float32, "highest"),
+    "fp64": (torch.float64, "highest"),
 }
 if REHEARSAL:  # the interpreter has no bf16
     del KINDS["bf16"]
@@ -142,6 +142,13 @@ BANK_RIVALS = {
 }
 
 
+def select(kind: str) -> torch.dtype:
+    """Sets the precision of fp32 products by the older interface, which compilers read too."""
+    dtype, precision = KINDS[kind]
+    torch.set_float32_matmul_precision(precision)
+    return dtype
+
+
 def make(w: Workload, dtype: torch.dtype) -> Problem:
     """Random values on the device, of the size training starts from."""
 
@@ -225,8 +232,8 @@ def ceilings() -> dict[str, float]:
     """FLOP/s of a library's product of random matrices of each kind; bytes/s read and written."""
     found = {}
     n = 64 if REHEARSAL else 8192
-    for kind, (dtype, precision) in KINDS.items():
-        torch.backends.cuda.matmul.fp32_precision = precision
+    for kind in KINDS:
+        dtype = select(kind)
         size = n // 2 if kind in ("fp32", "fp64") else n
         a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
         times = race({"": lambda a=a, b=b: (a @ b,)})  # type: ignore[misc]
@@ -241,7 +248,7 @@ def hold(
     w: Workload, mode: str, kind: str, rivals: tuple[str, ...], limits: dict[str, float]
 ) -> list[dict[str, Any]]:
     """One race: a row for each rival."""
-    dtype, torch.backends.cuda.matmul.fp32_precision = KINDS[kind]
+    dtype = select(kind)
     torch._dynamo.reset()
     problem = make(w, dtype)
     calls: dict[str, Call] = {}
@@ -272,7 +279,7 @@ def hold(
 
 def hold_bank(w: BankWorkload, limits: dict[str, float]) -> list[dict[str, Any]]:
     kind = next(iter(KINDS))
-    dtype, torch.backends.cuda.matmul.fp32_precision = KINDS[kind]
+    dtype = select(kind)
     fans = torch.cat([torch.full((i * o + o,), float(i)) for i, o in w.layers]).to(DEVICE)
     problem = BankProblem(
         w,
@@ -318,7 +325,7 @@ def plan_times() -> list[dict[str, Any]]:
     rows = []
     b, i, o, k = (3, 5, 4, 4) if REHEARSAL else (4096, 128, 128, 64)
     for kind, n in product(KINDS, (1, 2) if REHEARSAL else (1, 2, 4, 8, 16, 64)):
-        dtype, torch.backends.cuda.matmul.fp32_precision = KINDS[kind]
+        dtype = select(kind)
         x, h = (torch.randn(*s, device=DEVICE, dtype=dtype) for s in ((b, n, i), (b, k)))
         weight = torch.randn(o * i + o, k, device=DEVICE, dtype=dtype) / 10
         bias = torch.randn(o * i + o, device=DEVICE, dtype=dtype)
@@ -353,7 +360,7 @@ def config_times() -> dict[str, dict[str, float]]:
             found[str(key)] = dict(zip(names, measured, strict=True))
 
     kernels._milliseconds, kernels._run, kernels.AUTOTUNE = milliseconds, run, True
-    dtype, torch.backends.cuda.matmul.fp32_precision = next(iter(KINDS.values()))
+    dtype = select(next(iter(KINDS)))
     try:
         for w in (FEW, MANY):
             torch_call(hyper_mlp)(make(tiny(w) if REHEARSAL else w, dtype), MODES[1])()

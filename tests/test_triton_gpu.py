@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU, where there is one: all dtypes, graphs, compilation, memory."""
 
+import os
+
 import pytest
 import torch
 from cases import VARIANTS, Sizes, Variant, close
@@ -9,6 +11,8 @@ from hyperfast import reference
 from hyperfast.functional import hyper_linear, task_linear
 
 pytest.importorskip("triton")
+# Deterministic algorithms, which the poison needs, ask this of the library of matrix products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.usefixtures("nan_poison"),
@@ -45,7 +49,8 @@ def assert_as_good(y, plain, exact):
     errors are the largest over the whole tensor."""
     assert y.shape == exact.shape
     assert y.dtype == plain.dtype
-    if y.numel() == 0:
+    if y.dtype == torch.float64:
+        close(y, exact)
         return
     error, other = ((t.double() - exact).abs().max() for t in (y, plain))
     rounding = exact.abs().max() * torch.finfo(y.dtype).eps
@@ -81,23 +86,22 @@ def test_gradients(variant, sizes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tf32_follows_pytorch(dtype, monkeypatch):
+def test_tf32_follows_pytorch(dtype):
     """As PyTorch's own products: fp32 loses digits where TF32 is allowed, and only there."""
-    before = torch.backends.cuda.matmul.fp32_precision
     variant = Variant("hyper_linear", False, plan="contract")
     args = to(variant.random(Sizes(1000, 1, 128, 128, 64), dtype=dtype))
     errors = {}
     exact = variant.expected(*to(args, dtype=torch.float64))
     try:
-        for precision in ("ieee", "tf32"):
-            torch.backends.cuda.matmul.fp32_precision = precision
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
             errors[precision] = (variant.op(*args).double() - exact).abs().max() / exact.abs().max()
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
     if dtype == torch.float32:
-        assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-2
+        assert errors["highest"] < 1e-5 < errors["high"] < 1e-2
     else:
-        assert errors["ieee"] == errors["tf32"]
+        assert errors["highest"] == errors["high"]
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -164,6 +168,7 @@ def test_a_graph_captures_and_replays(model, ragged):
         assert torch.equal(y, model(*fresh))
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own advice
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
 def test_compiles_in_one_graph(model, ragged, mode, dynamo):
