@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report())
         return 0
     if args.command == "demo":
-        from hyperfast.recipes import digits
+        import hyperfast.recipes.digits as digits
 
         return digits.main(args.rest)
     return _bench(args.rest)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.functional import hyper_linear
 from hyperfast.hypernet import HyperNet
+from hyperfast.plan import task_blocks
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet, from_jagged
 
@@ -91,7 +93,18 @@ class HyperMLP(nn.Module):
             return from_jagged(
                 x, task_ids, h.shape[0], lambda rows, ids: self._layers(*mlp, rows, h, ids)
             )
-        return self._layers(*mlp, x, h, task_ids)
+        if task_ids is None and x.ndim and x.shape[0] != z.shape[0]:
+            raise ValueError(
+                f"x must have {z.shape[0]} tasks in its first dimension, as z has shape "
+                f"{checks.shape(z)}, got shape {checks.shape(x)}"
+            )
+        # Without gradients nothing between the layers is kept, so it need not leave the cache.
+        alive = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if alive or task_ids is not None or x.ndim != 3:
+            return self._layers(*mlp, x, h, task_ids)
+        blocks = task_blocks(x.shape[0], x.shape[1], max(mlp[0].sizes), x.element_size())
+        outputs = [self._layers(*mlp, x[block], h[block], None) for block in blocks]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _layers(
         self, spec: MLPSpec, target: TargetNet, x: Tensor, h: Tensor, task_ids: Tensor | None

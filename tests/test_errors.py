@@ -245,7 +245,7 @@ MODELS = [
         lambda: MODEL(META, Z)),
     bad("z device", ValueError, "must be on the device of z", lambda: MODEL(X, Z.to("meta"))),
     bad("z size", ValueError, r"z must have shape .*got \(2, 5\)", lambda: MODEL(X, Z[:, 1:])),
-    bad("batches", ValueError, r"x must have shape \(1, N, 4\) or \(1, 4\).*got \(2, 3, 4\)",
+    bad("batches", ValueError, r"x must have 1 tasks.* z has shape \(1, 6\), got shape \(2, 3, 4\)",
         lambda: MODEL(X, Z[:1])),
     bad("x features", ValueError, r"x must have 4 features .*got shape \(2, 3, 3\)",
         lambda: MODEL(X[..., 1:], Z)),
