@@ -80,6 +80,8 @@ class Arg {
     return static_cast<T*>(tensor_.data_ptr());
   }
 
+  Index element_size() const { return Index(tensor_.element_size()); }
+
   // Of rank 3 or, ragged, 2.
   Rows rows() const {
     return {data(), dim() == 3 ? stride(0) : 0, stride(-2), stride(-1)};

@@ -39,7 +39,7 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
       g.pieces_.push_back({t, i, i + std::min(cut, last - i)});
     first = last;
   }
-  g.view_ = {tasks, rows, Index(g.pieces_.size()), cut, 1, g.order_.data(), g.pieces_.data()};
+  g.view_ = {tasks, rows, Index(g.pieces_.size()), cut, 1, true, g.order_.data(), g.pieces_.data()};
   return g;
 }
 

@@ -44,6 +44,7 @@ struct Groups {
   Index rows;    // of one task (batched), of all together (ragged)
   Index pieces;  // how many
   Index cut, per_task;
+  bool ragged = false;
   const Index* order = nullptr;
   const Piece* list = nullptr;
 };
@@ -67,11 +68,64 @@ struct TaskLinearGradWeight {
   void* y;        // (tasks, out, in), contiguous
 };
 
+// What the head makes of features h: entry (o, i) of a task's matrix is <weight(o, i), h> + bias(o, i),
+// where weight(o, i) starts at weight + o * out + i * in and its features are `feature` apart.
+struct HeadMatrix {
+  void* weight;
+  Index out, in, feature;
+  void* bias;  // or null
+  Index bias_out, bias_in;
+};
+
+// How a layer runs. A matrix is generated in pieces that stay in the cache (tile), or whole (materialize).
+enum class Plan { tile, materialize };
+
+// y[r] = M_b x[r] + v_b, both generated.
+struct HyperLinear {
+  Dtype dtype;
+  Plan plan;
+  Groups groups;
+  Index out, in, features;
+  Rows x;  // width in
+  TaskVector h;
+  HeadMatrix matrix;
+  HeadMatrix vector;  // of one column; weight null when there is none
+  Rows y;             // width out, col == 1
+};
+
+// y[b] = sum over (o, i) of G_b(o, i) weight(o, i), where G_b = sum of grad[r] (x) x[r] over its rows.
+struct HyperLinearGradH {
+  Dtype dtype;
+  Plan plan;
+  Groups groups;
+  Index out, in, features;
+  Rows grad;  // width out
+  Rows x;     // width in
+  HeadMatrix matrix, vector;
+  void* y;  // (tasks, features), contiguous
+};
+
+// y(o, i) = sum over b of G_b(o, i) h_b; y is contiguous (out * in, features), then (out, features).
+struct HyperLinearGradWeight {
+  Dtype dtype;
+  Plan plan;
+  Groups groups;
+  Index out, in, features;
+  bool target_bias;
+  Rows grad;  // width out
+  Rows x;     // width in
+  TaskVector h;
+  void* y;
+};
+
 // One entry per op; each instruction set fills in its own table.
 struct Kernels {
   const char* isa;
   void (*task_linear)(const TaskLinear&);
   void (*task_linear_grad_weight)(const TaskLinearGradWeight&);
+  void (*hyper_linear)(const HyperLinear&);
+  void (*hyper_linear_grad_h)(const HyperLinearGradH&);
+  void (*hyper_linear_grad_weight)(const HyperLinearGradWeight&);
 };
 
 }  // namespace hyperfast

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "groups.h"
+#include "runtime.h"
 
 namespace hyperfast {
 namespace {
@@ -68,11 +69,147 @@ Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Opti
   return y;
 }
 
+// The head's slice of one layer: rows of matrix (out, in), then, with target_bias, of vector (out).
+struct Head {
+  HeadMatrix matrix{}, vector{};
+
+  Head(const Arg& weight, const OptionalTensor& bias, Index out, Index in, bool target_bias) {
+    weight.size(0, out * (in + target_bias), target_bias ? "out * (in + 1)" : "out * in");
+    const Index row = weight.stride(0), feature = weight.stride(1);
+    const Index size = weight.element_size();
+    char* rows = weight.data<char>();
+    matrix = {rows, in * row, row, feature, nullptr, 0, 0};
+    if (target_bias) vector = {rows + out * in * row * size, row, 0, feature, nullptr, 0, 0};
+    if (!bias) return;
+    const Arg b("bias", *bias);
+    b.rank(1, "(P,)");
+    b.size(0, weight.size(0), "the rows of weight");
+    b.same_dtype(weight);
+    const Index step = b.stride(0);
+    matrix.bias = b.data();
+    matrix.bias_out = in * step;
+    matrix.bias_in = step;
+    if (target_bias) {
+      vector.bias = b.data<char>() + out * in * step * size;
+      vector.bias_out = step;
+    }
+  }
+};
+
+// How to run a layer: the plan that was asked for, else the better one. On the CPU `contract` and `tile`
+// are one: weights live in the cache for as long as one block of tasks needs them.
+Plan choose_plan(const std::string& wanted, const Groups& groups) {
+  if (wanted == "materialize") return Plan::materialize;
+  if (wanted == "tile" || wanted == "contract") return Plan::tile;
+  if (!wanted.empty())
+    fail("plan must be \"\", \"contract\", \"tile\" or \"materialize\", got \"", wanted, "\"");
+  // Packing the head for so few tasks costs more than it saves.
+  return groups.pieces <= 4 ? Plan::materialize : Plan::tile;
+}
+
+// Rows that a thread takes of a task at a time; for each piece its weights are generated again.
+constexpr Index hyper_piece = 2048;
+
+Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
+                    const OptionalTensor& bias, const OptionalTensor& task_ids, bool target_bias,
+                    const std::string& plan) {
+  const Arg x("x", x_), h("h", h_), weight("weight", weight_);
+  const Dtype dtype = x.dtype();
+  h.rank(2, "(B, features)");
+  h.same_dtype(x);
+  weight.rank(2, "(P, features)");
+  weight.same_dtype(x);
+  const Index tasks = h.size(0), features = h.size(1);
+  weight.size(1, features, "the features of h");
+  const Grouping groups = group_rows(x, task_ids, tasks, hyper_piece);
+  const Index in = x.size(-1), per_output = in + target_bias;
+  if (per_output == 0) fail("x must have at least one column without target_bias");
+  const Index out = weight.size(0) / per_output;
+  const Head head(weight, bias, out, in, target_bias);
+  const Tensor y = x.like_rows(out);
+  kernels().hyper_linear({dtype, choose_plan(plan, groups.view()), groups.view(), out, in, features,
+                          x.rows(), {h.data(), h.stride(0), h.stride(1)}, head.matrix, head.vector,
+                          Arg("y", y).rows()});
+  trim_scratch();
+  return y;
+}
+
+// The same layer turned around: what maps inputs to outputs maps gradients of outputs to those of inputs.
+Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& weight_,
+                           const OptionalTensor& bias, const OptionalTensor& task_ids,
+                           const std::string& plan) {
+  const Arg grad("grad", grad_), h("h", h_), weight("weight", weight_);
+  const Dtype dtype = grad.dtype();
+  h.rank(2, "(B, features)");
+  h.same_dtype(grad);
+  weight.rank(2, "(out * in, features)");
+  weight.same_dtype(grad);
+  const Index tasks = h.size(0), features = h.size(1);
+  weight.size(1, features, "the features of h");
+  const Grouping groups = group_rows(grad, task_ids, tasks, hyper_piece);
+  const Index out = grad.size(-1);
+  if (out == 0) fail("grad must have at least one column");
+  const Index in = weight.size(0) / out;
+  HeadMatrix matrix = Head(weight, bias, out, in, false).matrix;
+  std::swap(matrix.out, matrix.in);
+  std::swap(matrix.bias_out, matrix.bias_in);
+  const Tensor y = grad.like_rows(in);
+  kernels().hyper_linear({dtype, choose_plan(plan, groups.view()), groups.view(), in, out, features,
+                          grad.rows(), {h.data(), h.stride(0), h.stride(1)}, matrix, {},
+                          Arg("y", y).rows()});
+  trim_scratch();
+  return y;
+}
+
+Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
+                           const OptionalTensor& task_ids, Index tasks, bool target_bias,
+                           const std::string& plan) {
+  const Arg grad("grad", grad_), x("x", x_), weight("weight", weight_);
+  if (tasks < 0) fail("tasks must not be negative, got ", tasks);
+  const Dtype dtype = x.dtype();
+  grad.same_dtype(x);
+  grad.same_rows(x);
+  weight.rank(2, "(P, features)");
+  weight.same_dtype(x);
+  const Grouping groups = group_rows(x, task_ids, tasks, hyper_piece);
+  const Index out = grad.size(-1), in = x.size(-1), features = weight.size(1);
+  const Head head(weight, std::nullopt, out, in, target_bias);
+  const Tensor y = x.empty({tasks, features});
+  kernels().hyper_linear_grad_h({dtype, choose_plan(plan, groups.view()), groups.view(), out, in,
+                                 features, grad.rows(), x.rows(), head.matrix, head.vector,
+                                 y.mutable_data_ptr()});
+  trim_scratch();
+  return y;
+}
+
+Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Tensor& h_,
+                                const OptionalTensor& task_ids, bool target_bias,
+                                const std::string& plan) {
+  const Arg grad("grad", grad_), x("x", x_), h("h", h_);
+  const Dtype dtype = x.dtype();
+  grad.same_dtype(x);
+  grad.same_rows(x);
+  h.rank(2, "(B, features)");
+  h.same_dtype(x);
+  const Grouping groups = group_rows(x, task_ids, h.size(0), hyper_piece);
+  const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
+  const Tensor y = x.empty({out * (in + target_bias), features});
+  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan, groups.view()), groups.view(), out, in,
+                                      features, target_bias, grad.rows(), x.rows(),
+                                      {h.data(), h.stride(0), h.stride(1)}, y.mutable_data_ptr()});
+  trim_scratch();
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hyperfast, CPU, m) {
   m.impl("task_linear", TORCH_BOX(&task_linear));
   m.impl("task_linear_grad_weight", TORCH_BOX(&task_linear_grad_weight));
+  m.impl("hyper_linear", TORCH_BOX(&hyper_linear));
+  m.impl("hyper_linear_grad_x", TORCH_BOX(&hyper_linear_grad_x));
+  m.impl("hyper_linear_grad_h", TORCH_BOX(&hyper_linear_grad_h));
+  m.impl("hyper_linear_grad_weight", TORCH_BOX(&hyper_linear_grad_weight));
 }
 
 }  // namespace hyperfast

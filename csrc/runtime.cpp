@@ -22,7 +22,13 @@ namespace {
 struct Buffer {
   void* data = nullptr;
   std::size_t size = 0;
-  ~Buffer() { std::free(data); }
+
+  void release() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
+  ~Buffer() { release(); }
 };
 
 thread_local Buffer buffers[static_cast<int>(Slot::count)];
@@ -32,14 +38,18 @@ thread_local Buffer buffers[static_cast<int>(Slot::count)];
 void* scratch(Slot slot, std::size_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.size < bytes) {
-    std::free(buffer.data);
-    buffer.size = 0;
+    buffer.release();
     const std::size_t rounded = (bytes + 63) / 64 * 64;
     buffer.data = std::aligned_alloc(64, rounded);
     if (!buffer.data) throw std::bad_alloc();
     buffer.size = rounded;
   }
   return buffer.data;
+}
+
+void trim_scratch() {
+  for (Buffer& buffer : buffers)
+    if (buffer.size > (std::size_t{8} << 20)) buffer.release();
 }
 
 }  // namespace hyperfast

@@ -14,9 +14,18 @@ void run_parallel(std::int64_t n, std::int64_t grain,
 
 int thread_count();
 
-// 64-byte aligned memory of this thread, at least `bytes` long, kept for the next call and freed with
-// the thread. Each slot is one buffer: asking again for the same slot may move it and loses its content.
-enum class Slot { a, b, c, d, e, f, count };
+// 64-byte aligned memory of this thread, at least `bytes` long and uninitialised. Each slot is one
+// buffer, kept for the next call: asking for the same slot again may move it.
+enum class Slot {
+  // of the thread that calls the op
+  rows_a, rows_b, rows_out, head, features, sums,
+  // of each thread at work
+  panel, block, local_a, local_b,
+  count
+};
 void* scratch(Slot slot, std::size_t bytes);
+
+// Frees the buffers of this thread that are larger than what is worth keeping (8 MiB).
+void trim_scratch();
 
 }  // namespace hyperfast

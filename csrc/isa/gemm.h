@@ -23,10 +23,10 @@ constexpr int tile_vecs = 4;
 constexpr int tile_vecs = 2;
 #endif
 template <class C>
-constexpr int lanes = tile_vecs * width<C>;
+constexpr Index lanes = tile_vecs * width<C>;
 
-// Depth of a panel of B that stays in the second-level cache: 512 * 64 lanes * 4 bytes = 128 KiB.
-constexpr Index depth_block = 512;
+// Depth of a panel of B that stays in the first-level cache: 160 * 64 lanes * 4 bytes = 40 of 48 KiB.
+constexpr Index depth_block = 160;
 
 // C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many elements.
 template <int M, int V, bool Tail, class C>
@@ -49,13 +49,19 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
       for (int v = 0; v < V; ++v) acc[m][v] += s * bv[v];
     }
   }
-  if (n == V * w && c.col == 1 && (!init.data || init.col == 1)) {
+  if (c.col == 1 && (!init.data || init.col == 1)) {
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        if (init.data) acc[m][v] += load(init.data + m * init.row + v * w);
-        store(c.data + m * c.row + v * w, acc[m][v]);
+        const int left = n - v * w;
+        const C* from = init.data + m * init.row + v * w;
+        C* to = c.data + m * c.row + v * w;
+        if (left >= w) {
+          store(to, init.data ? acc[m][v] + load(from) : acc[m][v]);
+        } else if (left > 0) {
+          store_part(to, init.data ? acc[m][v] + load_part(from, left) : acc[m][v], left);
+        }
       }
   } else {
     C spill[M][V * w];
@@ -98,6 +104,19 @@ static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, I
   steps(1, pick<C, Tail, 1>(vecs));
 }
 
+// The same where B is one packed panel, of any depth.
+template <class C>
+static void sweep_deep(Index m, int vecs, Index depth, View<const C> a, const C* panel,
+                       View<const C> init, View<C> c, int n) {
+  Index k = 0;
+  do {
+    const Index dk = min(depth_block, depth - k);
+    sweep<C, false>(m, vecs, dk, a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, init, c, n);
+    init = {c.data, c.row, c.col};
+    k += dk;
+  } while (k < depth);
+}
+
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < dst_row. Widens to C on the way.
 template <class C, class T>
 static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row) {
@@ -128,7 +147,7 @@ static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row)
 }
 
 // C (m, n) = init + A (m, depth) B (depth, n), lanes along n. Where B's rows are not contiguous
-// elements of C's type, panels of it are packed into Slot::a.
+// elements of C's type, panels of it are packed into Slot::panel.
 template <class C, class T>
 static void multiply(Index m, Index n, Index depth, View<const C> a, View<const T> b,
                      View<const C> init, View<C> c) {
@@ -152,7 +171,7 @@ static void multiply(Index m, Index n, Index depth, View<const C> a, View<const 
         }
       }
       const Index row = Index(vecs) * width<C>;
-      C* panel = scratch<C>(Slot::a, max(dk, 1) * row);
+      C* panel = scratch<C>(Slot::panel, max(dk, 1) * row);
       pack(dk, nj, bk, panel, row);
       sweep<C, false>(m, vecs, dk, a.at(0, k), panel, row, 0, start, c.at(0, j), nj);
       start = {c.at(0, j).data, c.row, c.col};

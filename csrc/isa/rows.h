@@ -9,14 +9,14 @@ namespace hyperfast::HF_ISA {
 constexpr Index parallel_work = 1 << 17;
 
 static inline Piece piece(const Groups& g, Index i) {
-  if (g.list) return g.list[i];
+  if (g.ragged) return g.list[i];
   const Index begin = i % g.per_task * g.cut;
   return {i / g.per_task, begin, min(begin + g.cut, g.rows)};
 }
 
 template <class T>
 static inline T* row_data(const Rows& rows, const Groups& g, const Piece& p, Index position) {
-  return static_cast<T*>(rows.data) + p.task * rows.task + (g.order ? g.order[position] : position) * rows.row;
+  return static_cast<T*>(rows.data) + p.task * rows.task + (g.ragged ? g.order[position] : position) * rows.row;
 }
 
 // The rows of a piece as a matrix of Acc<T>: in place when they lie so, else copied to the slot.
@@ -25,7 +25,7 @@ static View<const Acc<T>> gather(const Rows& rows, const Groups& g, const Piece&
                                  Slot slot) {
   using C = Acc<T>;
   if constexpr (std::is_same_v<C, T>)
-    if (!g.order || p.end - p.begin == 1)
+    if (!g.ragged || p.end - p.begin == 1)
       return {row_data<T>(rows, g, p, p.begin), rows.row, rows.col};
   C* copy = scratch<C>(slot, max((p.end - p.begin) * columns, 1));
   for (Index j = p.begin; j < p.end; ++j) {

@@ -1,6 +1,7 @@
 // One build of the kernels. setup.py compiles this file once for every instruction set, each into the
 // namespace HF_ISA; dispatch.cpp chooses between the tables.
-#include "task_linear.h"
+#include "hyper_grad.h"
+#include "hyper_linear.h"
 
 #define HF_STRING(x) #x
 #define HF_NAME(x) HF_STRING(x)
@@ -12,6 +13,9 @@ const Kernels table = {
     HF_NAME(HF_ISA),
     task_linear,
     task_linear_grad_weight,
+    hyper_linear,
+    hyper_linear_grad_h,
+    hyper_linear_grad_weight,
 };
 
 }  // namespace hyperfast::HF_ISA

@@ -124,7 +124,19 @@ static inline Vec<T> load_part(const T* p, int n) {
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return load(buffer);
 }
+template <class T>
+static inline void store_part(T* p, Vec<T> v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
 #ifdef __AVX512F__
+template <>
+inline void store_part<float>(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
+}
+template <>
+inline void store_part<double>(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v));
+}
 template <>
 inline Vec<float> load_part<float>(const float* p, int n) {
   return Vec<float>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));

@@ -1,0 +1,51 @@
+// The head's weight, packed into panels: what a block of tasks multiplies its features with.
+#pragma once
+
+#include "staged.h"
+
+namespace hyperfast::HF_ISA {
+
+// Tasks whose weights are alive at once: eight tiles of six share a panel from the first-level cache.
+constexpr Index task_block = 8 * tile_rows;
+
+// Elements of a block's generated weights (or of their gradient): 256 KiB, a quarter of the second level.
+template <class C>
+constexpr Index block_elements = (256 << 10) / Index(sizeof(C));
+
+// Elements packed at a time for all tasks: 2 MiB, which threads share through the third-level cache.
+template <class C>
+constexpr Index head_elements = (2 << 20) / Index(sizeof(C));
+
+// dst[k][l] = src[l][k * step] for k < depth, l < n; zeros for lanes n and up. `dst_row` lanes a row.
+template <class C, class T>
+static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C* dst, Index dst_row) {
+  constexpr int w = width<C>;
+  Index l = 0;
+  for (; step == 1 && l + w <= n; l += w) {
+    Index k = 0;
+    for (; k + w <= depth; k += w) {
+      Vec<C> block[w];
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) block[i] = load_wide(src[l + i] + k);
+      transpose<C>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i) store(dst + (k + i) * dst_row + l, block[i]);
+    }
+    for (; k < depth; ++k)
+      for (int i = 0; i < w; ++i) dst[k * dst_row + l + i] = widen(src[l + i][k]);
+  }
+  for (; l < n; ++l)
+    for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = widen(src[l][k * step]);
+  for (; l < dst_row; ++l)
+    for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = 0;
+}
+
+// Features of tasks as rows of Acc<T>, `row` apart, a 1 behind them if the head has a bias.
+template <class T>
+static void copy_features(const TaskVector& h, Index task, Index features, bool one, Acc<T>* to) {
+  const T* from = static_cast<const T*>(h.data) + task * h.task;
+  for (Index k = 0; k < features; ++k) to[k] = widen(from[k * h.col]);
+  if (one) to[features] = 1;
+}
+
+}  // namespace hyperfast::HF_ISA

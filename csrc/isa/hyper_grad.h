@@ -1,0 +1,230 @@
+// Gradients with respect to what generates the weights. Both are matrix products with the gradient of the
+// generated weights, G_b = sum over rows of grad[r] (x) x[r], which is formed a block at a time and used
+// from the cache: G (tasks, P) times the head's weight (P, K), and G^T times h (tasks, K).
+#pragma once
+
+#include "head.h"
+
+namespace hyperfast::HF_ISA {
+
+// A run of consecutive rows of the head: outputs [o0, o0 + no) and inputs [i0, i0 + ni) of the matrix, or
+// of the vector, which is a matrix of the one input 1. Either no == 1 or the inputs are all there.
+struct Run {
+  bool vector;
+  Index o0, no, i0, ni;
+
+  Index size() const { return no * ni; }
+};
+
+// Cuts the head's rows into runs of at most `most` of them, matrix first.
+struct Runs {
+  Index out, in, wide, tall;  // wide: inputs of a run, tall: outputs of a run
+  Index across, matrix, total;
+  Index vector_tall;
+
+  Runs(Index out, Index in, bool vector, Index most) : out(out), in(in) {
+    wide = max(min(in, most), 1);
+    tall = wide < in ? 1 : max(min(most / wide, out), 1);
+    across = ceil_div(in, wide);
+    matrix = ceil_div(out, tall) * across;
+    vector_tall = min(most, max(out, 1));
+    total = matrix + (vector ? ceil_div(out, vector_tall) : 0);
+  }
+
+  Run operator[](Index q) const {
+    if (q < matrix) {
+      const Index o = q / across * tall, i = q % across * wide;
+      return {false, o, min(tall, out - o), i, min(wide, in - i)};
+    }
+    const Index o = (q - matrix) * vector_tall;
+    return {true, o, min(vector_tall, out - o), 0, 1};
+  }
+
+  Index longest() const { return max(tall * wide, vector_tall); }
+};
+
+// g (no, ni) row-major = sum over the m rows of grad (x) x, for the run's outputs and inputs.
+template <class C>
+static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C* g) {
+  static const C one = 1;
+  grad = grad.at(0, run.o0);
+  x = run.vector ? View<const C>{&one, 0, 0} : x.at(0, run.i0);
+  if (m == 1 && (x.col == 1 || run.vector)) {
+    for (Index o = 0; o < run.no; ++o, g += run.ni) {
+      const C s = grad.data[o * grad.col];
+      for (Index i = 0; i < run.ni; ++i) g[i] = s * x.data[i * x.col];
+    }
+  } else if (run.ni < run.no) {  // lanes along the longer side
+    multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
+  } else {
+    multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});
+  }
+}
+
+// ---- with respect to h ----
+
+// Runs of the head's weight widened and put into panels of lanes along the features.
+template <class T>
+static void pack_run(const HyperLinearGradH& p, const Run& run, Index k0, Acc<T>* dst) {
+  using C = Acc<T>;
+  const HeadMatrix& m = run.vector ? p.vector : p.matrix;
+  const Index nk = min(lanes<C>, p.features - k0);
+  for (Index o = 0; o < run.no; ++o) {
+    const T* rows = static_cast<const T*>(m.weight) + (run.o0 + o) * m.out + run.i0 * m.in;
+    pack<C, T>(run.ni, nk, {rows + k0 * m.feature, m.in, m.feature}, dst + o * run.ni * lanes<C>,
+               lanes<C>);
+  }
+}
+
+// y (pieces, features), y.col == 1.
+template <class T>
+static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<const Acc<T>>& grad,
+                                       const Staged<const Acc<T>>& x, View<Acc<T>> y) {
+  using C = Acc<T>;
+  const Index tasks = p.groups.pieces;
+  const Runs runs(p.out, p.in, p.vector.weight, block_elements<C> / task_block);
+  const Index panels = ceil_div(p.features, lanes<C>);
+  const Index panel = runs.longest() * lanes<C>, slice = panels * panel;
+  const Index together = max(min(head_elements<C> / max(slice, 1), runs.total), 1);
+  C* packed = scratch<C>(Slot::head, max(together * slice, 1));
+
+  for (Index q0 = 0; q0 < runs.total; q0 += together) {
+    const Index q1 = min(q0 + together, runs.total);
+    parallel((q1 - q0) * panels, max(parallel_work / (8 * panel), 1), [&](Index first, Index last) {
+      for (Index j = first; j < last; ++j)
+        pack_run<T>(p, runs[q0 + j / panels], j % panels * lanes<C>, packed + j * panel);
+    });
+
+    const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
+    const Index work = tile_rows * (q1 - q0) * runs.longest() * (p.features + rows_each);
+    parallel(ceil_div(tasks, tile_rows), max(parallel_work / max(work, 1), 1),
+             [&](Index first, Index last) {
+               const Index row = runs.longest() + 16;  // a line more against cache conflicts
+               C* g = scratch<C>(Slot::block, task_block * row);
+               const Index end = min(last * tile_rows, tasks);
+               for (Index u0 = first * tile_rows; u0 < end; u0 += task_block) {
+                 const Index nu = min(task_block, end - u0);
+                 for (Index q = q0; q < q1; ++q) {
+                   const Run run = runs[q];
+                   for (Index u = 0; u < nu; ++u) {
+                     const Piece r = piece(p.groups, u0 + u);
+                     form<C>(run, r.end - r.begin, grad.of(r), x.of(r), g + u * row);
+                   }
+                   for (Index j = 0; j < panels; ++j) {
+                     const Index k0 = j * lanes<C>;
+                     const int nk = int(min(lanes<C>, p.features - k0));
+                     const View<C> out = y.at(u0, k0);
+                     sweep_deep<C>(nu, int(ceil_div(nk, width<C>)), run.size(), {g, row, 1},
+                                   packed + (q - q0) * slice + j * panel,
+                                   q ? View<const C>{out.data, out.row, 1} : View<const C>{}, out, nk);
+                   }
+                 }
+               }
+             });
+  }
+}
+
+template <class T>
+static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
+  using C = Acc<T>;
+  const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
+  const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
+  T* y = static_cast<T*>(p.y);
+  const bool any = p.out > 0 && (p.in > 0 || p.vector.weight);  // else there is nothing to add up
+  if constexpr (std::is_same_v<C, T>)
+    if (!p.groups.ragged && p.groups.per_task == 1 && any)
+      return hyper_linear_grad_h_pieces<T>(p, grad, x, {y, p.features, 1});
+
+  C* parts = scratch<C>(Slot::sums, max((p.groups.pieces + 1) * p.features, 1));
+  if (any) hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
+  // Pieces of one task are next to each other, tasks in order; a task without rows has none.
+  C* sum = parts + p.groups.pieces * p.features;
+  Index j = 0;
+  for (Index t = 0; t < p.groups.tasks; ++t) {
+    for (Index k = 0; k < p.features; ++k) sum[k] = 0;
+    for (; any && j < p.groups.pieces && piece(p.groups, j).task == t; ++j)
+      for (Index k = 0; k < p.features; ++k) sum[k] += parts[j * p.features + k];
+    for (Index k = 0; k < p.features; ++k) y[t * p.features + k] = narrow<T>(sum[k]);
+  }
+}
+
+// ---- with respect to the head's weight ----
+
+// Tasks whose G and h a run takes at a time.
+constexpr Index grad_tasks = depth_block;
+
+template <class T>
+static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
+  using C = Acc<T>;
+  const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
+  const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
+  const Index tasks = p.groups.pieces;
+  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / grad_tasks);
+
+  // Few features: lanes along the head's rows instead, and h as it is.
+  const bool narrow_h = p.features < width<C>;
+  const Index panels = narrow_h ? 1 : ceil_div(p.features, lanes<C>);
+  const Index row = narrow_h ? max(p.features, 1) : lanes<C>;
+  C* h = scratch<C>(Slot::features, max(tasks * panels * row, 1));
+  parallel(tasks, max(parallel_work / (8 * panels * row), 1), [&](Index first, Index last) {
+    for (Index u = first; u < last; ++u) {
+      const Index t = piece(p.groups, u).task;
+      for (Index k = 0; k < panels * row; ++k)
+        h[(k / row * tasks + u) * row + k % row] =
+            k < p.features ? widen(static_cast<const T*>(p.h.data)[t * p.h.task + k * p.h.col]) : 0;
+    }
+  });
+
+  const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
+  const Index work = runs.longest() * tasks * (p.features + rows_each);
+  parallel(runs.total, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
+    const Index g_row = runs.longest() + 16;
+    C* g = scratch<C>(Slot::block, grad_tasks * g_row);
+    for (Index q = first; q < last; ++q) {
+      const Run run = runs[q];
+      const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
+      T* y = static_cast<T*>(p.y) + at * p.features;
+      C* sum;
+      if constexpr (std::is_same_v<C, T>)
+        sum = y;
+      else
+        sum = scratch<C>(Slot::local_b, max(run.size() * p.features, 1));
+
+      Index u0 = 0;
+      do {  // once even without tasks: the gradient is then zero
+        const Index nu = min(grad_tasks, tasks - u0);
+        for (Index u = 0; u < nu; ++u) {
+          const Piece r = piece(p.groups, u0 + u);
+          form<C>(run, r.end - r.begin, grad.of(r), x.of(r), g + u * g_row);
+        }
+        const View<C> out{sum, p.features, 1};
+        const View<const C> before = u0 ? View<const C>{sum, p.features, 1} : View<const C>{};
+        if (narrow_h)
+          multiply<C, C>(p.features, run.size(), nu, {h + u0 * row, 1, row}, View<const C>{g, g_row, 1},
+                         before.transposed(), out.transposed());
+        else
+          for (Index j = 0; j < panels; ++j) {
+            const Index k0 = j * lanes<C>;
+            const int nk = int(min(lanes<C>, p.features - k0));
+            sweep_deep<C>(run.size(), int(ceil_div(nk, width<C>)), nu, {g, 1, g_row},
+                          h + (j * tasks + u0) * lanes<C>, before.data ? before.at(0, k0) : before,
+                          out.at(0, k0), nk);
+          }
+        u0 += grad_tasks;
+      } while (u0 < tasks);
+
+      if constexpr (!std::is_same_v<C, T>)
+        for (Index j = 0; j < run.size() * p.features; ++j) y[j] = narrow<T>(sum[j]);
+    }
+  });
+}
+
+static void hyper_linear_grad_h(const HyperLinearGradH& p) {
+  with_type(p.dtype, [&](auto t) { hyper_linear_grad_h_typed<decltype(t)>(p); });
+}
+
+static void hyper_linear_grad_weight(const HyperLinearGradWeight& p) {
+  with_type(p.dtype, [&](auto t) { hyper_linear_grad_weight_typed<decltype(t)>(p); });
+}
+
+}  // namespace hyperfast::HF_ISA
