@@ -61,6 +61,7 @@ MATRIX_UNIT = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|v_m
 SIZES = [
     (20000, 1, 128, 128, 64, False),
     (512, 4, 64, 10, 128, True),
+    (4096, 1, 128, 128, 64, False),
     (64, 1, 8, 32, 64, False),
     (16, 64, 2, 64, 256, True),
 ]
@@ -125,7 +126,7 @@ def launches(kind, multiprocessors):
         patch.setattr(kernels, "_launch", record)
         patch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
         patch.setattr(kernels.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
-        for size in SIZES[:1] if kind == "fp16" else SIZES:
+        for size in {"bf16": SIZES, "fp16": SIZES[:1]}.get(kind, SIZES[::2]):
             run_all(KINDS[kind], *size)
     return list(recorded)
 
