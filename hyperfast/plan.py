@@ -49,14 +49,20 @@ class Device(NamedTuple):
     cache: int
 
 
-# The CPU's figures order the plans as measured in fp32 on two Zen 5 cores with 32 MB of L3.
+# The CPU's figures order the plans as measured in fp32 on two Zen 5 cores with 32 MB of L3: in
+# plain PyTorch ("cpu") and in C++ ("cpp").
 DEVICES = {
     "cpu": Device(flops=2e11, bandwidth=1e10, overhead=2e-5, cache=24 << 20),
+    "cpp": Device(flops=4e11, bandwidth=1e10, overhead=1e-6, cache=24 << 20),
     "cuda": Device(flops=4e14, bandwidth=3e12, overhead=1e-5, cache=32 << 20),
 }
 
 # Elements of the temporaries of one block: 1 MB in fp32, half of a usual L2 cache.
 BLOCK = 1 << 18
+
+# Up to so many tasks the C++ kernels read the head's weight as it lies: to pack it for `tile` costs
+# more than it saves (choose_plan in csrc/ops.cpp).
+FEW_TASKS = 4
 
 
 class Gpu(NamedTuple):
@@ -107,6 +113,9 @@ def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
         "tile": (generated, b * p + ragged * r * p, 2 * -(-b * p // BLOCK), -(-b * p // BLOCK)),
         "materialize": (generated, b * p + ragged * r * p, 1, 0),
     }
+    if device == "cpp":  # one kernel does both, and no row needs a copy of its weights
+        table["contract"] = table["tile"] = (generated, b * p, 2 * -(-b * p // BLOCK), 0)
+        table["materialize"] = (generated, b * p, 1, 0)
     io = p * k + b * k + r * (i + o)
     result = {}
     for name, (flops, temporary, blocks, reads) in table.items():
@@ -163,12 +172,17 @@ def arithmetic(dtype: torch.dtype) -> str:
 def device_key(device: str, dtype: torch.dtype) -> str:
     """What the choice of plan depends on besides sizes: a key of :data:`DEVICES`, or of
     :data:`GPU` where fused kernels run."""
-    return arithmetic(dtype) if device == "cuda" and HAS_TRITON else device
+    if device == "cuda" and HAS_TRITON:
+        return arithmetic(dtype)
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key("hyperfast::hyper_linear", "CPU")
+    return "cpp" if device == "cpu" and compiled else device
 
 
 @lru_cache(maxsize=4096)
 def choose(layer: Layer, itemsize: int, device: str = "cpu") -> str:
-    """The name of the plan of least cost."""
+    """The name of the plan that runs: the one of least cost, and in C++ that of a simple rule."""
+    if device == "cpp":
+        return "materialize" if min(layer.tasks, layer.rows) <= FEW_TASKS else "tile"
     return min(costs(layer, itemsize, device).values(), key=lambda c: c.seconds).plan
 
 

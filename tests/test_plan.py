@@ -17,6 +17,7 @@ LAYERS = [
     Layer(3, 0, 3, 3, 3, bias=False),
     Layer(20000, 4096, 64, 64, 64, ragged=True),
 ]
+DEVICE = plan.device_key("cpu", torch.float32)
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
@@ -78,7 +79,7 @@ def test_explain_totals(model, x_shape, z_shape, ragged, rows):
     assert [name for name, _ in table.layers] == ["4 -> 8", "8 -> 6", "6 -> 3"]
     for (_, cost), layer in zip(table.layers, model.hyper.spec.layers, strict=True):
         sizes = Layer(z_shape[0], rows, layer.in_features, layer.out_features, 64, ragged)
-        assert cost == plan.costs(sizes, 4)[plan.choose(sizes, 4)]
+        assert cost == plan.costs(sizes, 4, DEVICE)[plan.choose(sizes, 4, DEVICE)]
     *_, total = str(table).splitlines()
     name, flops, moved, extra = total.split()
     assert name == "total"
@@ -92,9 +93,10 @@ def test_explain_sees_dtype(model):
     table = hyperfast.explain(model.double(), (64, 10, 4), (64, 5))
     assert "float64 on cpu" in str(table)
     sizes = Layer(64, 640, 4, 8, 64)
-    assert table.layers[0][1] == plan.costs(sizes, 8)[plan.choose(sizes, 8)]
+    assert table.layers[0][1] == plan.costs(sizes, 8, DEVICE)[plan.choose(sizes, 8, DEVICE)]
 
 
+@pytest.mark.skipif(DEVICE == "cpp", reason="the C++ kernels choose for themselves")
 def test_explain_is_what_runs(model, monkeypatch):
     """The eager plan chosen for a forward pass is the one explained."""
     chosen = []
@@ -142,3 +144,14 @@ def test_model_without_gradients_runs_by_blocks(monkeypatch):
         by_blocks = model(x, z)
     assert calls == [7, 2, 2, 2, 1]
     torch.testing.assert_close(by_blocks, whole, rtol=0, atol=1e-12)
+
+
+def test_explain_shows_what_the_cpu_runs():
+    model = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, 64, 10))
+    assert (DEVICE == "cpp") == hyperfast.backend.has_kernel("cpp", "hyper_linear")
+    if DEVICE == "cpu":
+        pytest.skip("no extension")
+    plans = {
+        b: {c.plan for _, c in hyperfast.explain(model, (b, 64), (b, 5)).layers} for b in (4, 5)
+    }
+    assert plans == {4: {"materialize"}, 5: {"tile"}}
