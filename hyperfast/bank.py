@@ -32,7 +32,7 @@ from hyperfast.bank_file import (
     records,
     write_snapshot,
 )
-from hyperfast.bank_store import Columns, Format, Store
+from hyperfast.bank_store import Columns, Format, Guard, Store
 from hyperfast.bank_table import LATENT, ROW, Change, Key, Named, Table, fits
 from hyperfast.hypernet import HyperNet
 from hyperfast.spec import MLPSpec, positive
@@ -373,6 +373,7 @@ class TaskBank:
         ids = self._ids(ids, distinct=True)
         with self._table.write:
             self._table.find(ids)
+            self._table.read_keys()
             self._record("remove", Change(ids, ids, ids, []), None)
             self._table.remove(ids)
 
@@ -525,6 +526,7 @@ class TaskBank:
             bank = cls._load(path, hyper, max_bytes)
             if verify:
                 bank._table.check()
+                bank._table.read_keys()
             end = bank._replay(file, str(_log_path(path))) if file is not None else 0
             if journal is not None:
                 bank._continue(journal, end)
@@ -558,10 +560,7 @@ class TaskBank:
         try:
             guards["table"](None)
             latents = tensors.pop("latents", None)
-            names = []
-            if "keys" in tensors:
-                guards["keys"](None)
-                names = _unpack(tensors.pop("keys"))
+            packed = tensors.pop("keys", None)
             spec, layers = MLPSpec(meta["sizes"], meta["bias"]), meta["activations"]
             bank = cls(
                 spec,
@@ -575,7 +574,8 @@ class TaskBank:
                 raise ValueError("its sequence number")
             bank._name, bank._sequence, bank._mark = meta["bank"], meta["sequence"], meta["hyper"]
             columns = tuple(tensors.pop(name) for name in bank._format.columns)
-            bank._table.adopt(tensors.pop("table"), names, columns, latents, guards)
+            keys = None if packed is None else partial(_read_keys, packed, guards["keys"], path)
+            bank._table.adopt(tensors.pop("table"), keys, columns, latents, guards)
             if tensors:
                 raise ValueError(f"it holds {sorted(tensors)} as well")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -638,9 +638,9 @@ class TaskBank:
             if (columns is None or "latents" in tensors) and table.latents is not None:
                 z = tensors["latents"]
                 fits(table.latents.columns, (z,), len(ids))
-            names = _unpack(tensors["keys"]) if "keys" in tensors else []
-            if not set(ids.tolist()).issuperset(task for task, _ in names):
-                raise ValueError("its keys are not of its tasks")
+            names = _unpack(tensors["keys"], set(ids.tolist())) if "keys" in tensors else []
+            if names and not table.keys.keys().isdisjoint(key for _, key in names):
+                raise ValueError("its keys are taken")
             if columns is None and z is None:
                 raise ValueError("it adds nothing")
             with table.prepare(ids, [columns] if columns else None, z, names) as change:
@@ -707,14 +707,23 @@ def _pack(names: Named) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
 
 
-def _unpack(packed: Tensor) -> Named:
-    """What :func:`_pack` packed; raises ValueError or TypeError for anything else."""
+def _unpack(packed: Tensor, ids: set[int]) -> Named:
+    """What :func:`_pack` packed; raises ValueError or TypeError for anything else, or for a key of
+    a task that is not in ``ids``."""
     names = [(task, key) for task, key in json.loads(bytes(raw(packed)))]
-    if not all(type(task) is int and type(key) in (str, int) for task, key in names):
-        raise ValueError("its keys are neither str nor int")
+    if not all(task in ids and type(key) in (str, int) for task, key in names):
+        raise ValueError("its keys are not str or int, or not of its tasks")
     if not len(names) == len({task for task, _ in names}) == len({key for _, key in names}):
         raise ValueError("its keys are not different")
     return names
+
+
+def _read_keys(packed: Tensor, guard: Guard, path: Path, ids: set[int]) -> Named:
+    guard(None)
+    try:
+        return _unpack(packed, ids)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BankFileError(f"the keys of {path} cannot be read: {error}") from error
 
 
 def _pieces(

@@ -63,15 +63,40 @@ class Table:
         self.lock = threading.Lock()
         self.write = threading.RLock()
         self.count = 0
-        self.keys: dict[Key, int] = {}
+        self._keys: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
+        self._unread: Callable[[set[int]], Named] | None = None
+        self._reading = threading.Lock()
         self._entries = torch.full((64, 4), -1, dtype=torch.int64, device=device)
         self._codes = self._code(torch.arange(64, device=device))
         self._slots = 0
+        # Whether the row of every task is its id, which saves the look-up. So it is until one is
+        # updated or removed.
+        self._in_order = limit is None
         self._free: list[int] = []  # a heap
         self._tick = 0
 
     # Reading
+
+    @property
+    def keys(self) -> dict[Key, int]:
+        """The ids of tasks by key."""
+        self.read_keys()
+        return self._keys
+
+    def read_keys(self) -> None:
+        """Reads the keys of a file, once, before they are first asked for or changed: a million
+        take a second.
+
+        Raises:
+            BankFileError: they are damaged.
+        """
+        with self._reading:
+            if self._unread is not None:
+                names = self._unread(set(self.ids().tolist()))
+                self._keys = {key: task for task, key in names}
+                self._key_of = dict(names)
+                self._unread = None
 
     @property
     def resident(self) -> int:
@@ -81,11 +106,12 @@ class Table:
 
     def ids(self, keys: Iterable[Key] | None = None) -> Tensor:
         """The ids of the tasks with these keys, or of all tasks."""
+        known = self.keys if keys is not None else {}
         with self.lock:
             if keys is None:
                 entries = self._entries[: self._slots]
                 return entries[alive(entries), ID]
-            found = [self.keys[key] for key in keys]
+            found = [known[key] for key in keys]
         return torch.tensor(found, dtype=torch.int64, device=self.device)
 
     def find(self, ids: Tensor) -> Tensor:
@@ -111,16 +137,16 @@ class Table:
             ids: ``(R,)``, at least one.
             generate: makes columns of latents, for tasks that have no weights now.
         """
-        slots = ids & SLOT
+        ids = ids.clone()  # what is checked is what is used, whatever the caller does meanwhile
         with self.lock:
-            rows = self._rows(ids, slots)
+            rows, end = (ids, self._slots) if self._in_order else (self._rows(ids), SLOT)
             low, high = torch.aminmax(rows)
-            complete = int(low) >= 0 and int(high) < SLOT
+            complete = int(low) >= 0 and int(high) < end
             if not complete:
                 entries = self.find(ids)
             if self.limit is not None:
                 self._tick += 1
-                self._entries[slots, USED] = self._tick
+                self._entries[ids & SLOT, USED] = self._tick
             reader = self.weights.enter()
             latents = None if complete else self.latents
             regenerator = latents.enter() if latents is not None else None
@@ -158,7 +184,8 @@ class Table:
         ids, rows = self._entries[slots, ID], self._entries[slots, ROW]
         return (ids & ~SLOT) | ((rows & SLOT) ^ slots)
 
-    def _rows(self, ids: Tensor, slots: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> Tensor:
+        slots = ids & SLOT
         if self.device.type != "cpu" and int(slots.max()) >= len(self._codes):
             self.find(ids)  # raises; on the CPU index_select checks by itself
         try:
@@ -244,8 +271,9 @@ class Table:
                 heappop(self._free)
             self._slots = end
             self.count += len(slots)
-            self.keys.update((key, task) for task, key in change.names)
+            self._keys.update((key, task) for task, key in change.names)
             self._key_of.update(change.names)
+            self._in_order &= torch.equal(change.ids, change.rows)
             self._publish(change)
 
     def update(self, change: Change) -> None:
@@ -253,13 +281,16 @@ class Table:
         slots = change.ids & SLOT
         with self.lock:
             self._release(self._entries[slots, ROW], self._entries[slots, LATENT])
+            self._in_order = False
             self._publish(change)
 
     def remove(self, ids: Tensor) -> None:
         """Frees the slots of tasks; a slot that has no id left stays empty."""
         slots = ids & SLOT
+        keys = self.keys
         with self.lock:
             self._release(self._entries[slots, ROW], self._entries[slots, LATENT])
+            self._in_order = False
             spent = ids >= LAST
             self._entries[slots, ID] = torch.where(spent, ids, ids + SLOT + 1)
             self._entries[slots, ROW : LATENT + 1] = -1
@@ -269,7 +300,7 @@ class Table:
             self.count -= len(ids)
             for task in ids.tolist():
                 if (key := self._key_of.pop(task, None)) is not None:
-                    del self.keys[key]
+                    del keys[key]
 
     def _publish(self, change: Change) -> None:
         self._tick += 1
@@ -289,9 +320,10 @@ class Table:
     def frozen(self) -> Iterator[tuple[Tensor, Named]]:
         """Entries ``(slots, 3)`` and keys as they are now, and their rows until the block ends."""
         stores = [store for store in (self.weights, self.latents) if store is not None]
+        keys = self.keys
         with self.lock:
             entries = self._entries[: self._slots, : LATENT + 1].clone()
-            names = [(task, key) for key, task in self.keys.items()]
+            names = [(task, key) for key, task in keys.items()]
             readers = [store.enter() for store in stores]
         try:
             yield entries, names
@@ -309,7 +341,7 @@ class Table:
     def adopt(
         self,
         entries: Tensor,
-        names: Named,
+        keys: Callable[[set[int]], Named] | None,
         weights: Columns,
         latents: Tensor | None,
         guards: Mapping[str, Guard],
@@ -340,10 +372,8 @@ class Table:
         self._codes = self._code(torch.arange(len(self._entries)))
         held = alive(entries)
         self.count = int(held.sum())
-        self._key_of = dict(names)
-        self.keys = {key: task for task, key in names}
-        if names and not self._key_of.keys() <= set(entries[held, ID].tolist()):
-            raise ValueError("its keys are not of its tasks")
+        self._in_order = self.limit is None and torch.equal(entries[:, ID], entries[:, ROW])
+        self._unread = keys
         free = ~held & (entries[:, ID] < LAST)
         self._free = free.nonzero().squeeze(1).tolist()
 

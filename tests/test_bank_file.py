@@ -410,6 +410,7 @@ def test_hostile_files(path, originals, lie):
         path.write_bytes(lie(data, rng))
         try:
             bank = TaskBank.open(path, hyper=hyper)
+            assert len(bank.keys) <= len(bank)  # reads them
         except (BankFileError, ValueError):
             refused += 1
             continue

@@ -37,6 +37,14 @@ def run(*loops):
     return turns
 
 
+def assert_no_row_lost(store, used):
+    """All rows are used or can be reserved, and each is so once."""
+    free = store.reserve(store.rows - used)
+    assert len(free.unique()) == len(free) == store.rows - used
+    assert not store._free
+    assert not store._released
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_a_batch_sees_old_or_new_weights(dtype):
     """All parameters of a task are one number, 1000 task + version: then every output of a row is
@@ -79,7 +87,7 @@ def test_a_batch_sees_old_or_new_weights(dtype):
 
     run(read, read, read, update, churn, churn)
     assert len(bank) == TASKS
-    assert bank._table.weights.rows < 4000
+    assert_no_row_lost(bank._table.weights, TASKS)
 
 
 def test_a_budget_under_threads():
@@ -106,7 +114,8 @@ def test_a_budget_under_threads():
 
     run(read, read, read, update, churn, churn)
     assert bank._table.weights.rows == 20
-    assert bank._table.latents.rows < 1000
+    assert_no_row_lost(bank._table.weights, bank._table.resident)
+    assert_no_row_lost(bank._table.latents, 60)
 
 
 def test_saving_meanwhile(tmp_path):
