@@ -5,12 +5,14 @@
 
 namespace hyperfast::HF_ISA {
 
-// Tasks whose weights are alive at once: eight tiles of six share a panel from the first-level cache.
-constexpr Index task_block = 8 * tile_rows;
+// Tasks whose weights are alive at once: at most so many share a panel from the first-level cache, at
+// least so many one that comes from the third.
+constexpr Index task_block = 8 * tile_rows, least_block = 2 * tile_rows;
 
-// Elements of a block's generated weights (or of their gradient): 256 KiB, a quarter of the second level.
+// Elements of a block's generated weights (or of their gradient): 400 KiB, less than half of the second
+// level, and enough for 12 tasks of 64 outputs and 129 inputs.
 template <class C>
-constexpr Index block_elements = (256 << 10) / Index(sizeof(C));
+constexpr Index block_elements = (400 << 10) / Index(sizeof(C));
 
 // Elements packed at a time for all tasks: 2 MiB, which threads share through the third-level cache.
 template <class C>

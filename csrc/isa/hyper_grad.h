@@ -25,6 +25,7 @@ struct Runs {
   Runs(Index out, Index in, bool vector, Index most) : out(out), in(in) {
     wide = max(min(in, most), 1);
     tall = wide < in ? 1 : max(min(most / wide, out), 1);
+    if (tall < out && tall > tile_rows) tall = tall / tile_rows * tile_rows;
     across = ceil_div(in, wide);
     matrix = ceil_div(out, tall) * across;
     vector_tall = min(most, max(out, 1));
@@ -151,7 +152,7 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
 // ---- with respect to the head's weight ----
 
 // Tasks whose G and h a run takes at a time.
-constexpr Index grad_tasks = depth_block;
+constexpr Index grad_tasks = 16 * tile_rows;
 
 template <class T>
 static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
@@ -168,10 +169,11 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
   C* h = scratch<C>(Slot::features, max(tasks * panels * row, 1));
   parallel(tasks, max(parallel_work / (8 * panels * row), 1), [&](Index first, Index last) {
     for (Index u = first; u < last; ++u) {
-      const Index t = piece(p.groups, u).task;
-      for (Index k = 0; k < panels * row; ++k)
-        h[(k / row * tasks + u) * row + k % row] =
-            k < p.features ? widen(static_cast<const T*>(p.h.data)[t * p.h.task + k * p.h.col]) : 0;
+      const T* from = static_cast<const T*>(p.h.data) + piece(p.groups, u).task * p.h.task;
+      for (Index j = 0; j < panels; ++j)
+        for (Index k = 0; k < row; ++k)
+          h[(j * tasks + u) * row + k] =
+              j * row + k < p.features ? widen(from[(j * row + k) * p.h.col]) : 0;
     }
   });
 

@@ -10,49 +10,62 @@
 
 namespace hyperfast::HF_ISA {
 
-// Outputs of a slice; more of them are further passes over x.
-constexpr Index most_outputs = 1024;
-
 // Up to so many outputs, rows of x are multiplied by rows of weights (dot products along the inputs), as
 // lanes along the outputs would be mostly empty.
 constexpr Index few_outputs = 4;
 
-// How a layer is cut into slices.
+// How a layer is cut into slices: as many outputs as the lanes of a tile, and all inputs if they fit, so
+// that y is written once.
 template <class C>
 struct Slices {
-  Index depth;    // features, and 1 for the head's bias
-  Index inputs;   // of the layer: in, and 1 for the vector
-  Index outputs;  // of a slice, at most
-  Index step;     // inputs of a slice
-  bool by_output; // order of a slice's weights: outputs outermost
-  Index panels, panel, slice;  // panels of a slice; elements of a panel, of a packed slice
-  Index row;      // elements of a slice's weights of one task, with a line more against cache conflicts
+  Index depth;      // features, and 1 for the head's bias
+  Index inputs;     // of the layer: in, and 1 for the vector
+  Index no, ni;     // outputs and inputs of a slice, at most
+  Index down, across, count;  // slices along the outputs, the inputs, and in all
+  bool by_output;   // order of a slice's weights: outputs outermost
+  Index block;      // tasks at a time
+  Index panels, panel, size;  // panels of a slice; elements of a panel, of a packed slice
+  Index row;        // elements of a slice's weights of one task, and a line more against cache conflicts
 
-  explicit Slices(const HyperLinear& p, Index tasks) {
+  explicit Slices(const HyperLinear& p) {
     depth = p.features + (p.matrix.bias != nullptr);
     inputs = p.in + (p.vector.weight != nullptr);
-    outputs = max(min(p.out, most_outputs), 1);
-    step = max(min(block_elements<C> / (max(min(tasks, task_block), 1) * outputs), inputs), 1);
     by_output = p.out <= few_outputs;
-    panels = ceil_div(step * outputs, lanes<C>);
+    no = max(min(p.out, lanes<C>), 1);
+    ni = max(min(inputs, block_elements<C> / (least_block * no)), 1);
+    down = ceil_div(p.out, no);
+    across = ceil_div(max(inputs, 1), ni);
+    count = down * across;
+    block = min(block_elements<C> / (no * ni) / tile_rows * tile_rows, task_block);
+    panels = ceil_div(no * ni, lanes<C>);
     panel = depth * lanes<C>;
-    slice = panels * panel;
+    size = panels * panel;
     row = panels * lanes<C> + 16;
   }
 };
 
-// One panel: lanes [first, first + lanes) of the slice of inputs [i0, i0 + ni), outputs [o0, o0 + no).
+// One slice: outputs [o0, o0 + no), inputs [i0, i0 + ni), of which the vector is number 0.
+struct Slice {
+  Index o0, no, i0, ni;
+};
+
+template <class C>
+static Slice slice(const HyperLinear& p, const Slices<C>& s, Index q) {
+  const Index o0 = q / s.across * s.no, i0 = q % s.across * s.ni;
+  return {o0, min(s.no, p.out - o0), i0, min(s.ni, s.inputs - i0)};
+}
+
+// One panel: weights [first, first + lanes) of a slice.
 template <class T>
-static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, Index i0, Index ni, Index o0,
-                       Index no, Index first, Acc<T>* dst) {
+static void pack_panel(const HyperLinear& p, bool by_output, const Slice& s, Index first, Acc<T>* dst) {
   using C = Acc<T>;
   const Index vector = p.vector.weight != nullptr;
-  const Index n = min(lanes<C>, ni * no - first);
+  const Index n = min(lanes<C>, s.ni * s.no - first);
   const T* rows[lanes<C>];
   for (Index l = 0; l < n; ++l) {
     const Index f = first + l;
-    const Index i = i0 + (s.by_output ? f % ni : f / no) - vector;
-    const Index o = o0 + (s.by_output ? f / ni : f % no);
+    const Index i = s.i0 + (by_output ? f % s.ni : f / s.no) - vector;
+    const Index o = s.o0 + (by_output ? f / s.ni : f % s.no);
     const HeadMatrix& m = i < 0 ? p.vector : p.matrix;
     const Index column = max(i, 0);
     rows[l] = static_cast<const T*>(m.weight) + o * m.out + column * m.in;
@@ -82,67 +95,69 @@ static void apply(Index m, Index n, Index k, View<const C> x, const C* weights, 
   }
 }
 
+// The weights of a slice for `tasks` pieces from `first` on, `s.row` apart; h are their features.
+template <class C>
+static void generate(const Slices<C>& s, const Slice& c, Index tasks, const C* h, const C* packed,
+                     C* weights) {
+  for (Index f = 0; f < c.ni * c.no; f += lanes<C>) {
+    const int vecs = int(ceil_div(min(lanes<C>, c.ni * c.no - f), width<C>));
+    sweep_deep<C>(tasks, vecs, s.depth, {h, s.depth, 1}, packed + f * s.depth, {},
+                  {weights + f, s.row, 1}, vecs * width<C>);
+  }
+}
+
 template <class T>
 static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& x,
                               const Staged<Acc<T>>& y) {
   using C = Acc<T>;
   const Index tasks = p.groups.pieces;  // a task with very many rows counts as several
-  const Slices<C> s(p, tasks);
+  const Slices<C> s(p);
   const Index vector = p.vector.weight != nullptr;
-  const Index count = ceil_div(max(s.inputs, 1), s.step);
-  const Index together = min(max(head_elements<C> / max(s.slice, 1), 1), count);
-  C* packed = scratch<C>(Slot::head, max(together * s.slice, 1));
+  const Index together = max(min(head_elements<C> / max(s.size, 1), s.count), 1);
+  C* packed = scratch<C>(Slot::head, max(together * s.size, 1));
 
-  for (Index o0 = 0; o0 < p.out; o0 += s.outputs) {
-    const Index no = min(s.outputs, p.out - o0);
-    for (Index s0 = 0; s0 < count; s0 += together) {
-      const Index s1 = min(s0 + together, count);
-      parallel((s1 - s0) * s.panels, max(parallel_work / (8 * max(s.panel, 1)), 1),
-               [&](Index first, Index last) {
-                 for (Index q = first; q < last; ++q) {
-                   const Index i0 = (s0 + q / s.panels) * s.step, ni = min(s.step, s.inputs - i0);
-                   const Index lane = q % s.panels * lanes<C>;
-                   if (lane < ni * no) pack_panel<T>(p, s, i0, ni, o0, no, lane, packed + q * s.panel);
-                 }
-               });
+  for (Index q0 = 0; q0 < s.count; q0 += together) {
+    const Index q1 = min(q0 + together, s.count);
+    parallel((q1 - q0) * s.panels, max(parallel_work / (8 * max(s.panel, 1)), 1),
+             [&](Index first, Index last) {
+               for (Index j = first; j < last; ++j) {
+                 const Slice c = slice(p, s, q0 + j / s.panels);
+                 const Index lane = j % s.panels * lanes<C>;
+                 if (lane < c.ni * c.no) pack_panel<T>(p, s.by_output, c, lane, packed + j * s.panel);
+               }
+             });
 
-      const Index six = ceil_div(tasks, tile_rows);
-      const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
-      const Index work = tile_rows * (s1 - s0) * s.step * no * (s.depth + rows_each);
-      parallel(six, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
-        C* h = scratch<C>(Slot::local_a, task_block * max(s.depth, 1));
-        C* weights = scratch<C>(Slot::block, task_block * s.row + lanes<C>);
-        const Index end = min(last * tile_rows, tasks);
-        for (Index u0 = first * tile_rows; u0 < end; u0 += task_block) {
-          const Index nu = min(task_block, end - u0);
-          for (Index u = 0; u < nu; ++u)
-            copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, p.matrix.bias,
-                             h + u * s.depth);
-          for (Index q = s0; q < s1; ++q) {
-            const Index i0 = q * s.step, ni = min(s.step, s.inputs - i0);
-            for (Index f = 0; f < ni * no; f += lanes<C>) {
-              const C* panel = packed + (q - s0) * s.slice + f * s.depth;
-              const int vecs = int(ceil_div(min(lanes<C>, ni * no - f), width<C>));
-              sweep_deep<C>(nu, vecs, s.depth, {h, s.depth, 1}, panel, {}, {weights + f, s.row, 1},
-                            vecs * width<C>);
-            }
-            const bool add_vector = vector && q == 0;  // its weights lead the first slice
-            const Index skip = add_vector ? (s.by_output ? 1 : no) : 0;
-            for (Index u = 0; u < nu; ++u) {
-              const Piece piece_u = piece(p.groups, u0 + u);
-              const View<C> out = y.of(piece_u).at(0, o0);
-              const C* w = weights + u * s.row;
-              const View<const C> init = add_vector ? View<const C>{w, 0, s.by_output ? ni : 1}
-                                         : q        ? View<const C>{out.data, out.row, out.col}
-                                                    : View<const C>{};
-              apply<C>(piece_u.end - piece_u.begin, no, ni - add_vector,
-                       x.of(piece_u).at(0, i0 + add_vector - vector), w + skip, ni, s.by_output, init,
-                       out);
-            }
+    const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
+    const Index work = tile_rows * (q1 - q0) * s.no * s.ni * (s.depth + rows_each);
+    parallel(ceil_div(tasks, tile_rows), max(parallel_work / max(work, 1), 1),
+             [&](Index first, Index last) {
+      C* h = scratch<C>(Slot::local_a, s.block * max(s.depth, 1));
+      C* weights = scratch<C>(Slot::block, s.block * s.row + lanes<C>);
+      const Index end = min(last * tile_rows, tasks);
+      for (Index u0 = first * tile_rows; u0 < end; u0 += s.block) {
+        const Index nu = min(s.block, end - u0);
+        for (Index u = 0; u < nu; ++u)
+          copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, p.matrix.bias,
+                           h + u * s.depth);
+        for (Index q = q0; q < q1; ++q) {
+          const Slice c = slice(p, s, q);
+          generate<C>(s, c, nu, h, packed + (q - q0) * s.size, weights);
+          const bool add_vector = vector && c.i0 == 0;  // its weights lead the slice
+          const Index lead = add_vector ? (s.by_output ? 1 : c.no) : 0;
+          for (Index u = 0; u < nu; ++u) {
+            const Piece r = piece(p.groups, u0 + u);
+            const View<C> out = y.of(r).at(0, c.o0);
+            const C* w = weights + u * s.row;
+            const View<const C> init = add_vector ? View<const C>{w, 0, s.by_output ? c.ni : 1}
+                                       : c.i0     ? View<const C>{out.data, out.row, out.col}
+                                                  : View<const C>{};
+            apply<C>(r.end - r.begin, c.no, c.ni - add_vector,
+                     x.of(r).at(0, c.i0 + add_vector - vector), w + lead, c.ni, s.by_output,
+                     init, out);
           }
         }
-      });
-    }
+      }
+    });
   }
 }
 

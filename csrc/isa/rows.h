@@ -10,6 +10,7 @@ constexpr Index parallel_work = 1 << 17;
 
 static inline Piece piece(const Groups& g, Index i) {
   if (g.ragged) return g.list[i];
+  if (g.per_task == 1) return {i, 0, g.rows};
   const Index begin = i % g.per_task * g.cut;
   return {i / g.per_task, begin, min(begin + g.cut, g.rows)};
 }
