@@ -77,7 +77,8 @@ struct HeadMatrix {
   Index bias_out, bias_in;
 };
 
-// How a layer runs. A matrix is generated in pieces that stay in the cache (tile), or whole (materialize).
+// How a layer runs: the head packed, and weights made slice by slice for blocks of tasks, in the cache
+// (tile); or the head read once as it lies, and weights made whole (materialize).
 enum class Plan { tile, materialize };
 
 // y[r] = M_b x[r] + v_b, both generated.

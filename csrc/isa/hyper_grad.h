@@ -77,6 +77,19 @@ static void pack_run(const HyperLinearGradH& p, const Run& run, Index k0, Acc<T>
   }
 }
 
+// y (+)= g times a run of the head's weight as it lies.
+template <class T>
+static void use_run(const HyperLinearGradH& p, const Run& run, Index tasks, View<const Acc<T>> g,
+                    bool add, View<Acc<T>> y) {
+  using C = Acc<T>;
+  const HeadMatrix& m = run.vector ? p.vector : p.matrix;
+  const T* rows = static_cast<const T*>(m.weight) + run.o0 * m.out + run.i0 * m.in;
+  // The vector's outputs, and whole rows of the matrix, are one stretch of equal steps.
+  const Index step = run.vector ? m.out : m.in;
+  multiply<C, T>(tasks, p.features, run.size(), g, {rows, step, m.feature},
+                 add ? View<const C>{y.data, y.row, 1} : View<const C>{}, y);
+}
+
 // y (pieces, features), y.col == 1.
 template <class T>
 static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<const Acc<T>>& grad,
@@ -87,11 +100,12 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<c
   const Index panels = ceil_div(p.features, lanes<C>);
   const Index panel = runs.longest() * lanes<C>, slice = panels * panel;
   const Index together = max(min(head_elements<C> / max(slice, 1), runs.total), 1);
-  C* packed = scratch<C>(Slot::head, max(together * slice, 1));
+  const bool packs = p.plan == Plan::tile;
+  C* packed = packs ? scratch<C>(Slot::head, max(together * slice, 1)) : nullptr;
 
   for (Index q0 = 0; q0 < runs.total; q0 += together) {
     const Index q1 = min(q0 + together, runs.total);
-    parallel((q1 - q0) * panels, max(parallel_work / (8 * panel), 1), [&](Index first, Index last) {
+    if (packs) parallel((q1 - q0) * panels, max(parallel_work / (8 * panel), 1), [&](Index first, Index last) {
       for (Index j = first; j < last; ++j)
         pack_run<T>(p, runs[q0 + j / panels], j % panels * lanes<C>, packed + j * panel);
     });
@@ -110,6 +124,10 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<c
                    for (Index u = 0; u < nu; ++u) {
                      const Piece r = piece(p.groups, u0 + u);
                      form<C>(run, r.end - r.begin, grad.of(r), x.of(r), g + u * row);
+                   }
+                   if (!packs) {
+                     use_run<T>(p, run, nu, {g, row, 1}, q > 0, y.at(u0, 0));
+                     continue;
                    }
                    for (Index j = 0; j < panels; ++j) {
                      const Index k0 = j * lanes<C>;

@@ -161,11 +161,70 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
   }
 }
 
+// All weights first, in the order in which the head's rows lie, then all rows. The head is read once and
+// never packed for few tasks, which is what this plan is for.
+template <class T>
+static void hyper_linear_whole(const HyperLinear& p, const Staged<const Acc<T>>& x,
+                               const Staged<Acc<T>>& y) {
+  using C = Acc<T>;
+  const Index tasks = p.groups.pieces;
+  const bool by_output = p.matrix.out >= p.matrix.in;  // else by input: the layer turned around
+  const Index outer = by_output ? p.out : p.in, inner = by_output ? p.in : p.out;
+  const Index vector = p.vector.weight ? p.out : 0, count = p.out * p.in + vector;
+  C* w = scratch<C>(Slot::head, max(tasks * count, 1));
+  C* h = scratch<C>(Slot::features, max(tasks * p.features, 1));
+  for (Index u = 0; u < tasks; ++u)
+    copy_features<T>(p.h, piece(p.groups, u).task, p.features, false, h + u * p.features);
+
+  // One run of the head's rows for each of the outer, and one for the vector.
+  const Index work = max(tasks * inner * p.features, 1);
+  parallel(outer + (vector > 0), max(parallel_work / work, 1), [&](Index first, Index last) {
+    for (Index j = first; j < last; ++j) {
+      const HeadMatrix& m = j < outer ? p.matrix : p.vector;
+      const Index n = j < outer ? inner : p.out, from = j < outer ? j : 0;
+      const Index step = j < outer && by_output ? m.in : m.out;
+      const Index jump = j < outer && by_output ? m.out : m.in;
+      const Index bias_step = j < outer && by_output ? m.bias_in : m.bias_out;
+      const Index bias_jump = j < outer && by_output ? m.bias_out : m.bias_in;
+      const View<const T> rows = {static_cast<const T*>(m.weight) + from * jump, step, m.feature};
+      const View<C> to = {w + j * inner, count, 1};
+      if (m.feature == 1 && tasks <= few_rows)
+        dots<C, T>(n, tasks, p.features, rows, h, p.features, {}, to.transposed());
+      else
+        multiply<C, T>(tasks, n, p.features, {h, p.features, 1}, rows.transposed(), {}, to);
+      if (m.bias) {
+        const T* bias = static_cast<const T*>(m.bias) + from * bias_jump;
+        for (Index u = 0; u < tasks; ++u)
+          for (Index i = 0; i < n; ++i) to.data[u * count + i] += widen(bias[i * bias_step]);
+      }
+    }
+  });
+
+  const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
+  parallel(tasks, max(parallel_work / max(rows_each * count, 1), 1), [&](Index first, Index last) {
+    for (Index u = first; u < last; ++u) {
+      const Piece r = piece(p.groups, u);
+      const Index m = r.end - r.begin;
+      const C* own = w + u * count;
+      const View<const C> init = {vector ? own + p.out * p.in : nullptr, 0, 1};
+      View<const C> rows = x.of(r);
+      if (by_output && m <= few_rows) {
+        if (rows.col != 1) rows = compact(rows, m, p.in, Slot::local_b);
+        dots<C, C>(p.out, m, p.in, {own, p.in, 1}, rows.data, rows.row, init.transposed(),
+                   y.of(r).transposed());
+      } else {
+        const View<const C> turned = by_output ? View<const C>{own, 1, p.in} : View<const C>{own, p.out, 1};
+        multiply<C, C>(m, p.out, p.in, rows, turned, init, y.of(r));
+      }
+    }
+  });
+}
+
 template <class T>
 static void hyper_linear_typed(const HyperLinear& p) {
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_a);
   const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
-  hyper_linear_tile<T>(p, x, y);
+  (p.plan == Plan::materialize ? hyper_linear_whole<T> : hyper_linear_tile<T>)(p, x, y);
   unstage<T>(y, p.y, p.groups, p.out);
 }
 
