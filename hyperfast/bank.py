@@ -24,14 +24,12 @@ from hyperfast.activations import NAMES, resolve
 from hyperfast.bank_file import (
     Array,
     BankFileError,
-    Log,
-    Record,
     Snapshot,
     open_regular,
     raw,
-    records,
     write_snapshot,
 )
+from hyperfast.bank_log import Log, Record, records
 from hyperfast.bank_store import Columns, Format, Guard, Store
 from hyperfast.bank_table import LATENT, ROW, Change, Key, Named, Table, fits
 from hyperfast.hypernet import HyperNet
@@ -89,11 +87,11 @@ class TaskBank:
         self._mark = _mark(hyper) if hyper is not None else None
         self._activations = copy.deepcopy(target).layer_activations(len(spec.layers))
         self._format = Format(spec, dtype)
-        limit = None if max_bytes is None else max_bytes // self._format.row_bytes
+        row_bytes = self._format.row_bytes
+        limit = None if max_bytes is None else positive("max_bytes", max_bytes) // row_bytes
         if limit == 0:
             raise ValueError(
-                f"max_bytes must be at least {self._format.row_bytes}, the size of one task, "
-                f"got {max_bytes}"
+                f"max_bytes must be at least {row_bytes}, the size of one task, got {max_bytes}"
             )
         if hyper is not None:
             latent = (hyper.z_dim, hyper.head.weight.dtype)

@@ -238,14 +238,17 @@ class Store:
             self.segments = (Segment(0, columns, guards),)
 
     def _grow(self, count: int) -> bool:
-        """More free rows, at least ``count`` of them or as many as the limit leaves."""
+        """More free rows: twice as many, at least ``count``, at most what the limit leaves."""
         own = self.rows - self._adopted
-        more = max(count, own, 64) if self.limit is None else self.limit - own
-        if more <= 0:
+        more = max(count, own, 64)
+        if self.limit is not None:
+            more = min(more, self.limit - own)
+        if more == 0:
             return False
         row_bytes = sum(width * dtype.itemsize for width, dtype in self.columns)
-        # Merging loses what is written meanwhile to a segment that it copies. Only who holds the
-        # bank's write lock makes a store without limit grow, and writes before it does so again.
+        # Merging would lose what another thread writes meanwhile to a segment that it copies. There
+        # is none: who makes a store grow is its only writer, by the table's write lock or, where
+        # there is a limit, by writing before it lets go of the lock that is held here.
         merge = own if own * row_bytes <= MERGE else 0
         columns = tuple(
             torch.empty(merge + more, width, dtype=dtype, device=self.device)

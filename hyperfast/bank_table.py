@@ -318,12 +318,12 @@ class Table:
 
     @contextmanager
     def frozen(self) -> Iterator[tuple[Tensor, Named]]:
-        """Entries ``(slots, 3)`` and keys as they are now, and their rows until the block ends."""
+        """Entries ``(slots, 3)`` and keys as they are now, and their rows until the block ends. The
+        caller holds ``write`` when it begins."""
         stores = [store for store in (self.weights, self.latents) if store is not None]
-        keys = self.keys
+        names = [(task, key) for key, task in self.keys.items()]
         with self.lock:
             entries = self._entries[: self._slots, : LATENT + 1].clone()
-            names = [(task, key) for key, task in keys.items()]
             readers = [store.enter() for store in stores]
         try:
             yield entries, names
