@@ -118,18 +118,20 @@ class Log:
         kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         arrays = {name: Array(t.dtype, tuple(t.shape)) for name, t in kept.items()}
         head, starts = header(meta, arrays)
-        block = bytearray(head)
-        for name in starts:
-            block += raw(kept[name])
-        frame = FRAME.pack(MAGIC, zlib.crc32(block), len(block), sequence, 0)[:-4]
+        block = [memoryview(head), *(raw(kept[name]) for name in starts)]
+        length, checksum = sum(len(part) for part in block), 0
+        for part in block:
+            checksum = zlib.crc32(part, checksum)
+        frame = FRAME.pack(MAGIC, checksum, length, sequence, 0)[:-4]
         frame += struct.pack("<I", zlib.crc32(frame))
         self.broken = True
         self.file.seek(self.end)
-        self.file.write(frame + block)
+        for part in (frame, *block):
+            self.file.write(part)
         self.file.flush()
         os.fsync(self.file.fileno())
         self.broken = False
-        self.end += len(frame) + len(block)
+        self.end += len(frame) + length
 
     def cut(self, end: int) -> None:
         """Drops what follows ``end``."""
