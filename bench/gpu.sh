@@ -10,7 +10,8 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false
 python=${PYTHON:-python3}
 case " $* " in *" --rehearse "*) export TRITON_INTERPRET=1 ;; esac
 
-timeout 200 "$python" -m pytest -q -p no:cacheprovider -x tests/test_triton_gpu.py
+timeout -s INT 200 "$python" -m pytest -q -p no:cacheprovider --maxfail=20 \
+    tests/test_triton_gpu.py
 tests=$?
 [ "$tests" -eq 124 ] && echo "the tests ran out of their 200 seconds"
 timeout 270 "$python" -m bench.gpu --tests-exit "$tests" "$@" || exit
