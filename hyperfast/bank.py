@@ -64,6 +64,8 @@ class TaskBank:
         hyper: the bank's copy of its hypernetwork, or ``None``.
     """
 
+    # Nothing that is kept may be made in inference mode: it could not be changed outside.
+    @torch.inference_mode(False)
     def __init__(
         self,
         spec: MLPSpec,
@@ -201,6 +203,8 @@ class TaskBank:
         """
         return self._table.ids(keys)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __call__(self, x: Tensor, task_ids: Tensor) -> Tensor:
         """Runs every row through the network of its task. No gradient flows.
 
@@ -229,14 +233,15 @@ class TaskBank:
         if torch.is_autocast_enabled(self.device.type):  # it would cast the whole bank
             with torch.autocast(self.device.type, enabled=False):
                 return self(x, task_ids)
-        with torch.no_grad():
-            rows = x.to(self._format.compute)
-            parts = [
-                (where, self._apply(columns, rows if where is None else rows[where], local))
-                for columns, where, local in self._table.visit(task_ids, self._generate)
-            ]
-            return _join(parts, len(x)).to(x.dtype)
+        rows = x.to(self._format.compute)
+        parts = [
+            (where, self._apply(columns, rows if where is None else rows[where], local))
+            for columns, where, local in self._table.visit(task_ids, self._generate)
+        ]
+        return _join(parts, len(x)).to(x.dtype)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def weights(self, ids: Ids) -> Tensor:
         """The flat weights ``(n, P)`` of tasks as stored; int8 widened to float32.
 
@@ -247,12 +252,11 @@ class TaskBank:
         ids = self._ids(ids)
         if not len(ids):
             return torch.empty(0, self.spec.numel, dtype=self._format.compute, device=self.device)
-        with torch.no_grad():
-            parts = [
-                (where, self._format.decode(tuple(c.index_select(0, local) for c in columns)))
-                for columns, where, local in self._table.visit(ids, self._generate)
-            ]
-            return _join(parts, len(ids))
+        parts = [
+            (where, self._format.decode(tuple(c.index_select(0, local) for c in columns)))
+            for columns, where, local in self._table.visit(ids, self._generate)
+        ]
+        return _join(parts, len(ids))
 
     def latents(self, ids: Ids) -> Tensor:
         """The latents ``(n, z_dim)`` of tasks.
@@ -302,6 +306,8 @@ class TaskBank:
 
     # Changing
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add(
         self,
         z: Tensor | None = None,
@@ -339,6 +345,8 @@ class TaskBank:
             table.add(change)
         return ids
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def update(self, ids: Ids, z: Tensor | None = None, *, weights: Weights | None = None) -> None:
         """Replaces the networks of tasks, which keep their ids and keys; all or none.
 
@@ -360,6 +368,7 @@ class TaskBank:
                 self._record("update", change, z)
             self._table.update(change)
 
+    @torch.inference_mode(False)
     def remove(self, ids: Ids) -> None:
         """Removes tasks and their keys; all or none. Their ids will never stand for others.
 
@@ -418,7 +427,7 @@ class TaskBank:
     def _generate(self, z: Tensor) -> Columns:
         """The columns of the networks of ``z (n, z_dim)``."""
         assert self.hyper is not None
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             return self._format.encode(self.spec.flatten(self.hyper(z)))
 
     def _apply(self, columns: Columns, x: Tensor, rows: Tensor) -> Tensor:
@@ -483,6 +492,8 @@ class TaskBank:
                     log.trim(end, self._name, meta["sequence"])
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def open(
         cls,
         path: str | os.PathLike,

@@ -126,8 +126,8 @@ class Log:
         frame += struct.pack("<I", zlib.crc32(frame))
         self.broken = True
         self.file.seek(self.end)
-        for part in (frame, *block):
-            self.file.write(part)
+        self.file.write(frame)
+        self.file.writelines(block)
         self.file.flush()
         os.fsync(self.file.fileno())
         self.broken = False

@@ -108,6 +108,24 @@ def test_no_autocast_and_no_gradient():
     assert not got.requires_grad
 
 
+def test_in_and_out_of_inference_mode(tmp_path):
+    hyper, z = make_hyper(), torch.randn(9, 4)
+    full = TaskBank.from_latents(hyper, z)
+    for kwargs in ({}, {"max_bytes": 1000}):
+        with torch.inference_mode():
+            bank = TaskBank.from_latents(hyper, z, **kwargs)
+            bank.add(z + 0)
+            bank(torch.randn(9, 5), torch.arange(9) + 0)
+            bank.save(tmp_path / "b")
+            opened = TaskBank.open(tmp_path / "b", hyper=hyper)
+        for some in (bank, opened):
+            some.add(z)
+            some.update([1], z[:1])
+            some.remove([0])
+            torch.testing.assert_close(some.weights([1]), full.weights([0]))
+            some(torch.randn(2, 5), torch.tensor([1, 20]))
+
+
 def test_from_weights_takes_what_a_hypernetwork_returns():
     hyper, z = make_hyper(), torch.randn(9, 4)
     x, ids = rows_of(9, 63, 5)
