@@ -88,7 +88,7 @@ SIZES = [  # B, N, in, out
     (5, 7, 129, 3),
     (2, 63, 65, 10),
     (2, 65, 1, 129),
-    (1, 1100, 3, 70),
+    (1, 600, 3, 70),
     (40, 1, 64, 10),
     (0, 3, 4, 5),
     (3, 0, 4, 5),
@@ -120,6 +120,130 @@ class TestTaskValues:
         assert_within(y[where].view(b, n, o), linear, x, w, bias, depth=i)
         gw = op.task_linear_grad_weight(strided(grads, how), strided(rows, how), ids, b)
         assert_within(gw, outer, g, x, depth=n)
+
+
+HYPER_SIZES = [  # B, N, in, out, features
+    (1, 1, 64, 64, 64),
+    (5, 3, 7, 9, 4),
+    (70, 1, 65, 63, 33),
+    (50, 2, 129, 66, 17),
+    (100, 8, 17, 3, 16),
+    (17, 64, 63, 1, 3),
+    (12, 9, 1, 1, 1),
+    (3, 2100, 2, 18, 20),
+    (13, 3, 300, 70, 5),
+    (3, 2, 5000, 1, 3),
+    (7, 2, 3, 4, 200),
+    (0, 3, 4, 5, 6),
+    (3, 0, 4, 5, 6),
+    (3, 2, 0, 5, 6),
+    (3, 2, 4, 5, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("plan", "ragged", "target_bias", "head_bias"),
+    [
+        ("tile", False, True, True),
+        ("tile", True, True, False),
+        ("materialize", False, False, True),
+        ("materialize", True, True, True),
+    ],
+)
+@pytest.mark.parametrize("size", HYPER_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
+    b, n, i, o, k = size
+    x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+    h, v = rand(b, k, dtype=dtype, seed=2), rand(o * (i + target_bias), k, dtype=dtype, seed=3)
+    v0 = rand(len(v), dtype=dtype, seed=4) if head_bias else None
+    how = ["plain", "transposed", "gaps", "outer gaps"][(b + k + ragged) % 4]
+    ids, where, xs, gs = None, None, x, g
+    if ragged:
+        ids, where = mix(n, b)
+        xs, gs = unsort(x, where), unsort(g, where)
+    xs, gs, hs, vs = (strided(t, how) for t in (xs, gs, h, v))
+    m = o * i
+
+    def sort(rows):
+        return rows[where].view(b, n, rows.shape[-1]) if ragged else rows
+
+    def flat(h, v, v0):
+        return h @ v.mT + v0
+
+    def forward(x, h, v, v0):
+        p = flat(h, v, v0)
+        y = torch.einsum("boi,bni->bno", p[:, :m].view(b, o, i), x)
+        return y + p[:, None, m:] if target_bias else y
+
+    def grad_x(g, h, v, v0):
+        return torch.einsum("boi,bno->bni", flat(h, v, v0).view(b, o, i), g)
+
+    def grad_flat(g, x):
+        w = outer(g, x).flatten(1)
+        return torch.cat([w, g.sum(1)], 1) if target_bias else w
+
+    zero = torch.zeros(len(v), dtype=dtype) if v0 is None else v0
+    if i + target_bias == 0:
+        with pytest.raises(ValueError, match="at least one column"):
+            op.hyper_linear(xs, hs, vs, v0, ids, target_bias, plan)
+        return
+    y = op.hyper_linear(xs, hs, vs, v0, ids, target_bias, plan)
+    assert_within(sort(y), forward, x, h, v, zero, depth=i + k + 2)
+    shared = None if v0 is None else v0[:m]
+    if o:
+        gx = op.hyper_linear_grad_x(gs, hs, vs[:m], shared, ids, plan)
+        args = (g, h, v[:m], zero[:m])
+        assert_within(sort(gx), grad_x, *args, depth=o + k + 2)
+    gh = op.hyper_linear_grad_h(gs, xs, vs, ids, b, target_bias, plan)
+    assert_within(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
+    gv = op.hyper_linear_grad_weight(gs, xs, hs, ids, target_bias, plan)
+    assert_within(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
+
+
+@pytest.mark.parametrize("tasks", [2, 30])
+def test_hyper_plans_by_any_name(tasks):
+    f32 = torch.float32
+    x, h, v = rand(tasks, 2, 5, dtype=f32), rand(tasks, 3, dtype=f32), rand(24, 3, dtype=f32)
+    plans = ["tile", "contract", "materialize", ""]
+    tile, *others = [op.hyper_linear(x, h, v, None, None, True, plan) for plan in plans]
+    for other in others:
+        torch.testing.assert_close(other, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hyper_stride_zero(dtype):
+    x, g = rand(1, dtype=dtype).expand(20, 3, 17), rand(17, dtype=dtype).expand(20, 3, 17)
+    h, v = rand(1, dtype=dtype).expand(20, 5), rand(1, 5, dtype=dtype).expand(17 * 18, 5)
+
+    def flat(g, x):
+        return torch.cat([outer(g, x).flatten(1), g.sum(1)], 1)
+
+    gv = op.hyper_linear_grad_weight(g, x, h, None, True, "")
+    assert_within(gv, lambda g, x, h: flat(g, x).mT @ h, g, x, h, depth=60)
+    gh = op.hyper_linear_grad_h(g, x, v, None, 20, True, "")
+    assert_within(gh, lambda g, x, v: flat(g, x) @ v, g, x, v, depth=400)
+    gx = op.hyper_linear_grad_x(g, h, v[: 17 * 17], None, None, "")
+    same = lambda g, h, v: torch.einsum("boi,bno->bni", (h @ v.mT).view(20, 17, 17), g)  # noqa: E731
+    assert_within(gx, same, g, h, v[: 17 * 17], depth=30)
+
+
+def test_hyper_memory_does_not_grow_with_the_generated_weights():
+    """64 MB of weights are generated; nothing near that may be allocated."""
+    code = (
+        "import resource, torch\n"
+        "from hyperfast import ops\n"
+        "op = torch.ops.hyperfast\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "x, h, v = torch.ones(1024, 1, 128), torch.ones(1024, 8), torch.ones(128 * 129, 8)\n"
+        "run = lambda n: (op.hyper_linear(x[:n], h[:n], v, None, None, True, 'tile'),\n"
+        "  op.hyper_linear_grad_h(x[:n], x[:n], v, None, n, True, 'tile'),\n"
+        "  op.hyper_linear_grad_weight(x[:n], x[:n], h[:n], None, True, 'tile'))\n"
+        "run(64); before = peak(); run(1024); print(peak() - before)\n"
+    )
+    done = run(_C.isa(), "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 1024  # KiB
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,19 +279,24 @@ def test_fp16_and_bf16_keep_infinity_nan_and_subnormals():
 
 def test_result_does_not_depend_on_threads():
     x, w = rand(9, 700, 65, dtype=torch.float32), rand(9, 33, 65, dtype=torch.float32)
-    g = rand(9, 700, 33, dtype=torch.float32)
+    g, h = rand(9, 700, 33, dtype=torch.float32), rand(9, 40, dtype=torch.float32)
+    v = rand(33 * 65, 40, dtype=torch.float32)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         y, gw = op.task_linear(x, w, None, None), op.task_linear_grad_weight(g, x, None, 9)
-        results.append((y, gw))
+        hyper = op.hyper_linear(x, h, v, None, None, False, "tile")
+        gx = op.hyper_linear_grad_x(g, h, v, None, None, "tile")
+        gh = op.hyper_linear_grad_h(g, x, v, None, 9, False, "tile")
+        gv = op.hyper_linear_grad_weight(g, x, h, None, False, "tile")
+        results.append((y, gw, hyper, gx, gh, gv))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 X, W, BIAS = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5)
-IDS = torch.tensor([0, 1, 0])
+IDS, H, V = torch.tensor([0, 1, 0]), torch.zeros(2, 3), torch.zeros(25, 3)
 BAD = [
     (op.task_linear, (X[0], W, None, None), r"x must have shape \(B, N"),
     (op.task_linear, (X.sum(), W, None, None), r"x must .*got \(\)"),
@@ -186,6 +315,22 @@ BAD = [
     (op.task_linear_grad_weight, (X[:, :2], X, None, 2), r"grad must have as many rows"),
     (op.task_linear_grad_weight, (X, X, None, 3), r"x.size\(0\) must be 3"),
     (op.task_linear_grad_weight, (X, X, None, -1), r"tasks must not be negative"),
+    (op.hyper_linear, (X, H, V[:-1], None, None, True, ""), r"weight.size\(0\) must be 20"),
+    (op.hyper_linear, (X, H, V[:, :1], None, None, True, ""), r"weight.size\(1\) must be 3"),
+    (op.hyper_linear, (X, H[0], V, None, None, True, ""), r"h must have shape"),
+    (op.hyper_linear, (X, H, V[0], None, None, True, ""), r"weight must have shape"),
+    (op.hyper_linear, (X, H[:1], V, None, None, True, ""), r"x.size\(0\) must be 1"),
+    (op.hyper_linear, (X, H, V, V[:3, 0], None, True, ""), r"bias.size\(0\) must be 25"),
+    (op.hyper_linear, (X, H, V, V, None, True, ""), r"bias must have shape"),
+    (op.hyper_linear, (X, H.double(), V, None, None, True, ""), r"h must have the dtype of x"),
+    (op.hyper_linear, (X, H, V, None, None, True, "best"), r'plan must be .* got "best"'),
+    (op.hyper_linear, (X[..., :0], H, V, None, None, False, ""), r"x must have at least one col"),
+    (op.hyper_linear_grad_x, (X[..., :0], H, V, None, None, ""), r"grad must have at least one"),
+    (op.hyper_linear_grad_x, (X, H, V, None, None, ""), r"weight.size\(0\) must be 24"),
+    (op.hyper_linear_grad_h, (X, X, V, None, 2, True, ""), r"weight.size\(0\) must be 20"),
+    (op.hyper_linear_grad_h, (X, X, V, None, -2, True, ""), r"tasks must not be negative"),
+    (op.hyper_linear_grad_h, (X[0], X, V, None, 2, True, ""), r"grad must have as many rows"),
+    (op.hyper_linear_grad_weight, (X, X, H[:1], None, True, ""), r"x.size\(0\) must be 1"),
 ]
 
 
@@ -202,6 +347,8 @@ def test_task_ids_out_of_range(bad):
         op.task_linear(X[0], W, None, ids)
     with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
         op.task_linear_grad_weight(X[0], X[0], ids, 2)
+    with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
+        op.hyper_linear(X[0], H, V, None, ids, True, "")
 
 
 def run(isa, *command):
