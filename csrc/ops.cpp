@@ -5,6 +5,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "groups.h"
+#include "text.h"
 #include "runtime.h"
 
 namespace hyperfast {
@@ -112,7 +113,7 @@ constexpr Index hyper_piece = 2048;
 
 Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
                     const OptionalTensor& bias, const OptionalTensor& task_ids, bool target_bias,
-                    const std::string& plan) {
+                    const Text& plan) {
   const Arg x("x", x_), h("h", h_), weight("weight", weight_);
   const Dtype dtype = x.dtype();
   h.rank(2, "(B, features)");
@@ -127,7 +128,7 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
   const Index out = weight.size(0) / per_output;
   const Head head(weight, bias, out, in, target_bias);
   const Tensor y = x.like_rows(out);
-  kernels().hyper_linear({dtype, choose_plan(plan, groups.view()), groups.view(), out, in, features,
+  kernels().hyper_linear({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in, features,
                           x.rows(), {h.data(), h.stride(0), h.stride(1)}, head.matrix, head.vector,
                           Arg("y", y).rows()});
   trim_scratch();
@@ -137,7 +138,7 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
 // The same layer turned around: what maps inputs to outputs maps gradients of outputs to those of inputs.
 Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& weight_,
                            const OptionalTensor& bias, const OptionalTensor& task_ids,
-                           const std::string& plan) {
+                           const Text& plan) {
   const Arg grad("grad", grad_), h("h", h_), weight("weight", weight_);
   const Dtype dtype = grad.dtype();
   h.rank(2, "(B, features)");
@@ -154,7 +155,7 @@ Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& 
   std::swap(matrix.out, matrix.in);
   std::swap(matrix.bias_out, matrix.bias_in);
   const Tensor y = grad.like_rows(in);
-  kernels().hyper_linear({dtype, choose_plan(plan, groups.view()), groups.view(), in, out, features,
+  kernels().hyper_linear({dtype, choose_plan(plan.value, groups.view()), groups.view(), in, out, features,
                           grad.rows(), {h.data(), h.stride(0), h.stride(1)}, matrix, {},
                           Arg("y", y).rows()});
   trim_scratch();
@@ -163,7 +164,7 @@ Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& 
 
 Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
                            const OptionalTensor& task_ids, Index tasks, bool target_bias,
-                           const std::string& plan) {
+                           const Text& plan) {
   const Arg grad("grad", grad_), x("x", x_), weight("weight", weight_);
   if (tasks < 0) fail("tasks must not be negative, got ", tasks);
   const Dtype dtype = x.dtype();
@@ -175,7 +176,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   const Index out = grad.size(-1), in = x.size(-1), features = weight.size(1);
   const Head head(weight, std::nullopt, out, in, target_bias);
   const Tensor y = x.empty({tasks, features});
-  kernels().hyper_linear_grad_h({dtype, choose_plan(plan, groups.view()), groups.view(), out, in,
+  kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in,
                                  features, grad.rows(), x.rows(), head.matrix, head.vector,
                                  y.mutable_data_ptr()});
   trim_scratch();
@@ -184,7 +185,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
 
 Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Tensor& h_,
                                 const OptionalTensor& task_ids, bool target_bias,
-                                const std::string& plan) {
+                                const Text& plan) {
   const Arg grad("grad", grad_), x("x", x_), h("h", h_);
   const Dtype dtype = x.dtype();
   grad.same_dtype(x);
@@ -194,7 +195,7 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   const Grouping groups = group_rows(x, task_ids, h.size(0), hyper_piece);
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
   const Tensor y = x.empty({out * (in + target_bias), features});
-  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan, groups.view()), groups.view(), out, in,
+  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in,
                                       features, target_bias, grad.rows(), x.rows(),
                                       {h.data(), h.stride(0), h.stride(1)}, y.mutable_data_ptr()});
   trim_scratch();
