@@ -11,7 +11,18 @@ from hyperfast import ops  # noqa: F401  (defines the schemas)
 pytest.importorskip("hyperfast._C", reason="no extension", exc_type=ImportError)
 op = torch.ops.hyperfast
 
-FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+FIELDS = [
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+]
 
 
 class MallInfo(ctypes.Structure):

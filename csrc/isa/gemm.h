@@ -28,8 +28,29 @@ constexpr Index lanes = tile_vecs * width<C>;
 // Depth of a panel of B that stays in the first-level cache: 160 * 64 lanes * 4 bytes = 40 of 48 KiB.
 constexpr Index depth_block = 160;
 
+// What a tile does with an entry of A and the lanes of a row of B.
+struct MultiplyAdd {
+  template <class C>
+  static inline void step(Vec<C>& acc, C a, Vec<C> b) {
+    acc += a * b;
+  }
+};
+#ifdef __AVX512BF16__
+constexpr bool has_pair_dot = true;
+// The entries are pairs of bf16: acc += a.first * b.first + a.second * b.second, twice the rate.
+struct PairDot {
+  template <class C>
+  static inline void step(Vec<C>& acc, C a, Vec<C> b) {
+    acc = Vec<C>(_mm512_dpbf16_ps(__m512(acc), __m512bh(_mm512_set1_ps(a)), __m512bh(b)));
+  }
+};
+#else
+constexpr bool has_pair_dot = false;
+using PairDot = MultiplyAdd;  // never run
+#endif
+
 // C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many elements.
-template <int M, int V, bool Tail, class C>
+template <int M, int V, bool Tail, class C, class Step>
 static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail, View<const C> init,
                  View<C> c, int n) {
   constexpr int w = width<C>;
@@ -46,7 +67,7 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
     for (int m = 0; m < M; ++m) {
       const C s = rows[m][k * a.col];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[m][v] += s * bv[v];
+      for (int v = 0; v < V; ++v) Step::template step<C>(acc[m][v], s, bv[v]);
     }
   }
   if (c.col == 1 && (!init.data || init.col == 1)) {
@@ -79,17 +100,17 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
 template <class C>
 using Tile = void (*)(Index, View<const C>, const C*, Index, int, View<const C>, View<C>, int);
 
-template <class C, bool Tail, int M>
+template <class C, bool Tail, class Step, int M>
 constexpr Tile<C> pick(int vecs) {
   if constexpr (tile_vecs == 4) {
-    if (vecs == 4) return tile<M, 4, Tail, C>;
-    if (vecs == 3) return tile<M, 3, Tail, C>;
+    if (vecs == 4) return tile<M, 4, Tail, C, Step>;
+    if (vecs == 3) return tile<M, 3, Tail, C, Step>;
   }
-  return vecs == 2 ? tile<M, 2, Tail, C> : tile<M, 1, Tail, C>;
+  return vecs == 2 ? tile<M, 2, Tail, C, Step> : tile<M, 1, Tail, C, Step>;
 }
 
 // Rows of A in steps of 6, then what is left in steps of 4, 2 and 1.
-template <class C, bool Tail>
+template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row, int tail,
                   View<const C> init, View<C> c, int n) {
   Index i = 0;
@@ -97,21 +118,21 @@ static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, I
     for (; i + height <= m; i += height)
       f(depth, a.at(i, 0), b, b_row, tail, init.data ? init.at(i, 0) : init, c.at(i, 0), n);
   };
-  steps(6, pick<C, Tail, 6>(vecs));
+  steps(6, pick<C, Tail, Step, 6>(vecs));
   if (i == m) return;
-  steps(4, pick<C, Tail, 4>(vecs));
-  steps(2, pick<C, Tail, 2>(vecs));
-  steps(1, pick<C, Tail, 1>(vecs));
+  steps(4, pick<C, Tail, Step, 4>(vecs));
+  steps(2, pick<C, Tail, Step, 2>(vecs));
+  steps(1, pick<C, Tail, Step, 1>(vecs));
 }
 
 // The same where B is one packed panel, of any depth.
-template <class C>
+template <class C, class Step = MultiplyAdd>
 static void sweep_deep(Index m, int vecs, Index depth, View<const C> a, const C* panel,
                        View<const C> init, View<C> c, int n) {
   Index k = 0;
   do {
     const Index dk = min(depth_block, depth - k);
-    sweep<C, false>(m, vecs, dk, a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, init, c, n);
+    sweep<C, false, Step>(m, vecs, dk, a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, init, c, n);
     init = {c.data, c.row, c.col};
     k += dk;
   } while (k < depth);

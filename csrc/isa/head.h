@@ -42,12 +42,23 @@ static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C*
     for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = 0;
 }
 
-// Features of tasks as rows of Acc<T>, `row` apart, a 1 behind them if the head has a bias.
+// Features of a task as a row of Acc<T>, a 1 behind them if the head has a bias.
 template <class T>
 static void copy_features(const TaskVector& h, Index task, Index features, bool one, Acc<T>* to) {
   const T* from = static_cast<const T*>(h.data) + task * h.task;
   for (Index k = 0; k < features; ++k) to[k] = widen(from[k * h.col]);
   if (one) to[features] = 1;
+}
+
+// The same in pairs, a 0 at the end if their number is odd.
+static inline void copy_feature_pairs(const TaskVector& h, Index task, Index features, bool one,
+                                      float* to) {
+  const bf16* from = static_cast<const bf16*>(h.data) + task * h.task;
+  const Index all = features + one;
+  const auto entry = [&](Index k) {
+    return k < features ? from[k * h.col] : narrow<bf16>(k < all ? 1.f : 0.f);
+  };
+  for (Index k = 0; k < all; k += 2) to[k / 2] = widen(bf16_pair{entry(k), entry(k + 1)});
 }
 
 }  // namespace hyperfast::HF_ISA

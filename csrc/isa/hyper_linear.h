@@ -18,7 +18,8 @@ constexpr Index few_outputs = 4;
 // that y is written once.
 template <class C>
 struct Slices {
-  Index depth;      // features, and 1 for the head's bias
+  bool pairs;       // features go in pairs of bf16
+  Index depth;      // features and 1 for the head's bias, or pairs of them
   Index inputs;     // of the layer: in, and 1 for the vector
   Index no, ni;     // outputs and inputs of a slice, at most
   Index down, across, count;  // slices along the outputs, the inputs, and in all
@@ -28,7 +29,9 @@ struct Slices {
   Index row;        // elements of a slice's weights of one task, and a line more against cache conflicts
 
   explicit Slices(const HyperLinear& p) {
+    pairs = has_pair_dot && p.dtype == Dtype::bf16 && p.matrix.feature == 1;
     depth = p.features + (p.matrix.bias != nullptr);
+    if (pairs) depth = ceil_div(depth, 2);
     inputs = p.in + (p.vector.weight != nullptr);
     by_output = p.out <= few_outputs;
     no = max(min(p.out, lanes<C>), 1);
@@ -57,25 +60,39 @@ static Slice slice(const HyperLinear& p, const Slices<C>& s, Index q) {
 
 // One panel: weights [first, first + lanes) of a slice.
 template <class T>
-static void pack_panel(const HyperLinear& p, bool by_output, const Slice& s, Index first, Acc<T>* dst) {
+static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slice& c, Index first,
+                       Acc<T>* dst) {
   using C = Acc<T>;
   const Index vector = p.vector.weight != nullptr;
-  const Index n = min(lanes<C>, s.ni * s.no - first);
+  const Index n = min(lanes<C>, c.ni * c.no - first);
   const T* rows[lanes<C>];
+  T bias[lanes<C>] = {};
   for (Index l = 0; l < n; ++l) {
     const Index f = first + l;
-    const Index i = s.i0 + (by_output ? f % s.ni : f / s.no) - vector;
-    const Index o = s.o0 + (by_output ? f / s.ni : f % s.no);
+    const Index i = c.i0 + (s.by_output ? f % c.ni : f / c.no) - vector;
+    const Index o = c.o0 + (s.by_output ? f / c.ni : f % c.no);
     const HeadMatrix& m = i < 0 ? p.vector : p.matrix;
     const Index column = max(i, 0);
     rows[l] = static_cast<const T*>(m.weight) + o * m.out + column * m.in;
-    if (m.bias)
-      dst[p.features * lanes<C> + l] =
-          widen(static_cast<const T*>(m.bias)[o * m.bias_out + column * m.bias_in]);
+    if (m.bias) bias[l] = static_cast<const T*>(m.bias)[o * m.bias_out + column * m.bias_in];
   }
-  if (p.matrix.bias)
-    for (Index l = n; l < lanes<C>; ++l) dst[p.features * lanes<C> + l] = 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (s.pairs) {
+      const Index whole = p.features / 2;
+      const bf16_pair* pairs[lanes<C>];
+      for (Index l = 0; l < n; ++l) pairs[l] = reinterpret_cast<const bf16_pair*>(rows[l]);
+      pack_lanes<C, bf16_pair>(pairs, n, whole, 1, dst, lanes<C>);
+      if (whole == s.depth) return;
+      const bool odd = p.features % 2;  // then the last feature has the bias (or 0) beside it
+      for (Index l = 0; l < lanes<C>; ++l)
+        dst[whole * lanes<C> + l] =
+            widen(odd && l < n ? bf16_pair{rows[l][p.features - 1], bias[l]} : bf16_pair{bias[l], {}});
+      return;
+    }
+  }
   pack_lanes<C, T>(rows, n, p.features, p.matrix.feature, dst, lanes<C>);
+  if (p.matrix.bias)
+    for (Index l = 0; l < lanes<C>; ++l) dst[p.features * lanes<C> + l] = widen(bias[l]);
 }
 
 // y (m, n) += x (m, k) weights (k, n), the weights as a slice holds them.
@@ -101,8 +118,9 @@ static void generate(const Slices<C>& s, const Slice& c, Index tasks, const C* h
                      C* weights) {
   for (Index f = 0; f < c.ni * c.no; f += lanes<C>) {
     const int vecs = int(ceil_div(min(lanes<C>, c.ni * c.no - f), width<C>));
-    sweep_deep<C>(tasks, vecs, s.depth, {h, s.depth, 1}, packed + f * s.depth, {},
-                  {weights + f, s.row, 1}, vecs * width<C>);
+    (s.pairs ? sweep_deep<C, PairDot> : sweep_deep<C, MultiplyAdd>)(
+        tasks, vecs, s.depth, {h, s.depth, 1}, packed + f * s.depth, {}, {weights + f, s.row, 1},
+        vecs * width<C>);
   }
 }
 
@@ -123,7 +141,7 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
                for (Index j = first; j < last; ++j) {
                  const Slice c = slice(p, s, q0 + j / s.panels);
                  const Index lane = j % s.panels * lanes<C>;
-                 if (lane < c.ni * c.no) pack_panel<T>(p, s.by_output, c, lane, packed + j * s.panel);
+                 if (lane < c.ni * c.no) pack_panel<T>(p, s, c, lane, packed + j * s.panel);
                }
              });
 
@@ -136,9 +154,13 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
       const Index end = min(last * tile_rows, tasks);
       for (Index u0 = first * tile_rows; u0 < end; u0 += s.block) {
         const Index nu = min(s.block, end - u0);
-        for (Index u = 0; u < nu; ++u)
-          copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, p.matrix.bias,
-                           h + u * s.depth);
+        for (Index u = 0; u < nu; ++u) {
+          const Index task = piece(p.groups, u0 + u).task;
+          if (s.pairs)
+            copy_feature_pairs(p.h, task, p.features, p.matrix.bias, reinterpret_cast<float*>(h) + u * s.depth);
+          else
+            copy_features<T>(p.h, task, p.features, p.matrix.bias, h + u * s.depth);
+        }
         for (Index q = q0; q < q1; ++q) {
           const Slice c = slice(p, s, q);
           generate<C>(s, c, nu, h, packed + (q - q0) * s.size, weights);

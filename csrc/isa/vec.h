@@ -30,6 +30,11 @@ struct f16 {
   std::uint16_t bits;
 };
 
+// Two neighbouring bf16, kept together as the 32 bits that the paired dot product takes.
+struct bf16_pair {
+  bf16 first, second;
+};
+
 template <class T>
 struct AccOf {
   using type = float;
@@ -52,6 +57,7 @@ static inline To bit_cast(const From& from) {
 static inline double widen(double v) { return v; }
 static inline float widen(float v) { return v; }
 static inline float widen(bf16 v) { return bit_cast<float>(std::uint32_t{v.bits} << 16); }
+static inline float widen(bf16_pair v) { return bit_cast<float>(v); }  // the bits, not a number
 static inline float widen(f16 v) {
 #ifdef __F16C__
   return _cvtsh_ss(v.bits);
@@ -184,6 +190,11 @@ static inline void transpose(Vec<T> (&rows)[width<T>]) {
 // A vector of Acc<T> from elements stored as T.
 static inline Vec<float> load_wide(const float* p) { return load(p); }
 static inline Vec<double> load_wide(const double* p) { return load(p); }
+static inline Vec<float> load_wide(const bf16_pair* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline Vec<float> load_wide(const bf16* p) {
 #if defined(__AVX512F__)
   return Vec<float>(_mm512_castsi512_ps(
