@@ -157,7 +157,8 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
         for (Index u = 0; u < nu; ++u) {
           const Index task = piece(p.groups, u0 + u).task;
           if (s.pairs)
-            copy_feature_pairs(p.h, task, p.features, p.matrix.bias, reinterpret_cast<float*>(h) + u * s.depth);
+            copy_feature_pairs(p.h, task, p.features, p.matrix.bias,
+                               reinterpret_cast<float*>(h + u * s.depth));
           else
             copy_features<T>(p.h, task, p.features, p.matrix.bias, h + u * s.depth);
         }
