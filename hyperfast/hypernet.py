@@ -106,7 +106,7 @@ class HyperNet(nn.Module):
             ValueError: ``params`` that match nothing, or lazy parameters.
         """
         names = select(net, params)
-        start = [net.get_parameter(name).detach() for name in names]
+        values = [net.get_parameter(name).detach() for name in names]
         mlp = as_mlp(net) if len(names) == len(list(net.parameters())) else None
         target: TargetNet | ModuleTarget
         if mlp is None:
@@ -118,14 +118,10 @@ class HyperNet(nn.Module):
         hyper = cls.__new__(cls)
         hyper._build(
             *(spec, z_dim, hidden, activation, gain, init),
-            start[0].device if device is None else device,
-            start[0].dtype if dtype is None else dtype,
+            values[0].device if device is None else device,
+            values[0].dtype if dtype is None else dtype,
+            tuple(v.clone() if v.ndim < 2 or _constant(v) else None for v in values),
         )
-        weights, biases = (t.detach().split(spec.numels) for t in hyper.head.parameters())
-        for weight, bias, value in zip(weights, biases, start, strict=True):
-            if value.ndim < 2 or (value.numel() > 1 and value.min() == value.max()):
-                weight.zero_()
-                bias.copy_(value.flatten())
         return hyper, target.to(device=device, dtype=dtype)
 
     def _build(
@@ -138,6 +134,7 @@ class HyperNet(nn.Module):
         init: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        start: Sequence[Tensor | None] | None = None,
     ) -> None:
         if init not in INITS:
             raise ValueError(f"init must be one of {list(INITS)}, got {init!r}")
@@ -148,6 +145,8 @@ class HyperNet(nn.Module):
         self.z_dim = z_dim
         self.target_activation = target_activation
         self.init = init
+        # What a generated parameter starts as, where it does not start as random weights.
+        self._start = start or [None] * len(spec.shapes)
         layers: list[nn.Module] = []
         for i, o in pairwise(widths):
             layers += [
@@ -179,10 +178,14 @@ class HyperNet(nn.Module):
             moment = second_moment(activation)
         nn.init.zeros_(self.head.bias)
         gain2 = 1 / second_moment(resolve(self.target_activation))
-        pieces = self.head.weight.split(self.spec.numels)
-        for rows, shape in zip(pieces, self.spec.shapes, strict=True):
-            if len(shape) < 2:
+        weights, biases = (t.split(self.spec.numels) for t in (self.head.weight, self.head.bias))
+        for rows, bias, shape, start in zip(
+            weights, biases, self.spec.shapes, self._start, strict=True
+        ):
+            if len(shape) < 2 or start is not None:
                 nn.init.zeros_(rows)
+                if start is not None:
+                    bias.copy_(start.flatten())
                 continue
             receptive = rows.shape[0] // (shape[0] * shape[1])
             fan = receptive * shape[1 if self.init == "hyperfan_in" else 0]
@@ -224,6 +227,10 @@ class HyperNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"
+
+
+def _constant(value: Tensor) -> bool:
+    return value.numel() > 1 and bool(value.min() == value.max())
 
 
 def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:

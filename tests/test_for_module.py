@@ -435,6 +435,20 @@ def test_rank_one_and_constant_parameters_start_as_in_the_net():
         assert same == (name != "0.weight")
 
 
+def test_reset_parameters_keeps_the_start():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4))
+    hyper, _ = HyperNet.for_module(net, 5)
+    bias = hyper.head.bias.detach().clone()
+    before = hyper.head.weight.detach().clone()
+    with torch.no_grad():
+        hyper.head.bias.fill_(7)
+    hyper.reset_parameters()
+    assert torch.equal(hyper.head.bias, bias)
+    assert bias.any()
+    assert not torch.equal(hyper.head.weight, before)
+    assert torch.equal(hyper.head.weight == 0, before == 0)
+
+
 def test_variance_of_the_start_is_by_fan():
     net = nn.Sequential(nn.Conv2d(20, 30, 3), nn.Flatten())
     w, _ = HyperNet.for_module(net, 50, hidden=(100,))[0](torch.randn(200, 50))
