@@ -26,6 +26,9 @@ struct Runs {
     wide = max(min(in, most), 1);
     tall = wide < in ? 1 : max(min(most / wide, out), 1);
     if (tall < out && tall > tile_rows) tall = tall / tile_rows * tile_rows;
+    // No longer than lets every thread have some.
+    const Index share = round_up(ceil_div(out, thread_count()), tile_rows);
+    if (tall > share) tall = share;
     across = ceil_div(in, wide);
     matrix = ceil_div(out, tall) * across;
     vector_tall = min(most, max(out, 1));
@@ -169,16 +172,53 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
 
 // ---- with respect to the head's weight ----
 
-// Tasks whose G and h a run takes at a time.
-constexpr Index grad_tasks = 16 * tile_rows;
+// Tasks whose G and h a run takes at a time. With many rows a task, forming G weighs more: then fewer
+// tasks and longer runs, over which the rows are read again less often.
+static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 8) * tile_rows; }
+
+// All rows of all tasks as one matrix, if they lie at equal steps; else its data is null.
+template <class C>
+static View<const C> all_rows(const Staged<const C>& rows, const Groups& g) {
+  if (g.ragged || rows.task == g.rows * rows.row) return {rows.data, rows.row, rows.col};
+  return {g.rows == 1 ? rows.data : nullptr, rows.task, rows.col};
+}
+
+// Where all tasks share their features (a head's bias is the weight of a feature 1), the sum over the
+// tasks of G_b (x) h is the sum of all rows' products, times h.
+template <class T>
+static void grad_of_shared_features(const HyperLinearGradWeight& p, View<const Acc<T>> grad,
+                                    View<const Acc<T>> x) {
+  using C = Acc<T>;
+  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / 16);
+  const Index rows = total_rows(p.groups), work = runs.longest() * (rows + p.features);
+  const T* h = static_cast<const T*>(p.h.data);
+  parallel(runs.total, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
+    C* g = scratch<C>(Slot::block, runs.longest());
+    for (Index q = first; q < last; ++q) {
+      const Run run = runs[q];
+      form<C>(run, rows, grad, x, g);
+      const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
+      T* y = static_cast<T*>(p.y) + at * p.features;
+      for (Index j = 0; j < run.size(); ++j)
+        for (Index k = 0; k < p.features; ++k)
+          y[j * p.features + k] = narrow<T>(g[j] * widen(h[k * p.h.col]));
+    }
+  });
+}
 
 template <class T>
 static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
   using C = Acc<T>;
   const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
+  if (p.h.task == 0 && p.groups.tasks > 0) {
+    const View<const C> all_grad = all_rows<C>(grad, p.groups), all_x = all_rows<C>(x, p.groups);
+    if (all_grad.data && all_x.data) return grad_of_shared_features<T>(p, all_grad, all_x);
+  }
   const Index tasks = p.groups.pieces;
-  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / grad_tasks);
+  const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
+  const Index block = grad_tasks(rows_each);
+  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / block);
 
   // Few features: lanes along the head's rows instead, and h as it is.
   const bool narrow_h = p.features < width<C>;
@@ -195,11 +235,10 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
     }
   });
 
-  const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
   const Index work = runs.longest() * tasks * (p.features + rows_each);
   parallel(runs.total, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
     const Index g_row = runs.longest() + 16;
-    C* g = scratch<C>(Slot::block, grad_tasks * g_row);
+    C* g = scratch<C>(Slot::block, block * g_row);
     for (Index q = first; q < last; ++q) {
       const Run run = runs[q];
       const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
@@ -212,7 +251,7 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
 
       Index u0 = 0;
       do {  // once even without tasks: the gradient is then zero
-        const Index nu = min(grad_tasks, tasks - u0);
+        const Index nu = min(block, tasks - u0);
         for (Index u = 0; u < nu; ++u) {
           const Piece r = piece(p.groups, u0 + u);
           form<C>(run, r.end - r.begin, grad.of(r), x.of(r), g + u * g_row);
@@ -230,7 +269,7 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
                           h + (j * tasks + u0) * lanes<C>, before.data ? before.at(0, k0) : before,
                           out.at(0, k0), nk);
           }
-        u0 += grad_tasks;
+        u0 += block;
       } while (u0 < tasks);
 
       if constexpr (!std::is_same_v<C, T>)
