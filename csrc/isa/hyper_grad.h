@@ -26,9 +26,6 @@ struct Runs {
     wide = max(min(in, most), 1);
     tall = wide < in ? 1 : max(min(most / wide, out), 1);
     if (tall < out && tall > tile_rows) tall = tall / tile_rows * tile_rows;
-    // No longer than lets every thread have some.
-    const Index share = round_up(ceil_div(out, thread_count()), tile_rows);
-    if (tall > share) tall = share;
     across = ceil_div(in, wide);
     matrix = ceil_div(out, tall) * across;
     vector_tall = min(most, max(out, 1));
@@ -176,6 +173,13 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
 // tasks and longer runs, over which the rows are read again less often.
 static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 8) * tile_rows; }
 
+// Runs as long as `most`, but short enough that every thread has some. Sums do not run along a run, so
+// the number of threads does not show in the result.
+static inline Runs shared_runs(const HyperLinearGradWeight& p, Index most) {
+  const Index share = round_up(ceil_div(p.out, thread_count()), tile_rows);
+  return {p.out, p.in, p.target_bias, min(most, max(share * p.in, share))};
+}
+
 // All rows of all tasks as one matrix, if they lie at equal steps; else its data is null.
 template <class C>
 static View<const C> all_rows(const Staged<const C>& rows, const Groups& g) {
@@ -189,7 +193,7 @@ template <class T>
 static void grad_of_shared_features(const HyperLinearGradWeight& p, View<const Acc<T>> grad,
                                     View<const Acc<T>> x) {
   using C = Acc<T>;
-  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / 16);
+  const Runs runs = shared_runs(p, block_elements<C> / 16);
   const Index rows = total_rows(p.groups), work = runs.longest() * (rows + p.features);
   const T* h = static_cast<const T*>(p.h.data);
   parallel(runs.total, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
@@ -218,7 +222,7 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
   const Index tasks = p.groups.pieces;
   const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
   const Index block = grad_tasks(rows_each);
-  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / block);
+  const Runs runs = shared_runs(p, block_elements<C> / block);
 
   // Few features: lanes along the head's rows instead, and h as it is.
   const bool narrow_h = p.features < width<C>;
