@@ -14,15 +14,31 @@ namespace {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Whoever passes expanded or empty tensors can name any size. Kernels count elements in 64 bits, which
+// holds while no product of sizes comes near 2^63 bytes.
+void countable(double elements) {
+  if (elements > 0x1p58) fail("sizes must not multiply to more than 2^58 elements");
+}
+
+// What a layer of these sizes makes for so many tasks.
+void countable(Index tasks, Index out, Index in, Index features = 0) {
+  const double params = double(out) * (double(in) + 1);
+  countable(params * (double(tasks) + 1));
+  countable(params * (double(features) + 1));
+  countable((double(tasks) + 1) * (double(features) + 1));
+}
+
 // The layout of x (and of everything shaped like it): (B, N, columns), or (R, columns) with task_ids.
 Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index tasks, Index cut = max_piece,
                     bool all = false) {
   if (!task_ids) {
     x.rank(3, "(B, N, columns)");
     x.size(0, tasks, "tasks");
+    countable(double(tasks) * (double(x.size(1)) + 1) * (double(x.size(2)) + 1));
     return Grouping::batched(tasks, x.size(1), cut);
   }
   x.rank(2, "(R, columns), as task_ids is given");
+  countable(double(x.size(0)) * (double(x.size(1)) + 1));
   const Arg ids("task_ids", *task_ids);
   ids.is(torch::headeronly::ScalarType::Long);
   ids.rank(1, "(R,)");
@@ -37,6 +53,7 @@ Tensor task_linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor
   const Index tasks = weight.size(0), out = weight.size(1), in = weight.size(2);
   const Dtype dtype = x.dtype();
   weight.same_dtype(x);
+  countable(tasks, out, in);
   const Grouping groups = group_rows(x, task_ids, tasks);
   x.size(-1, in, "in, the last size of weight");
   TaskVector bias{};
@@ -64,6 +81,7 @@ Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Opti
   grad.same_rows(x);
   const Grouping groups = group_rows(x, task_ids, tasks, whole, true);
   const Index out = grad.size(-1), in = x.size(-1);
+  countable(tasks, out, in);
   const Tensor y = x.empty({tasks, out, in});
   kernels().task_linear_grad_weight(
       {dtype, groups.view(), out, in, grad.rows(), x.rows(), y.mutable_data_ptr()});
@@ -126,8 +144,10 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
   const Index in = x.size(-1), per_output = in + target_bias;
   if (per_output == 0) fail("x must have at least one column without target_bias");
   const Index out = weight.size(0) / per_output;
+  countable(tasks, out, in, features);
   const Head head(weight, bias, out, in, target_bias);
   const Tensor y = x.like_rows(out);
+  if (y.numel() == 0) return y;
   kernels().hyper_linear({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in, features,
                           x.rows(), {h.data(), h.stride(0), h.stride(1)}, head.matrix, head.vector,
                           Arg("y", y).rows()});
@@ -151,10 +171,12 @@ Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& 
   const Index out = grad.size(-1);
   if (out == 0) fail("grad must have at least one column");
   const Index in = weight.size(0) / out;
+  countable(tasks, out, in, features);
   HeadMatrix matrix = Head(weight, bias, out, in, false).matrix;
   std::swap(matrix.out, matrix.in);
   std::swap(matrix.bias_out, matrix.bias_in);
   const Tensor y = grad.like_rows(in);
+  if (y.numel() == 0) return y;
   kernels().hyper_linear({dtype, choose_plan(plan.value, groups.view()), groups.view(), in, out, features,
                           grad.rows(), {h.data(), h.stride(0), h.stride(1)}, matrix, {},
                           Arg("y", y).rows()});
@@ -174,6 +196,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   weight.same_dtype(x);
   const Grouping groups = group_rows(x, task_ids, tasks, hyper_piece);
   const Index out = grad.size(-1), in = x.size(-1), features = weight.size(1);
+  countable(tasks, out, in, features);
   const Head head(weight, std::nullopt, out, in, target_bias);
   const Tensor y = x.empty({tasks, features});
   kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in,
@@ -194,6 +217,7 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   h.same_dtype(x);
   const Grouping groups = group_rows(x, task_ids, h.size(0), hyper_piece);
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
+  countable(h.size(0), out, in, features);
   const Tensor y = x.empty({out * (in + target_bias), features});
   kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in,
                                       features, target_bias, grad.rows(), x.rows(),
