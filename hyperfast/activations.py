@@ -82,5 +82,5 @@ def second_moment(activation: nn.Module) -> float:
     g = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")
     density = torch.exp(-g * g / 2) / math.sqrt(2 * math.pi)
     with torch.no_grad():
-        values = copy.deepcopy(activation).to("cpu", torch.float64)(g)
+        values = copy.deepcopy(activation).to("cpu", torch.float64)(g.clone())
     return float(torch.trapezoid(values * values * density, g))

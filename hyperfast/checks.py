@@ -27,35 +27,57 @@ def dense(**tensors: Tensor | None) -> None:
             )
 
 
-def floating(**tensors: Tensor | None) -> tuple:
-    """The tensors, cast by ``torch.autocast`` where it is on (fp32 to its dtype, as ``F.linear``
-    does), after a check that all are floating-point and of one dtype and device.
+def same_kind(**tensors: Tensor | None) -> torch.dtype | None:
+    """All are floating-point and on one device, and of one dtype or cast to one by autocast.
 
-    ``bias`` may be ``None`` and stays so. The names of the keywords are those of the message.
+    ``bias`` may be ``None``. The names of the keywords are those of the message.
+
+    Returns:
+        the dtype that ``torch.autocast`` wants, ``None`` where it is off.
     """
-    cast: dict[str, Tensor] = {}
+    first: Tensor | None = None
     for name, t in tensors.items():
         if t is None and name == "bias":
             continue
         t = tensor(name, t)
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
-        device = t.device.type
-        available = torch.amp.is_autocast_available(device)  # it is not for meta tensors
-        if available and torch.is_autocast_enabled(device) and t.dtype != torch.float64:
-            t = t.to(torch.get_autocast_dtype(device))
-        cast[name] = t
-    first_name, first = next(iter(cast.items()))
-    for name, t in cast.items():
-        if t.dtype != first.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}"
-            )
+        if first is None:
+            first_name, first, wanted = name, t, _autocast(t.device.type)
+            continue
         if t.device != first.device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {first.device}, got {t.device}"
             )
-    return tuple(cast.get(name) for name in tensors)
+        # As in F.linear, autocast leaves fp64 alone.
+        one = wanted is not None and torch.float64 not in (t.dtype, first.dtype)
+        if t.dtype != first.dtype and not one:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}"
+            )
+    return wanted
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    if not torch.amp.is_autocast_available(device):  # it is not for meta tensors
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def floating(**tensors: Tensor | None) -> tuple:
+    """The tensors as ``torch.autocast`` casts them where it is on, after :func:`same_kind`."""
+    wanted = same_kind(**tensors)
+    if wanted is None:
+        return tuple(tensors.values())
+    return tuple(
+        t if t is None or t.dtype == torch.float64 else t.to(wanted) for t in tensors.values()
+    )
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module does more or other than its class says."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
 
 def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> None:

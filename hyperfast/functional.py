@@ -78,6 +78,8 @@ def hyper_linear(
     """
     x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
     checks.dense(x=x, h=h, weight=weight, bias=bias)
+    if x.ndim == 0:
+        raise ValueError("x must have shape (B, N, in), (B, in) or (R, in), got ()")
     if plan is not None and plan not in PLANS:
         raise ValueError(f"plan must be one of {list(PLANS)} or None, got {plan!r}")
     if h.ndim != 2:
@@ -87,7 +89,7 @@ def hyper_linear(
             f"weight must have shape (P, {h.shape[1]}) as h has {h.shape[1]} features, "
             f"got {checks.shape(weight)}"
         )
-    params, ins = weight.shape[0], x.shape[-1] if x.ndim else 0
+    params, ins = weight.shape[0], x.shape[-1]
     per_out = ins + target_bias
     if per_out == 0 or params == 0 or params % per_out:
         raise ValueError(

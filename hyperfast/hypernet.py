@@ -223,14 +223,14 @@ class HyperNet(nn.Module):
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
-        checks.floating(z=z, **{"the hypernetwork's weight": weight})
+        checks.same_kind(**{"the hypernetwork's weight": weight}, z=z)
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"
 
 
 def _constant(value: Tensor) -> bool:
-    return value.numel() > 1 and bool(value.min() == value.max())
+    return not value.is_meta and value.numel() > 1 and bool(value.min() == value.max())
 
 
 def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:

@@ -57,8 +57,15 @@ class HyperMLP(nn.Module):
         spec, target = self.hyper.spec, self.target
         if not isinstance(spec, MLPSpec) or not isinstance(target, TargetNet):
             return None
-        parts = {HyperNet: self.hyper, nn.Linear: self.hyper.head, TargetNet: target}
-        if target.weight_transform is not None or not all(map(_as_written, parts.values(), parts)):
+        hyper = self.hyper
+        written = (
+            type(hyper).forward is HyperNet.forward
+            and type(hyper.head).forward is nn.Linear.forward
+            and type(target).forward is TargetNet.forward
+        )
+        # Pruning and adapters are hooks; what they change is not what the layers' op computes.
+        parts = (hyper, hyper.generator, hyper.head, target)
+        if not written or target.weight_transform is not None or any(map(checks.hooked, parts)):
             return None
         return spec, target
 
@@ -86,10 +93,16 @@ class HyperMLP(nn.Module):
             IndexError: a task id outside ``[0, B)``.
         """
         mlp = self.mlp
-        if mlp is None or checks.tensor("z", z).ndim == 1:
+        if mlp is None or (checks.tensor("z", z).ndim == 1 and task_ids is None):
             return self.target(x, self.hyper(z), task_ids)
+        if z.ndim != 2:
+            raise ValueError(
+                f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
+                f"got {checks.shape(z)}"
+            )
         h = self.hyper.features(z)
-        if checks.tensor("x", x).is_nested:
+        checks.same_kind(**{"the hypernetwork's weight": self.hyper.head.weight}, x=x)
+        if x.is_nested:
             return from_jagged(
                 x, task_ids, h.shape[0], lambda rows, ids: self._layers(*mlp, rows, h, ids)
             )
@@ -127,10 +140,3 @@ class HyperMLP(nn.Module):
             if activation is not None:
                 x = activation(x)
         return x
-
-
-def _as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` does what ``kind.forward`` does: neither a subclass nor a hook
-    (pruning, adapters) adds to it."""
-    hooks = module._forward_pre_hooks or module._forward_hooks
-    return type(module).forward is kind.forward and not hooks

@@ -304,7 +304,7 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
     linears: list[nn.Linear] = []
     activations: list[list[nn.Module]] = []
     for module in _flat(net):
-        if _hooked(module):
+        if checks.hooked(module):
             return None
         if type(module) is nn.Linear:
             linears.append(module)
@@ -332,11 +332,6 @@ def _flat(module: nn.Module) -> list[nn.Module]:
         module,
         *(m for child in module._modules.values() if child is not None for m in _flat(child)),
     ]
-
-
-def _hooked(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds) or "forward" in vars(module)
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hyperfast import checks, eager, reference
-from hyperfast.plan import HAS_TRITON
+from hyperfast.plan import HAS_TRITON, PLANS
 
 # What a tensor argument holds: an entry a row, an entry a task, the ids, or the same for all tasks.
 ROW, TASK, IDS, SHARED = "row", "task", "ids", "shared"
@@ -76,7 +76,8 @@ def _define(
     op = getattr(torch.ops.hyperfast, name).default
     arguments = op._schema.arguments
     count = len(roles)
-    plain_count = len(arguments) - (arguments[-1].name == "plan")
+    plan_count = int(arguments[-1].name == "plan")
+    plain_count = len(arguments) - plan_count
 
     def checked(*args):
         given = [(r, t) for r, t in zip(roles, args, strict=False) if t is not None]
@@ -84,6 +85,8 @@ def _define(
         tasks, ids = _tasks(args, roles), args[roles.index(IDS)]
         checks.fitting(by_role[ROW], by_role[TASK], tasks, ids)
         checks.in_range(ids, tasks)
+        if plan_count and args[-1] not in ("", *PLANS):
+            raise ValueError(f"plan must be one of {['', *PLANS]}, got {args[-1]!r}")
         return kernel(*args)
 
     class Rule(torch.autograd.Function):

@@ -148,7 +148,7 @@ def _unbatched(
     activations: list[nn.Module | None],
 ) -> Tensor:
     for (w, b), activation in zip(layers, activations, strict=True):
-        checks.floating(x=x, weight=w, bias=b)
+        checks.same_kind(x=x, weight=w, bias=b)
         if x.ndim == 0 or x.shape[-1] != w.shape[1]:
             raise ValueError(
                 f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "

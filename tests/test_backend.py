@@ -88,7 +88,7 @@ def test_unknown(name):
 def test_missing_says_why(name):
     reason = {
         "cpp": "the C\\+\\+ extension is not loaded: .+",
-        "triton": "torch sees no CUDA device|no Triton kernels are registered",
+        "triton": "torch sees no CUDA device.+|the package triton is not installed",
     }[name]
     with (
         pytest.raises(RuntimeError, match=f"backend '{name}' is not there: ({reason})"),

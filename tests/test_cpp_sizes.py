@@ -1,4 +1,4 @@
-"""Sizes that multiply beyond 64 bits: expanded and empty tensors can name any, and none may crash."""
+"""Sizes that multiply beyond 64 bits: expanded and empty tensors can name any; none may crash."""
 
 import pytest
 import torch

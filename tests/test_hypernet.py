@@ -168,3 +168,8 @@ def test_gain_follows_the_activations(activation):
         hyper = hyperfast.HyperNet(256, 16, 32, 16, hidden=(256,), **options)
         variances.append(hyper(torch.randn(16, 256))[0].detach().var())
     assert torch.stack(variances).mean().item() == pytest.approx(1 / (16 * moment), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.ELU, nn.Mish, nn.ReLU], ids=lambda k: k.__name__)
+def test_an_activation_in_place_has_the_same_moment(kind):
+    assert activations.second_moment(kind(inplace=True)) == activations.second_moment(kind())
