@@ -387,7 +387,14 @@ class TaskBank:
     def _ids(self, ids: Ids, distinct: bool = False) -> Tensor:
         """``ids`` as a tensor ``(n,)`` on the bank's device."""
         if not isinstance(ids, Tensor):
-            ids = torch.tensor([ids] if isinstance(ids, int) else ids or [], dtype=torch.int64)
+            listed = ids if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
+            for value in listed:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise TypeError(
+                        f"ids must be ints or an int64 tensor, got {value!r}; "
+                        "bank.ids(keys) gives the ids of keys"
+                    )
+            ids = torch.tensor(listed, dtype=torch.int64)
         if ids.dtype != torch.int64:
             raise TypeError(f"ids must be int64, got {ids.dtype}")
         if ids.ndim != 1:
@@ -669,6 +676,7 @@ class TaskBank:
         if end:
             log.cut(end)
         else:
+            log.own()
             log.begin(self._name, self._sequence)
         self._log = log
 

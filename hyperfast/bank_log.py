@@ -99,6 +99,13 @@ class Log:
         self.end = 0
         self.broken = False
 
+    def own(self) -> None:
+        """Raises BankFileError if what the file holds did not start as a log: it is somebody's."""
+        self.file.seek(0)
+        start = self.file.read(len(MAGIC))
+        if start != MAGIC[: len(start)]:
+            raise BankFileError(f"{self.path} is not the log of a bank; it was left as it is")
+
     def begin(self, bank: str, sequence: int) -> None:
         """An empty log for the snapshot of that bank and sequence number."""
         self.end = 0

@@ -57,7 +57,10 @@ def _detail(backend: str) -> str:
         return ""
     from hyperfast import _C
 
-    return f", kernels for {_C.isa()}"
+    try:
+        return f", kernels for {_C.isa()}"
+    except ValueError as error:  # HYPERFAST_ISA names what is not here
+        return f", but cannot run: {error}"
 
 
 def _choices() -> list[str]:

@@ -95,7 +95,7 @@ class HyperMLP(nn.Module):
         mlp = self.mlp
         if mlp is None or (checks.tensor("z", z).ndim == 1 and task_ids is None):
             return self.target(x, self.hyper(z), task_ids)
-        if z.ndim != 2:
+        if z.ndim == 1:
             raise ValueError(
                 f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
                 f"got {checks.shape(z)}"

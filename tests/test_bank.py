@@ -383,3 +383,11 @@ def test_bad_input():
 
 def _store(value, dtype):
     return TaskBank.from_weights(MLPSpec((1, 1)), torch.tensor([[value, 0.0]]), dtype=dtype)
+
+
+@pytest.mark.parametrize("ids", [[2.7], [True], 2.7, None, "u3", ["u3"], {}], ids=repr)
+def test_ids_that_are_no_ints_touch_nothing(ids):
+    bank = TaskBank.from_latents(HyperNet(4, 2, 3, 1), torch.randn(6, 4))
+    with pytest.raises(TypeError, match=r"ids must be ints or an int64 tensor"):
+        bank.remove(ids)
+    assert bank.ids().tolist() == list(range(6))

@@ -506,3 +506,14 @@ def test_hostile_log_records(path):
         frame = FRAME.pack(b"HFR1", 0, length, 2, 0)[:-4]
         log.write_bytes(begin + frame + struct.pack("<I", zlib.crc32(frame)))
         assert len(TaskBank.open(path)) == 3
+
+
+@pytest.mark.parametrize("content", [b"epoch 1 loss 0.5 ok\n" * 50, b"junk", bytes(4096)])
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, content):
+    path = tmp_path / "bank"
+    TaskBank.from_latents(HyperNet(4, 2, 3, 1), torch.randn(6, 4)).save(path)
+    log = tmp_path / "bank.log"
+    log.write_bytes(content)
+    with pytest.raises(BankFileError, match="is not the log of a bank"):
+        TaskBank.open(path, log=True)
+    assert log.read_bytes() == content
