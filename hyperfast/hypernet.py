@@ -217,9 +217,7 @@ class HyperNet(nn.Module):
 
     def _check(self, z: Tensor) -> None:
         weight = self.head.weight
-        if not isinstance(z, Tensor):
-            raise TypeError(f"z must be a Tensor, got {type(z).__name__}")
-        if z.ndim not in (1, 2) or z.shape[-1] != self.z_dim:
+        if checks.tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )

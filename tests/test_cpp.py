@@ -14,20 +14,10 @@ if ops.EXTENSION_ERROR:  # importing hyperfast._C here would register its kernel
 from hyperfast import _C
 
 op = torch.ops.hyperfast
+pytestmark = pytest.mark.usefixtures("nan_poison")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
-
-
-@pytest.fixture(autouse=True)
-def nan_poison():
-    """Outputs start as NaN, so that an element which is never written shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def rand(*shape, dtype, seed=0):
