@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hyperfast import checks
 
 Activation: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor]
 
@@ -84,3 +87,77 @@ def second_moment(activation: nn.Module) -> float:
     with torch.no_grad():
         values = copy.deepcopy(activation).to("cpu", torch.float64)(g.clone())
     return float(torch.trapezoid(values * values * density, g))
+
+
+class Formula(NamedTuple):
+    """An activation that kernels compute themselves: its value and its derivative, from its
+    argument and one parameter."""
+
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
+
+
+def _sigmoid_slope(z: Tensor, _: float) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 - s)
+
+
+def _silu_slope(z: Tensor, _: float) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+# Kernels of every backend know these by name; the parameter is written behind a colon, "sin:30.0".
+FORMULAS: dict[str, Formula] = {
+    "identity": Formula(lambda z, _: z, lambda z, _: torch.ones_like(z)),
+    "relu": Formula(lambda z, _: torch.relu(z), lambda z, _: (z > 0).to(z.dtype)),
+    "leaky_relu": Formula(
+        F.leaky_relu, lambda z, slope: torch.where(z > 0, z.new_ones(()), z.new_full((), slope))
+    ),
+    "elu": Formula(lambda z, _: F.elu(z), lambda z, _: torch.exp(z.clamp(max=0))),
+    "sigmoid": Formula(lambda z, _: torch.sigmoid(z), _sigmoid_slope),
+    "silu": Formula(lambda z, _: F.silu(z), _silu_slope),
+    "sin": Formula(
+        lambda z, w0: torch.sin(z if w0 == 1 else w0 * z),
+        lambda z, w0: w0 * torch.cos(z if w0 == 1 else w0 * z),
+    ),
+    "tanh": Formula(lambda z, _: torch.tanh(z), lambda z, _: 1 - torch.tanh(z).square()),
+}
+
+
+def encode(activations: Sequence[nn.Module | None]) -> str | None:
+    """The activations after all layers of a network as the text that ops take, ``None`` where one
+    of them is not known by name, or does more than its class says."""
+    names = []
+    for activation in activations:
+        name: str | None = None
+        if activation is None or type(activation) is nn.Identity:
+            name = "identity"
+        elif type(activation) is Sine:
+            name = f"sin:{float(activation.w0)!r}"
+        elif type(activation) is nn.LeakyReLU:
+            name = f"leaky_relu:{float(activation.negative_slope)!r}"
+        elif type(activation) is not nn.ELU or activation.alpha == 1:
+            name = next((n for n in FORMULAS if NAMES[n] is type(activation)), None)
+        if name is None or (activation is not None and checks.hooked(activation)):
+            return None
+        names.append(name)
+    return ",".join(names)
+
+
+def decode(text: str) -> list[tuple[Formula, float]]:
+    """The formula and the parameter of every activation in ``text``.
+
+    Raises:
+        ValueError: a name that is not in :data:`FORMULAS`, or a parameter that is no number.
+    """
+    decoded = []
+    for entry in text.split(","):
+        name, _, parameter = entry.partition(":")
+        if name not in FORMULAS:
+            raise ValueError(f"activations must be among {list(FORMULAS)}, got {entry!r}")
+        try:
+            decoded.append((FORMULAS[name], float(parameter or 1)))
+        except ValueError:
+            raise ValueError(f"activations must be names or name:number, got {entry!r}") from None
+    return decoded

@@ -20,6 +20,9 @@ OPS = (
     "hyper_linear_grad_x",
     "hyper_linear_grad_h",
     "hyper_linear_grad_weight",
+    "hyper_mlp",
+    "hyper_mlp_backward",
+    "task_mlp",
 )
 BACKENDS = ("reference", *KEYS)
 

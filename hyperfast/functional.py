@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from hyperfast import backend, checks, ops, reference
+from hyperfast import backend, checks, mlp_ops, ops, reference
+from hyperfast.activations import encode
 from hyperfast.plan import PLANS
+from hyperfast.spec import MLPSpec
 
-__all__ = ["hyper_linear", "task_linear"]
+__all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
 
 def task_linear(
@@ -100,6 +105,69 @@ def hyper_linear(
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     checks.rows(x, ins, h.shape[0], task_ids, "h")
     return _run("hyper_linear", x, (h, weight, bias), task_ids, (bool(target_bias), plan or ""))
+
+
+def hyper_mlp(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: MLPSpec,
+    activations: Sequence[nn.Module | None],
+    task_ids: Tensor | None = None,
+) -> Tensor:
+    """Generates a whole MLP for every task and applies it: :func:`hyper_linear` layer after layer,
+    in one op where its kernels know all activations.
+
+    Args:
+        x: ``(B, N, in)``, ``(B, in)``, or ``(R, in)`` with ``task_ids``; any strides.
+        h: ``(B, H)`` features of every task.
+        weight: ``(P, H)``, the head's weight; layer by layer as ``spec`` lays them out.
+        bias: ``(P,)``, the head's bias, or ``None``.
+        spec: the layout of the generated vector.
+        activations: the module after each layer, ``None`` for none.
+        task_ids: ``(R,)`` int64, the task of every row, in any order.
+
+    Returns:
+        ``x`` with its last dimension replaced by the last width.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
+        TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
+        IndexError: a task id outside ``[0, B)``.
+    """
+    text = encode(activations)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if text is None or transformed or backend.forced == "reference":
+        parts = None if bias is None else bias.split([v.numel for v in spec.layers])
+        for n, (w, activation) in enumerate(
+            zip(weight.split([v.numel for v in spec.layers]), activations, strict=True)
+        ):
+            b = None if parts is None else parts[n]
+            x = hyper_linear(x, h, w, b, task_ids, target_bias=spec.bias)
+            if activation is not None:
+                x = activation(x)
+        return x
+    x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
+    checks.dense(x=x, h=h, weight=weight, bias=bias)
+    if h.ndim != 2:
+        raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
+    if weight.shape != (spec.numel, h.shape[1]):
+        raise ValueError(
+            f"weight must have shape {(spec.numel, h.shape[1])}, got {checks.shape(weight)}"
+        )
+    if bias is not None and bias.shape != (spec.numel,):
+        raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
+    checks.rows(x, spec.sizes[0], h.shape[0], task_ids, "h")
+    if backend.forced is not None:
+        backend.insist(backend.forced, "hyper_mlp", x.device.type)
+    single = task_ids is None and x.ndim == 2
+    y, _ = mlp_ops.hyper_mlp(
+        x.unsqueeze(1) if single else x,
+        *(h, weight, bias, task_ids, spec.sizes, spec.bias, text),
+        torch.is_grad_enabled(),
+    )
+    return y.squeeze(1) if single else y
 
 
 def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options: tuple) -> Tensor:

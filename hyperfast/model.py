@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.functional import hyper_linear
+from hyperfast.functional import hyper_mlp
 from hyperfast.hypernet import HyperNet
-from hyperfast.plan import task_blocks
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet, from_jagged
 
@@ -111,13 +109,7 @@ class HyperMLP(nn.Module):
                 f"x must have {z.shape[0]} tasks in its first dimension, as z has shape "
                 f"{checks.shape(z)}, got shape {checks.shape(x)}"
             )
-        # Without gradients nothing between the layers is kept, so it need not leave the cache.
-        alive = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if alive or task_ids is not None or x.ndim != 3:
-            return self._layers(*mlp, x, h, task_ids)
-        blocks = task_blocks(x.shape[0], x.shape[1], max(mlp[0].sizes), x.element_size())
-        outputs = [self._layers(*mlp, x[block], h[block], None) for block in blocks]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._layers(*mlp, x, h, task_ids)
 
     def _layers(
         self, spec: MLPSpec, target: TargetNet, x: Tensor, h: Tensor, task_ids: Tensor | None
@@ -128,15 +120,5 @@ class HyperMLP(nn.Module):
                 f"x must have {spec.sizes[0]} features in its last dimension, "
                 f"got shape {checks.shape(x)}"
             )
-        numels = [layer.numel for layer in spec.layers]
-        layers = zip(
-            head.weight.split(numels),
-            head.bias.split(numels),
-            target.layer_activations(len(numels)),
-            strict=True,
-        )
-        for weight, bias, activation in layers:
-            x = hyper_linear(x, h, weight, bias, task_ids, target_bias=spec.bias)
-            if activation is not None:
-                x = activation(x)
-        return x
+        activations = target.layer_activations(len(spec.layers))
+        return hyper_mlp(x, h, head.weight, head.bias, spec, activations, task_ids)

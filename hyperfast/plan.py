@@ -186,21 +186,6 @@ def choose(layer: Layer, itemsize: int, device: str = "cpu") -> str:
     return min(costs(layer, itemsize, device).values(), key=lambda c: c.seconds).plan
 
 
-# Bytes of a hidden layer: above the first, it is computed a block of about the second at a time,
-# so that it stays in the second-level cache until the next layer has read it.
-HIDDEN_MOST, HIDDEN_BLOCK = 8 << 20, 2 << 20
-
-
-def task_blocks(tasks: int, rows: int, widest: int, itemsize: int) -> list[slice]:
-    """The blocks of tasks in which a network of so many rows a task runs where nothing between its
-    layers is kept; a single one where the widest layer is small."""
-    hidden = rows * widest * itemsize
-    if tasks * hidden <= HIDDEN_MOST:
-        return [slice(0, tasks)]
-    step = max(HIDDEN_BLOCK // hidden, 1)
-    return [slice(b, min(b + step, tasks)) for b in range(0, tasks, step)]
-
-
 @dataclass(frozen=True)
 class Explanation:
     """The plan of every layer of a model, forward; ``print`` shows it as a table."""

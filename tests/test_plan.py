@@ -117,35 +117,6 @@ def test_explain_is_what_runs(model, monkeypatch):
     assert chosen == [cost.plan for _, cost in explained.layers]
 
 
-@pytest.mark.parametrize("tasks", [0, 1, 7, 64])
-def test_task_blocks_cover_every_task_once(tasks, monkeypatch):
-    monkeypatch.setattr(plan, "HIDDEN_MOST", 1000)
-    monkeypatch.setattr(plan, "HIDDEN_BLOCK", 300)
-    blocks = plan.task_blocks(tasks, rows=5, widest=5, itemsize=4)  # 100 bytes a task
-    assert [t for block in blocks for t in range(tasks)[block]] == list(range(tasks))
-    assert len(blocks) == (1 if tasks <= 10 else 22)
-    assert len(plan.task_blocks(64, rows=100, widest=100, itemsize=4)) == 64
-
-
-def test_model_without_gradients_runs_by_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "HIDDEN_MOST", 0)
-    monkeypatch.setattr(plan, "HIDDEN_BLOCK", 2 * 3 * 8 * 8)  # two tasks
-    calls, layers = [], hyperfast.HyperMLP._layers
-
-    def counted(self, spec, target, x, h, ids):
-        calls.append(len(x))
-        return layers(self, spec, target, x, h, ids)
-
-    monkeypatch.setattr(hyperfast.HyperMLP, "_layers", counted)
-    model = hyperfast.HyperMLP(hyperfast.HyperNet(5, 4, 8, 3, dtype=torch.float64))
-    x, z = torch.randn(7, 3, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    whole = model(x, z)
-    with torch.no_grad():
-        by_blocks = model(x, z)
-    assert calls == [7, 2, 2, 2, 1]
-    torch.testing.assert_close(by_blocks, whole, rtol=0, atol=1e-12)
-
-
 def test_explain_shows_what_the_cpu_runs():
     model = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, 64, 10))
     assert (DEVICE == "cpp") == hyperfast.backend.has_kernel("cpp", "hyper_linear")

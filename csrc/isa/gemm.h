@@ -49,10 +49,12 @@ constexpr bool has_pair_dot = false;
 using PairDot = MultiplyAdd;  // never run
 #endif
 
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 // C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many elements.
 template <int M, int V, bool Tail, class C, class Step>
 static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail, View<const C> init,
-                 View<C> c, int n) {
+                 View<C> c, int n, const C* ahead) {
   constexpr int w = width<C>;
   Vec<C> acc[M][V] = {};
   const C* rows[M];
@@ -63,6 +65,7 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
     for (int v = 0; v < V; ++v)
       bv[v] = Tail && v == V - 1 ? load_part(b + v * w, tail) : load(b + v * w);
     b += b_row;
+    prefetch(ahead + k * (64 / Index(sizeof(C))));
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const C s = rows[m][k * a.col];
@@ -98,7 +101,8 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
 }
 
 template <class C>
-using Tile = void (*)(Index, View<const C>, const C*, Index, int, View<const C>, View<C>, int);
+using Tile = void (*)(Index, View<const C>, const C*, Index, int, View<const C>, View<C>, int,
+                      const C*);
 
 template <class C, bool Tail, class Step, int M>
 constexpr Tile<C> pick(int vecs) {
@@ -114,9 +118,12 @@ template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row, int tail,
                   View<const C> init, View<C> c, int n) {
   Index i = 0;
+  const C* ahead = b + depth * b_row;
   const auto steps = [&](int height, Tile<C> f) {
-    for (; i + height <= m; i += height)
-      f(depth, a.at(i, 0), b, b_row, tail, init.data ? init.at(i, 0) : init, c.at(i, 0), n);
+    for (; i + height <= m; i += height) {
+      f(depth, a.at(i, 0), b, b_row, tail, init.data ? init.at(i, 0) : init, c.at(i, 0), n, ahead);
+      ahead += depth * (64 / Index(sizeof(C)));
+    }
   };
   steps(6, pick<C, Tail, Step, 6>(vecs));
   if (i == m) return;

@@ -7,7 +7,7 @@ namespace hyperfast::HF_ISA {
 
 // Tasks whose weights are alive at once: at most so many share a panel from the first-level cache, at
 // least so many one that comes from the third.
-constexpr Index task_block = 8 * tile_rows, least_block = 2 * tile_rows;
+constexpr Index task_block = 8 * tile_rows, least_block = 8 * tile_rows;
 
 // Elements of a block's generated weights (or of their gradient): 400 KiB, less than half of the second
 // level, and enough for 12 tasks of 64 outputs and 129 inputs.
