@@ -43,4 +43,15 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
   return g;
 }
 
+Plan default_plan(Dtype dtype, const Groups& groups) {
+  // Packing the head for so few tasks costs more than it saves.
+  if (groups.pieces <= 4) return Plan::materialize;
+  // `contract` generates weights anew for every row; where nearly every row has a task of its own, that is
+  // no more work, and it neither packs the head nor stores a weight. 16-bit heads are packed all the
+  // same: lanes widen them, and multiply pairs of bf16.
+  const Index rows = groups.ragged ? groups.rows : groups.tasks * groups.rows;
+  const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;
+  return wide && 4 * rows <= 5 * groups.pieces ? Plan::contract : Plan::tile;
+}
+
 }  // namespace hyperfast

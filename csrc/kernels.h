@@ -75,11 +75,18 @@ struct HeadMatrix {
   Index out, in, feature;
   void* bias;  // or null
   Index bias_out, bias_in;
+
+  // What maps outputs to inputs.
+  HeadMatrix transposed() const { return {weight, in, out, feature, bias, bias_in, bias_out}; }
 };
 
-// How a layer runs: the head packed, and weights made slice by slice for blocks of tasks, in the cache
-// (tile); or the head read once as it lies, and weights made whole (materialize).
-enum class Plan { tile, materialize };
+// How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and the
+// head read as it lies (contract); the head packed, and weights made slice by slice for blocks of tasks,
+// in the cache (tile); the head read once as it lies, and weights made whole (materialize).
+enum class Plan { contract, tile, materialize };
+
+// How a layer runs best (groups.cpp).
+Plan default_plan(Dtype dtype, const Groups& groups);
 
 // y[r] = M_b x[r] + v_b, both generated.
 struct HyperLinear {
@@ -119,6 +126,66 @@ struct HyperLinearGradWeight {
   void* y;
 };
 
+enum class Act { identity, relu, leaky_relu, elu, sigmoid, silu, sin, tanh };
+
+struct Layer {
+  Index in, out;
+  Act act;
+  double parameter;
+};
+
+// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has any.
+struct Net {
+  const Layer* layers;
+  Index count;
+  bool bias;
+};
+
+// What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p * bias_step].
+struct NetHead {
+  void* weight;
+  Index row, feature;
+  void* bias;  // or null
+  Index bias_step;
+};
+
+// y[r] = the network generated for the row's task, applied to x[r].
+struct HyperMlp {
+  Dtype dtype;
+  Groups groups;
+  Net net;
+  Index features;
+  Rows x;
+  TaskVector h;
+  NetHead head;
+  Rows y;        // contiguous
+  void* hidden;  // or null; pre-activations, layer by layer (rows, out), of the last only if it has one
+};
+
+// Gradients of the same; those that are null are not wanted. All are contiguous.
+struct HyperMlpBackward {
+  HyperMlp forward;   // without y
+  Rows grad;          // contiguous, written over where a last activation asks for it
+  void* grad_x;
+  void* grad_h;       // (tasks, features)
+  void* grad_weight;  // (params, features)
+  void* grad_bias;    // (params)
+};
+
+// Given parameters, of each task `weight_task` apart. With `affine` they are int8, matrices without
+// biases, and affine holds of every layer scales (out), then biases (out) if there are any, as floats.
+struct TaskMlp {
+  Dtype dtype;
+  Groups groups;
+  Net net;
+  Rows x;
+  void* weight;
+  Index weight_task;
+  void* affine;
+  Index affine_task;
+  Rows y;  // contiguous
+};
+
 // One entry per op; each instruction set fills in its own table.
 struct Kernels {
   const char* isa;
@@ -127,6 +194,9 @@ struct Kernels {
   void (*hyper_linear)(const HyperLinear&);
   void (*hyper_linear_grad_h)(const HyperLinearGradH&);
   void (*hyper_linear_grad_weight)(const HyperLinearGradWeight&);
+  void (*hyper_mlp)(const HyperMlp&);
+  void (*hyper_mlp_backward)(const HyperMlpBackward&);
+  void (*task_mlp)(const TaskMlp&);
 };
 
 }  // namespace hyperfast

@@ -2,49 +2,13 @@
 // never read or write out of bounds, and hands raw pointers over. The schemas are in hyperfast/ops.py.
 #include <torch/csrc/stable/library.h>
 
-#include "check.h"
 #include "dispatch.h"
-#include "groups.h"
-#include "text.h"
+#include "layout.h"
 #include "runtime.h"
+#include "text.h"
 
 namespace hyperfast {
 namespace {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Whoever passes expanded or empty tensors can name any size. Kernels count elements in 64 bits, which
-// holds while no product of sizes comes near 2^63 bytes.
-void countable(double elements) {
-  if (elements > 0x1p58) fail("sizes must not multiply to more than 2^58 elements");
-}
-
-// What a layer of these sizes makes for so many tasks.
-void countable(Index tasks, Index out, Index in, Index features = 0) {
-  const double params = double(out) * (double(in) + 1);
-  countable(params * (double(tasks) + 1));
-  countable(params * (double(features) + 1));
-  countable((double(tasks) + 1) * (double(features) + 1));
-}
-
-// The layout of x (and of everything shaped like it): (B, N, columns), or (R, columns) with task_ids.
-Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index tasks, Index cut = max_piece,
-                    bool all = false) {
-  if (!task_ids) {
-    x.rank(3, "(B, N, columns)");
-    x.size(0, tasks, "tasks");
-    countable(double(tasks) * (double(x.size(1)) + 1) * (double(x.size(2)) + 1));
-    return Grouping::batched(tasks, x.size(1), cut);
-  }
-  x.rank(2, "(R, columns), as task_ids is given");
-  countable(double(x.size(0)) * (double(x.size(1)) + 1));
-  const Arg ids("task_ids", *task_ids);
-  ids.is(torch::headeronly::ScalarType::Long);
-  ids.rank(1, "(R,)");
-  ids.size(0, x.size(0), "one for each row of x");
-  return Grouping::ragged(ids.data<const Index>(), ids.stride(0), x.size(0), tasks, cut, all);
-}
 
 Tensor task_linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_,
                    const OptionalTensor& task_ids) {
@@ -115,19 +79,14 @@ struct Head {
   }
 };
 
-// How to run a layer: the plan that was asked for, else the better one. On the CPU `contract` and `tile`
-// are one: weights live in the cache for as long as one block of tasks needs them.
-Plan choose_plan(const std::string& wanted, const Groups& groups) {
+// How to run a layer: the plan that was asked for, else the best one.
+Plan choose_plan(const std::string& wanted, Dtype dtype, const Groups& groups) {
+  if (wanted.empty()) return default_plan(dtype, groups);
+  if (wanted == "contract") return Plan::contract;
+  if (wanted == "tile") return Plan::tile;
   if (wanted == "materialize") return Plan::materialize;
-  if (wanted == "tile" || wanted == "contract") return Plan::tile;
-  if (!wanted.empty())
-    fail("plan must be \"\", \"contract\", \"tile\" or \"materialize\", got \"", wanted, "\"");
-  // Packing the head for so few tasks costs more than it saves.
-  return groups.pieces <= 4 ? Plan::materialize : Plan::tile;
+  fail("plan must be \"\", \"contract\", \"tile\" or \"materialize\", got \"", wanted, "\"");
 }
-
-// Rows that a thread takes of a task at a time; for each piece its weights are generated again.
-constexpr Index hyper_piece = 2048;
 
 Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
                     const OptionalTensor& bias, const OptionalTensor& task_ids, bool target_bias,
@@ -148,7 +107,7 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
   const Head head(weight, bias, out, in, target_bias);
   const Tensor y = x.like_rows(out);
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in, features,
+  kernels().hyper_linear({dtype, choose_plan(plan.value, dtype, groups.view()), groups.view(), out, in, features,
                           x.rows(), {h.data(), h.stride(0), h.stride(1)}, head.matrix, head.vector,
                           Arg("y", y).rows()});
   trim_scratch();
@@ -172,12 +131,10 @@ Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& 
   if (out == 0) fail("grad must have at least one column");
   const Index in = weight.size(0) / out;
   countable(tasks, out, in, features);
-  HeadMatrix matrix = Head(weight, bias, out, in, false).matrix;
-  std::swap(matrix.out, matrix.in);
-  std::swap(matrix.bias_out, matrix.bias_in);
+  const HeadMatrix matrix = Head(weight, bias, out, in, false).matrix.transposed();
   const Tensor y = grad.like_rows(in);
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, choose_plan(plan.value, groups.view()), groups.view(), in, out, features,
+  kernels().hyper_linear({dtype, choose_plan(plan.value, dtype, groups.view()), groups.view(), in, out, features,
                           grad.rows(), {h.data(), h.stride(0), h.stride(1)}, matrix, {},
                           Arg("y", y).rows()});
   trim_scratch();
@@ -199,7 +156,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   countable(tasks, out, in, features);
   const Head head(weight, std::nullopt, out, in, target_bias);
   const Tensor y = x.empty({tasks, features});
-  kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in,
+  kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, dtype, groups.view()), groups.view(), out, in,
                                  features, grad.rows(), x.rows(), head.matrix, head.vector,
                                  y.mutable_data_ptr()});
   trim_scratch();
@@ -219,7 +176,7 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
   countable(h.size(0), out, in, features);
   const Tensor y = x.empty({out * (in + target_bias), features});
-  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, groups.view()), groups.view(), out, in,
+  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, dtype, groups.view()), groups.view(), out, in,
                                       features, target_bias, grad.rows(), x.rows(),
                                       {h.data(), h.stride(0), h.stride(1)}, y.mutable_data_ptr()});
   trim_scratch();

@@ -18,9 +18,10 @@ int thread_count();
 // buffer, kept for the next call: asking for the same slot again may move it.
 enum class Slot {
   // of the thread that calls the op
-  rows_a, rows_b, rows_out, head, features, sums,
+  rows_a, rows_b, rows_out, head, features, sums, hidden_a, hidden_b, hidden_c, networks, gradients,
+  turned_a, turned_b,
   // of each thread at work
-  panel, block, local_a, local_b,
+  panel, block, local_a, local_b, local_c, local_d, turned,
   count
 };
 void* scratch(Slot slot, std::size_t bytes);

@@ -49,14 +49,21 @@ constexpr bool has_pair_dot = false;
 using PairDot = MultiplyAdd;  // never run
 #endif
 
-static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many elements.
 template <int M, int V, bool Tail, class C, class Step>
 static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail, View<const C> init,
                  View<C> c, int n, const C* ahead) {
   constexpr int w = width<C>;
+  // Whole vectors side by side, as nearly always: no branch for each of them.
+  const bool plain = c.col == 1 && n == V * w && (!init.data || init.col == 1);
   Vec<C> acc[M][V] = {};
+  if (plain && init.data)
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] = load(init.data + m * init.row + v * w);
   const C* rows[M];
   for (int m = 0; m < M; ++m) rows[m] = a.data + m * a.row;
   for (Index k = 0; k < depth; ++k) {
@@ -73,7 +80,12 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
       for (int v = 0; v < V; ++v) Step::template step<C>(acc[m][v], s, bv[v]);
     }
   }
-  if (c.col == 1 && (!init.data || init.col == 1)) {
+  if (plain) {
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(c.data + m * c.row + v * w, acc[m][v]);
+  } else if (c.col == 1 && (!init.data || init.col == 1)) {
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -113,12 +125,13 @@ constexpr Tile<C> pick(int vecs) {
   return vecs == 2 ? tile<M, 2, Tail, C, Step> : tile<M, 1, Tail, C, Step>;
 }
 
-// Rows of A in steps of 6, then what is left in steps of 4, 2 and 1.
+// Rows of A in steps of 6, then what is left in steps of 4, 2 and 1. Meanwhile a line of what `ahead`
+// points to is fetched at each step: by default, what follows the panel.
 template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row, int tail,
-                  View<const C> init, View<C> c, int n) {
+                  View<const C> init, View<C> c, int n, const C* ahead = nullptr) {
   Index i = 0;
-  const C* ahead = b + depth * b_row;
+  if (!ahead) ahead = b + depth * b_row;
   const auto steps = [&](int height, Tile<C> f) {
     for (; i + height <= m; i += height) {
       f(depth, a.at(i, 0), b, b_row, tail, init.data ? init.at(i, 0) : init, c.at(i, 0), n, ahead);
@@ -192,7 +205,7 @@ static void multiply(Index m, Index n, Index depth, View<const C> a, View<const 
         if (b.col == 1) {
           const int tail = nj % width<C>;
           (tail ? sweep<C, true> : sweep<C, false>)(m, vecs, dk, a.at(0, k), bk.data, b.row, tail,
-                                                    start, c.at(0, j), nj);
+                                                    start, c.at(0, j), nj, nullptr);
           start = {c.at(0, j).data, c.row, c.col};
           k += dk;
           continue;

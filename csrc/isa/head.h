@@ -18,9 +18,10 @@ constexpr Index block_elements = (400 << 10) / Index(sizeof(C));
 template <class C>
 constexpr Index head_elements = (2 << 20) / Index(sizeof(C));
 
-// dst[k][l] = src[l][k * step] for k < depth, l < n; zeros for lanes n and up. `dst_row` lanes a row.
+// dst[k][l] = src[l][k * step] for k < depth, l < n; zeros for n <= l < all. Rows of dst are dst_row apart.
 template <class C, class T>
-static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C* dst, Index dst_row) {
+static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C* dst, Index dst_row,
+                       Index all) {
   constexpr int w = width<C>;
   Index l = 0;
   for (; step == 1 && l + w <= n; l += w) {
@@ -38,7 +39,7 @@ static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C*
   }
   for (; l < n; ++l)
     for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = widen(src[l][k * step]);
-  for (; l < dst_row; ++l)
+  for (; l < all; ++l)
     for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = 0;
 }
 

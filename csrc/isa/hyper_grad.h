@@ -3,7 +3,7 @@
 // from the cache: G (tasks, P) times the head's weight (P, K), and G^T times h (tasks, K).
 #pragma once
 
-#include "head.h"
+#include "contract_grad.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -100,7 +100,7 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<c
   const Index panels = ceil_div(p.features, lanes<C>);
   const Index panel = runs.longest() * lanes<C>, slice = panels * panel;
   const Index together = max(min(head_elements<C> / max(slice, 1), runs.total), 1);
-  const bool packs = p.plan == Plan::tile;
+  const bool packs = p.plan != Plan::materialize;
   C* packed = packs ? scratch<C>(Slot::head, max(together * slice, 1)) : nullptr;
 
   for (Index q0 = 0; q0 < runs.total; q0 += together) {
@@ -150,19 +150,31 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
   T* y = static_cast<T*>(p.y);
   const bool any = p.out > 0 && (p.in > 0 || p.vector.weight);  // else there is nothing to add up
+  // Parts are one a row, or one a piece; those of a task are next to each other.
+  const bool by_row = p.plan == Plan::contract;
+  const Index count = by_row ? total_rows(p.groups) : p.groups.pieces;
+  const auto compute = [&](C* parts) {
+    if (!any) return;
+    if (!by_row) return hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
+    const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
+    grad_h_contract<T>(p, turned_grad, turn<C>(x, p.groups, p.in, Slot::turned_b), parts);
+  };
   if constexpr (std::is_same_v<C, T>)
-    if (!p.groups.ragged && p.groups.per_task == 1 && any)
-      return hyper_linear_grad_h_pieces<T>(p, grad, x, {y, p.features, 1});
+    if (!p.groups.ragged && count == p.groups.tasks && any) return compute(y);
 
-  C* parts = scratch<C>(Slot::sums, max((p.groups.pieces + 1) * p.features, 1));
-  if (any) hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
-  // Pieces of one task are next to each other, tasks in order; a task without rows has none.
-  C* sum = parts + p.groups.pieces * p.features;
+  C* parts = scratch<C>(Slot::sums, max((count + 1) * p.features, 1));
+  compute(parts);
+  C* sum = parts + count * p.features;
   Index j = 0;
-  for (Index t = 0; t < p.groups.tasks; ++t) {
-    for (Index k = 0; k < p.features; ++k) sum[k] = 0;
-    for (; any && j < p.groups.pieces && piece(p.groups, j).task == t; ++j)
+  const auto add = [&](Index parts_of_piece) {
+    for (; parts_of_piece > 0; --parts_of_piece, ++j)
       for (Index k = 0; k < p.features; ++k) sum[k] += parts[j * p.features + k];
+  };
+  Index n = 0;
+  for (Index t = 0; t < p.groups.tasks; ++t) {  // tasks in order; one without rows has no piece
+    for (Index k = 0; k < p.features; ++k) sum[k] = 0;
+    for (; any && n < p.groups.pieces && piece(p.groups, n).task == t; ++n)
+      add(by_row ? piece(p.groups, n).end - piece(p.groups, n).begin : 1);
     for (Index k = 0; k < p.features; ++k) y[t * p.features + k] = narrow<T>(sum[k]);
   }
 }
@@ -218,6 +230,19 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
   if (p.h.task == 0 && p.groups.tasks > 0) {
     const View<const C> all_grad = all_rows<C>(grad, p.groups), all_x = all_rows<C>(x, p.groups);
     if (all_grad.data && all_x.data) return grad_of_shared_features<T>(p, all_grad, all_x);
+  }
+  if (p.plan == Plan::contract && p.features >= width<C>) {
+    const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
+    const Turned<C> turned_x = turn<C>(x, p.groups, p.in, Slot::turned_b);
+    if constexpr (std::is_same_v<C, T>) {
+      return grad_weight_contract<T>(p, turned_grad, turned_x, static_cast<T*>(p.y));
+    } else {
+      const Index count = p.out * (p.in + p.target_bias) * p.features;
+      C* sums = scratch<C>(Slot::sums, max(count, 1));
+      grad_weight_contract<T>(p, turned_grad, turned_x, sums);
+      for (Index j = 0; j < count; ++j) static_cast<T*>(p.y)[j] = narrow<T>(sums[j]);
+      return;
+    }
   }
   const Index tasks = p.groups.pieces;
   const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));

@@ -5,7 +5,7 @@
 // an input 1, the first of them.
 #pragma once
 
-#include "head.h"
+#include "contract.h"
 #include "task_linear.h"
 
 namespace hyperfast::HF_ISA {
@@ -81,7 +81,7 @@ static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slic
       const Index whole = p.features / 2;
       const bf16_pair* pairs[lanes<C>];
       for (Index l = 0; l < n; ++l) pairs[l] = reinterpret_cast<const bf16_pair*>(rows[l]);
-      pack_lanes<C, bf16_pair>(pairs, n, whole, 1, dst, lanes<C>);
+      pack_lanes<C, bf16_pair>(pairs, n, whole, 1, dst, lanes<C>, lanes<C>);
       if (whole == s.depth) return;
       const bool odd = p.features % 2;  // then the last feature has the bias (or 0) beside it
       for (Index l = 0; l < lanes<C>; ++l)
@@ -90,7 +90,7 @@ static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slic
       return;
     }
   }
-  pack_lanes<C, T>(rows, n, p.features, p.matrix.feature, dst, lanes<C>);
+  pack_lanes<C, T>(rows, n, p.features, p.matrix.feature, dst, lanes<C>, lanes<C>);
   if (p.matrix.bias)
     for (Index l = 0; l < lanes<C>; ++l) dst[p.features * lanes<C> + l] = widen(bias[l]);
 }
@@ -247,7 +247,9 @@ template <class T>
 static void hyper_linear_typed(const HyperLinear& p) {
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_a);
   const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
-  (p.plan == Plan::materialize ? hyper_linear_whole<T> : hyper_linear_tile<T>)(p, x, y);
+  (p.plan == Plan::materialize ? hyper_linear_whole<T>
+   : p.plan == Plan::contract  ? hyper_linear_contract<T>
+                               : hyper_linear_tile<T>)(p, x, y);
   unstage<T>(y, p.y, p.groups, p.out);
 }
 

@@ -1,7 +1,6 @@
 // One build of the kernels. setup.py compiles this file once for every instruction set, each into the
 // namespace HF_ISA; dispatch.cpp chooses between the tables.
-#include "hyper_grad.h"
-#include "hyper_linear.h"
+#include "mlp.h"
 
 #define HF_STRING(x) #x
 #define HF_NAME(x) HF_STRING(x)
@@ -16,6 +15,9 @@ const Kernels table = {
     hyper_linear,
     hyper_linear_grad_h,
     hyper_linear_grad_weight,
+    hyper_mlp,
+    hyper_mlp_backward,
+    task_mlp,
 };
 
 }  // namespace hyperfast::HF_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../kernels.h"
@@ -56,6 +57,7 @@ static inline To bit_cast(const From& from) {
 
 static inline double widen(double v) { return v; }
 static inline float widen(float v) { return v; }
+static inline float widen(std::int8_t v) { return v; }
 static inline float widen(bf16 v) { return bit_cast<float>(std::uint32_t{v.bits} << 16); }
 static inline float widen(bf16_pair v) { return bit_cast<float>(v); }  // the bits, not a number
 static inline float widen(f16 v) {
@@ -216,6 +218,18 @@ static inline Vec<float> load_wide(const f16* p) {
 #else
   Vec<float> v;
   for (int i = 0; i < width<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+static inline Vec<float> load_wide(const std::int8_t* p) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+#elif defined(__AVX2__)
+  return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+#else
+  Vec<float> v;
+  for (int i = 0; i < width<float>; ++i) v[i] = p[i];
   return v;
 #endif
 }

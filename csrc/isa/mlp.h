@@ -1,0 +1,555 @@
+// Whole networks. Where few rows share a task, layer by layer for all tasks; where many do, the weights of
+// a block of tasks at a time, and then all layers of a network for a few hundred of its rows at a time,
+// whose hidden layers stay in the second-level cache.
+#pragma once
+
+#include "activation.h"
+#include "hyper_grad.h"
+#include "hyper_linear.h"
+
+namespace hyperfast::HF_ISA {
+
+// ---- the layout of a network ----
+
+// One layer's place among the parameters, and among the kept pre-activations of a row.
+struct Place {
+  Index weight, bias, end;  // of the parameters
+  bool kept;
+};
+
+static inline Index params_of(const Net& net) {
+  Index n = 0;
+  for (Index l = 0; l < net.count; ++l) n += net.layers[l].out * (net.layers[l].in + net.bias);
+  return n;
+}
+
+// The widest layer, input and output included.
+static inline Index widest(const Net& net) {
+  Index n = net.layers[0].in;
+  for (Index l = 0; l < net.count; ++l) n = max(n, net.layers[l].out);
+  return n;
+}
+
+// The backward pass needs the pre-activations of every layer but a last one that nothing follows.
+static inline bool is_kept(const Net& net, Index l) {
+  return l + 1 < net.count || net.layers[l].act != Act::identity;
+}
+
+static inline Index kept_width(const Net& net) {
+  Index n = 0;
+  for (Index l = 0; l < net.count; ++l)
+    if (is_kept(net, l)) n += net.layers[l].out;
+  return n;
+}
+
+// Rows of `columns` elements one behind another, in their natural order.
+static inline Rows dense_rows(void* data, const Groups& g, Index columns) {
+  return {data, g.ragged ? 0 : g.rows * columns, columns, 1};
+}
+
+// ---- layer by layer ----
+
+// The head's part for the layer whose parameters begin at `first`.
+template <class T>
+static HeadMatrix matrix_of(const NetHead& head, const Layer& l, Index first) {
+  return {static_cast<T*>(head.weight) + first * head.row, l.in * head.row, head.row, head.feature,
+          head.bias ? static_cast<T*>(head.bias) + first * head.bias_step : nullptr,
+          l.in * head.bias_step, head.bias_step};
+}
+template <class T>
+static HeadMatrix vector_of(const NetHead& head, const Layer& l, Index first, bool bias) {
+  if (!bias) return {};
+  HeadMatrix m = matrix_of<T>(head, l, first + l.out * l.in);
+  m.out = m.in, m.in = 0;
+  m.bias_out = m.bias_in, m.bias_in = 0;
+  return m;
+}
+
+template <class T, class F>
+static void each_stretch(Index n, const F& body) {
+  parallel(n, parallel_work / 8, [&](Index begin, Index end) { body(begin, end - begin); });
+}
+
+template <class T>
+static void hyper_mlp_by_layers(const HyperMlp& p) {
+  const Index rows = total_rows(p.groups), most = widest(p.net);
+  Rows x = p.x;
+  T* hidden = static_cast<T*>(p.hidden);
+  Index first = 0;
+  for (Index l = 0; l < p.net.count; ++l) {
+    const Layer& layer = p.net.layers[l];
+    T* a = l + 1 == p.net.count ? static_cast<T*>(p.y.data)
+                                : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
+    T* z = hidden && is_kept(p.net, l) ? hidden : a;
+    hyper_linear_typed<T>({p.dtype, default_plan(p.dtype, p.groups), p.groups, layer.out, layer.in,
+                           p.features, x, p.h, matrix_of<T>(p.head, layer, first),
+                           vector_of<T>(p.head, layer, first, p.net.bias),
+                           dense_rows(z, p.groups, layer.out)});
+    each_stretch<T>(rows * layer.out, [&](Index at, Index n) { activate<T>(layer, n, z + at, a + at); });
+    if (z != a) hidden += rows * layer.out;
+    x = dense_rows(a, p.groups, layer.out);
+    first += layer.out * (layer.in + p.net.bias);
+  }
+}
+
+template <class T>
+static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
+  using C = Acc<T>;
+  const HyperMlp& p = b.forward;
+  const Plan plan = default_plan(p.dtype, p.groups);
+  const Index rows = total_rows(p.groups), most = widest(p.net), sums = p.groups.tasks * p.features;
+  const T* z = static_cast<const T*>(p.hidden) + rows * kept_width(p.net);  // read backwards
+  T* grad = static_cast<T*>(b.grad.data);
+  const auto back_through = [&](const Layer& layer, T* g, T* a) {
+    z -= rows * layer.out;
+    each_stretch<T>(rows * layer.out, [&](Index at, Index n) {
+      slope<T>(layer, n, z + at, g + at, a ? a + at : nullptr);
+    });
+  };
+  if (is_kept(p.net, p.net.count - 1)) back_through(p.net.layers[p.net.count - 1], grad, nullptr);
+
+  // In the accumulation type, lest the sum over the layers be rounded after each.
+  C* total = b.grad_h ? scratch<C>(Slot::gradients, max(sums, 1)) : nullptr;
+  T* part = b.grad_h ? scratch<T>(Slot::networks, max(sums, 1)) : nullptr;
+  T* inputs = scratch<T>(Slot::hidden_c, max(rows * most, 1));
+  Index first = params_of(p.net);
+  for (Index l = p.net.count - 1; l >= 0; --l) {
+    const Layer& layer = p.net.layers[l];
+    const Index params = layer.out * (layer.in + p.net.bias);
+    first -= params;
+    const HeadMatrix matrix = matrix_of<T>(p.head, layer, first);
+    const HeadMatrix vector = vector_of<T>(p.head, layer, first, p.net.bias);
+    const Rows g = dense_rows(grad, p.groups, layer.out);
+    T* next = l == 0 ? static_cast<T*>(b.grad_x)
+                     : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
+    if (next) {
+      hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.in, layer.out, p.features, g, p.h,
+                             matrix.transposed(), {}, dense_rows(next, p.groups, layer.in)});
+    }
+    if (l > 0) back_through(p.net.layers[l - 1], next, inputs);
+    const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
+    if (b.grad_h) {
+      hyper_linear_grad_h_typed<T>(
+          {p.dtype, plan, p.groups, layer.out, layer.in, p.features, g, x, matrix, vector, part});
+      const bool start = l + 1 == p.net.count;
+      each_stretch<T>(sums, [&](Index at, Index n) {
+        for (Index j = at; j < at + n; ++j) total[j] = start ? widen(part[j]) : total[j] + widen(part[j]);
+      });
+    }
+    if (b.grad_weight)
+      hyper_linear_grad_weight_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features,
+                                         p.net.bias, g, x, p.h,
+                                         static_cast<T*>(b.grad_weight) + first * p.features});
+    if (b.grad_bias) {  // the weight of a feature 1
+      T one = narrow<T>(1);
+      hyper_linear_grad_weight_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, 1, p.net.bias, g,
+                                         x, {&one, 0, 0}, static_cast<T*>(b.grad_bias) + first});
+    }
+    grad = next;
+  }
+  if (b.grad_h)
+    each_stretch<T>(sums, [&](Index at, Index n) {
+      for (Index j = at; j < at + n; ++j) static_cast<T*>(b.grad_h)[j] = narrow<T>(total[j]);
+    });
+}
+
+// ---- many rows a task ----
+
+// So many rows a piece that the weights, once made, are used often enough to be worth storing, and fewer
+// pieces than it takes to make packing the head worthwhile.
+constexpr Index many_rows = 48, few_pieces = 4;
+
+// A network larger than this (256 KiB of float) leaves no room for its rows in the second-level cache.
+template <class C>
+constexpr Index largest_network = (256 << 10) / Index(sizeof(C));
+
+// Weights (or their gradients) of a block of networks: at most 8 MiB.
+template <class C>
+constexpr Index networks_elements = (8 << 20) / Index(sizeof(C));
+
+template <class T>
+static bool by_network(const HyperMlp& p) {
+  const Index pieces = max(p.groups.pieces, 1);
+  return params_of(p.net) <= largest_network<Acc<T>> &&
+         (pieces <= few_pieces || total_rows(p.groups) >= many_rows * pieces);
+}
+
+// w (n, params): the parameters of the networks of pieces u0, ..., u0 + n - 1.
+template <class T>
+static void generate_networks(const HyperMlp& p, Index u0, Index n, Acc<T>* w) {
+  using C = Acc<T>;
+  const Index params = params_of(p.net);
+  C* h = scratch<C>(Slot::features, max(n * p.features, 1));
+  for (Index u = 0; u < n; ++u)
+    copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, false, h + u * p.features);
+  const Index run = 4 * lanes<C>;
+  parallel(ceil_div(params, run), max(parallel_work / max(n * run * p.features, 1), 1),
+           [&](Index begin, Index end) {
+    for (Index q = begin * run; q < min(end * run, params); q += run) {
+      const Index count = min(run, params - q);
+      const View<const T> rows{static_cast<const T*>(p.head.weight) + q * p.head.row, p.head.row,
+                               p.head.feature};
+      C* bias = scratch<C>(Slot::local_c, run);
+      for (Index j = 0; j < count; ++j)
+        bias[j] = p.head.bias ? widen(static_cast<const T*>(p.head.bias)[(q + j) * p.head.bias_step]) : C(0);
+      const View<const C> init{bias, 0, 1};
+      const View<C> to{w + q, params, 1};
+      if (p.head.feature == 1 && n <= few_rows)
+        dots<C, T>(count, n, p.features, rows, h, p.features, init.transposed(), to.transposed());
+      else
+        multiply<C, T>(n, count, p.features, {h, p.features, 1}, rows.transposed(), init, to);
+    }
+  });
+}
+
+// A network as it is applied: where its parameters start, and for layers that are applied to more rows
+// than dot products are good for, their matrices turned into rows of whole vectors of outputs.
+template <class W, class C>
+struct Network {
+  const W* weights;
+  const float* affine;  // of int8 weights
+  const C* turned;      // or null
+  Index ahead;          // from these weights to those needed next
+};
+
+static inline bool is_turned(const Layer& l) { return l.out > few_outputs; }
+
+template <class C>
+static Index turned_elements(const Net& net) {
+  Index n = 0;
+  for (Index l = 0; l < net.count; ++l)
+    if (is_turned(net.layers[l])) n += net.layers[l].in * round_up(net.layers[l].out, width<C>);
+  return n;
+}
+
+template <class W, class C>
+static void turn_network(const Net& net, const W* weights, bool biases, C* to) {
+  for (Index l = 0; l < net.count; ++l) {
+    const Layer& layer = net.layers[l];
+    if (is_turned(layer)) {
+      const Index row = round_up(layer.out, width<C>);
+      pack<C, W>(layer.in, layer.out, {weights, 1, layer.in}, to, row);
+      to += layer.in * row;
+    }
+    weights += layer.out * (layer.in + biases);
+  }
+}
+
+// y (m, out) = x (m, in) times one layer's matrix w (out, in), plus init.
+template <class W, class C>
+static void apply_matrix(const Layer& l, Index m, View<const C> x, const W* w, const C* turned, Index ahead,
+                         View<const C> init, View<C> y) {
+  if (m <= few_rows && !turned) {
+    if (x.col != 1) x = compact(x, m, l.in, Slot::local_b);
+    dots<C, W>(l.out, m, l.in, {w, l.in, 1}, x.data, x.row, init.transposed(), y.transposed(), ahead);
+  } else if (!is_turned(l)) {
+    if (x.col != 1) x = compact(x, m, l.in, Slot::local_b);
+    if constexpr (std::is_same_v<W, C>) {
+      dots<C, C>(m, l.out, l.in, x, w, l.in, init, y);
+    } else {
+      C* wide = scratch<C>(Slot::local_d, l.out * l.in);
+      for (Index j = 0; j < l.out * l.in; ++j) wide[j] = widen(w[j]);
+      dots<C, C>(m, l.out, l.in, x, wide, l.in, init, y);
+    }
+  } else {
+    const Index row = round_up(l.out, width<C>);
+    for (Index j = 0; j < l.out; j += lanes<C>) {
+      const int n = int(min(lanes<C>, l.out - j));
+      sweep<C, false>(m, int(ceil_div(n, width<C>)), l.in, x, turned + j, row, 0,
+                      init.data ? init.at(0, j) : init, y.at(0, j), n);
+    }
+  }
+}
+
+// The layers of one network for m rows. `before(l, z)` says where the pre-activations (m, out) of layer l go
+// (null: nowhere but on); `spare` is for two hidden layers. Returns the last layer's output, in `y`.
+template <class W, class C, class F>
+static void run_layers(const Net& net, const Network<W, C>& network, Index m, View<const C> x, C* spare,
+                       Index spare_each, View<C> y, const F& keep) {
+  const W* w = network.weights;
+  const float* affine = network.affine;
+  const C* turned = network.turned;
+  for (Index l = 0; l < net.count; ++l) {
+    const Layer& layer = net.layers[l];
+    const View<C> to = l + 1 == net.count ? y : View<C>{spare + l % 2 * spare_each, layer.out, 1};
+    const Index matrix = layer.out * layer.in;
+    View<const C> init{};
+    if (net.bias && !affine) {
+      if constexpr (std::is_same_v<W, C>) {
+        init = {w + matrix, 0, 1};
+      } else {
+        C* bias = scratch<C>(Slot::local_c, layer.out);
+        for (Index o = 0; o < layer.out; ++o) bias[o] = widen(w[matrix + o]);
+        init = {bias, 0, 1};
+      }
+    }
+    apply_matrix<W, C>(layer, m, x, w, network.turned ? turned : nullptr, network.ahead, init, to);
+    if (affine) {
+      const float* scale = affine;
+      for (Index r = 0; r < m; ++r)
+        for (Index o = 0; o < layer.out; ++o) {
+          C& v = to.data[r * to.row + o * to.col];
+          v = v * scale[o] + (net.bias ? scale[layer.out + o] : 0);
+        }
+      affine += layer.out * (1 + net.bias);
+    }
+    keep(l, View<const C>{to.data, to.row, 1});
+    if (to.row == layer.out)
+      activate<C>(layer, m * layer.out, to.data, to.data);
+    else
+      for (Index r = 0; r < m; ++r) activate<C>(layer, layer.out, to.data + r * to.row, to.data + r * to.row);
+    w += matrix + (affine ? 0 : layer.out * net.bias);
+    if (is_turned(layer)) turned += layer.in * round_up(layer.out, width<C>);
+    x = {to.data, to.row, 1};
+  }
+}
+
+// Rows at a time: a hidden layer of them takes 64 KiB at most.
+template <class C>
+static Index chunk_rows(const Net& net) {
+  return min(max((64 << 10) / Index(sizeof(C)) / widest(net) / tile_rows * tile_rows, tile_rows), 512);
+}
+
+// Copies rows (m, columns) to (or from) those of a piece; where they go is contiguous along a row.
+template <class T>
+static void put_rows(const Rows& rows, const Groups& g, const Piece& q, View<const Acc<T>> from, Index columns) {
+  for (Index j = q.begin; j < q.end; ++j) {
+    T* to = row_data<T>(rows, g, q, j);
+    const Acc<T>* row = from.data + (j - q.begin) * from.row;
+    for (Index i = 0; i < columns; ++i) to[i] = narrow<T>(row[i]);
+  }
+}
+
+// The rows of one piece through its network, a chunk at a time.
+template <class T, class W>
+static void run_piece(const Net& net, const Groups& groups, const Piece& q, const Rows& x, const Rows& y,
+                      void* hidden, Network<W, Acc<T>> network) {
+  using C = Acc<T>;
+  const Index chunk = chunk_rows<C>(net), most = chunk * widest(net), rows = total_rows(groups);
+  C* spare = scratch<C>(Slot::block, 3 * most);
+  if (q.end - q.begin > few_rows) {
+    C* turned = scratch<C>(Slot::turned, max(turned_elements<C>(net), 1));
+    turn_network<W, C>(net, network.weights, net.bias && !network.affine, turned);
+    network.turned = turned;
+  }
+  const Index out = net.layers[net.count - 1].out;
+  for (Index r = q.begin; r < q.end; r += chunk) {
+    const Piece part{q.task, r, min(r + chunk, q.end)};
+    const View<const C> inputs = gather<T>(x, groups, part, net.layers[0].in, Slot::local_a);
+    const bool direct = in_place<T>(groups);
+    const View<C> to = direct ? View<C>{reinterpret_cast<C*>(row_data<T>(y, groups, part, r)), y.row, 1}
+                              : View<C>{spare + 2 * most, out, 1};
+    T* z = static_cast<T*>(hidden);
+    run_layers<W, C>(net, network, part.end - part.begin, inputs, spare, most, to,
+                     [&](Index l, View<const C> from) {
+                       if (!z || !is_kept(net, l)) return;
+                       put_rows<T>(dense_rows(z, groups, net.layers[l].out), groups, part, from,
+                                   net.layers[l].out);
+                       z += rows * net.layers[l].out;
+                     });
+    if (!direct) put_rows<T>(y, groups, part, {to.data, out, 1}, out);
+  }
+}
+
+template <class T>
+static void hyper_mlp_by_network(const HyperMlp& p) {
+  using C = Acc<T>;
+  const Index params = params_of(p.net), pieces = p.groups.pieces;
+  const Index block = min(max(networks_elements<C> / params, 1), pieces);
+  const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
+  C* w = scratch<C>(Slot::networks, max(block * params, 1));
+  for (Index u0 = 0; u0 < pieces; u0 += block) {
+    const Index n = min(block, pieces - u0);
+    generate_networks<T>(p, u0, n, w);
+    parallel(n, max(parallel_work / max(rows_each * params, 1), 1), [&](Index first, Index last) {
+      for (Index u = first; u < last; ++u)
+        run_piece<T, C>(p.net, p.groups, piece(p.groups, u0 + u), p.x, p.y, p.hidden,
+                        {w + u * params, nullptr, nullptr, 0});
+    });
+  }
+}
+
+// The gradients of one piece: g (params) of its network's parameters, and of x.
+template <class T>
+static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const Acc<T>* w, Acc<T>* g) {
+  using C = Acc<T>;
+  static const C one = 1;
+  const HyperMlp& p = b.forward;
+  const Net& net = p.net;
+  const Index params = params_of(net), rows = total_rows(p.groups);
+  const Index chunk = chunk_rows<C>(net), most = chunk * widest(net);
+  C* spare = scratch<C>(Slot::block, 3 * most);
+  C* inputs = spare + 2 * most;
+  for (Index j = 0; j < params; ++j) g[j] = 0;
+  for (Index r = q.begin; r < q.end; r += chunk) {
+    const Piece part{q.task, r, min(r + chunk, q.end)};
+    const Index m = part.end - part.begin;
+    const T* z = static_cast<const T*>(p.hidden) + rows * kept_width(net);
+    // g *= f'(z), a = f(z) for the rows of layer l, which are (m, out), one behind another.
+    const auto back_through = [&](const Layer& layer, C* to, C* a) {
+      z -= rows * layer.out;
+      const Rows from = dense_rows(const_cast<T*>(z), p.groups, layer.out);
+      const View<const C> kept = gather<T>(from, p.groups, part, layer.out, Slot::local_c);
+      slope<C>(layer, m * layer.out, kept.data, to, a);
+    };
+    View<const C> grad = gather<T>(b.grad, p.groups, part, net.layers[net.count - 1].out, Slot::local_a);
+    if (is_kept(net, net.count - 1)) {
+      const Index out = net.layers[net.count - 1].out;
+      C* own = spare + net.count % 2 * most;
+      for (Index j = 0; j < m; ++j)
+        for (Index o = 0; o < out; ++o) own[j * out + o] = grad.data[j * grad.row + o * grad.col];
+      back_through(net.layers[net.count - 1], own, nullptr);
+      grad = {own, out, 1};
+    }
+    Index first = params;
+    for (Index l = net.count - 1; l >= 0; --l) {
+      const Layer& layer = net.layers[l];
+      const Index matrix = layer.out * layer.in;
+      first -= matrix + layer.out * net.bias;
+      C* next = spare + l % 2 * most;
+      const bool wanted = l > 0 || b.grad_x;
+      if (wanted)
+        multiply<C, C>(m, layer.in, layer.out, grad, View<const C>{w + first, layer.in, 1}, {},
+                       {next, layer.in, 1});
+      View<const C> x;
+      if (l > 0) {
+        back_through(net.layers[l - 1], next, inputs);
+        x = {inputs, layer.in, 1};
+      } else {
+        if (wanted)
+          put_rows<T>(dense_rows(b.grad_x, p.groups, layer.in), p.groups, part, {next, layer.in, 1}, layer.in);
+        x = gather<T>(p.x, p.groups, part, layer.in, Slot::local_d);
+        if (x.col != 1) x = compact(x, m, layer.in, Slot::local_b);
+      }
+      C* to = g + first;
+      if (layer.in < layer.out) {  // lanes along the longer side
+        const View<C> turned{to, 1, layer.in};
+        multiply<C, C>(layer.in, layer.out, m, x.transposed(), grad, {to, 1, layer.in}, turned);
+      } else {
+        multiply<C, C>(layer.out, layer.in, m, grad.transposed(), x, {to, layer.in, 1}, {to, layer.in, 1});
+      }
+      if (net.bias)
+        multiply<C, C>(1, layer.out, m, {&one, 0, 0}, grad, {to + matrix, layer.out, 1},
+                       {to + matrix, layer.out, 1});
+      grad = {next, layer.in, 1};
+    }
+  }
+}
+
+template <class T>
+static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
+  using C = Acc<T>;
+  const HyperMlp& p = b.forward;
+  const Index params = params_of(p.net), pieces = p.groups.pieces, features = p.features;
+  const Index block = min(max(networks_elements<C> / params, 1), max(pieces, 1));
+  const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
+  C* w = scratch<C>(Slot::networks, block * params);
+  C* g = scratch<C>(Slot::gradients, block * params);
+  C* h = scratch<C>(Slot::hidden_a, max(block * features, 1));
+  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
+  // Sums over the blocks, in the accumulation type.
+  C *sum_weight = nullptr, *sum_bias = nullptr;
+  if constexpr (std::is_same_v<C, T>) {
+    sum_weight = static_cast<C*>(b.grad_weight);
+    sum_bias = static_cast<C*>(b.grad_bias);
+  } else {
+    C* sums = scratch<C>(Slot::sums, params * (features + 1));
+    if (b.grad_weight) sum_weight = sums;
+    if (b.grad_bias) sum_bias = sums + params * features;
+  }
+  T* to_h = static_cast<T*>(b.grad_h);
+  if (to_h)
+    for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
+
+  Index u0 = 0;
+  do {  // once even without pieces: the gradients are then zero
+    Index n = min(block, pieces - u0);
+    generate_networks<T>(p, u0, n, w);
+    parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
+      for (Index u = first; u < last; ++u)
+        differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * params, g + u * params);
+    });
+    for (Index u = 0; u < n; ++u)
+      copy_features<T>(p.h, piece(p.groups, u0 + u).task, features, false, h + u * features);
+    if (to_h) {
+      const View<const T> rows{static_cast<const T*>(p.head.weight), p.head.row, p.head.feature};
+      parallel(ceil_div(n, tile_rows), max(parallel_work / (tile_rows * params * max(features, 1)), 1),
+               [&](Index first, Index last) {
+                 const Index u = first * tile_rows, m = min(last * tile_rows, n) - u;
+                 multiply<C, T>(m, features, params, {g + u * params, params, 1}, rows, {},
+                                {grad_h + u * features, features, 1});
+               });
+      for (Index u = 0; u < n; ++u) {  // pieces of a task are next to each other
+        T* row = to_h + piece(p.groups, u0 + u).task * features;
+        for (Index k = 0; k < features; ++k)
+          row[k] = narrow<T>(widen(row[k]) + grad_h[u * features + k]);
+      }
+    }
+    const Index run = round_up(ceil_div(params, 4 * thread_count()), tile_rows);
+    parallel(ceil_div(params, run), max(parallel_work / max(run * n * features, 1), 1),
+             [&](Index first, Index last) {
+               const Index q = first * run, count = min(last * run, params) - q;
+               if (sum_weight) {
+                 const View<C> to{sum_weight + q * features, features, 1};
+                 multiply<C, C>(count, features, n, View<const C>{g + q, 1, params}, View<const C>{h, features, 1},
+                                u0 ? View<const C>{to.data, features, 1} : View<const C>{}, to);
+               }
+               if (sum_bias)
+                 for (Index j = q; j < q + count; ++j) {
+                   C sum = u0 ? sum_bias[j] : 0;
+                   for (Index u = 0; u < n; ++u) sum += g[u * params + j];
+                   sum_bias[j] = sum;
+                 }
+             });
+    u0 += block;
+  } while (u0 < pieces);
+
+  if constexpr (!std::is_same_v<C, T>) {
+    if (sum_weight)
+      for (Index j = 0; j < params * features; ++j) static_cast<T*>(b.grad_weight)[j] = narrow<T>(sum_weight[j]);
+    if (sum_bias)
+      for (Index j = 0; j < params; ++j) static_cast<T*>(b.grad_bias)[j] = narrow<T>(sum_bias[j]);
+  }
+}
+
+// ---- the ops ----
+
+template <class T, class W>
+static void task_mlp_typed(const TaskMlp& p) {
+  using C = Acc<T>;
+  const Index params = params_of(p.net);
+  const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
+  const auto weights = [&](Index task) { return static_cast<const W*>(p.weight) + task * p.weight_task; };
+  parallel(p.groups.pieces, max(parallel_work / max(rows_each * params, 1), 1), [&](Index first, Index last) {
+    for (Index i = first; i < last; ++i) {
+      const Piece q = piece(p.groups, i);
+      const W* w = weights(q.task);
+      const Index ahead = i + 1 < last ? weights(piece(p.groups, i + 1).task) - w : 0;
+      const float* affine =
+          p.affine ? static_cast<const float*>(p.affine) + q.task * p.affine_task : nullptr;
+      run_piece<T, W>(p.net, p.groups, q, p.x, p.y, nullptr, Network<W, C>{w, affine, nullptr, ahead});
+    }
+  });
+}
+
+static void task_mlp(const TaskMlp& p) {
+  if (p.affine)
+    return task_mlp_typed<float, std::int8_t>(p);
+  with_type(p.dtype, [&](auto t) { task_mlp_typed<decltype(t), decltype(t)>(p); });
+}
+
+static void hyper_mlp(const HyperMlp& p) {
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    (by_network<T>(p) ? hyper_mlp_by_network<T> : hyper_mlp_by_layers<T>)(p);
+  });
+}
+
+static void hyper_mlp_backward(const HyperMlpBackward& b) {
+  with_type(b.forward.dtype, [&](auto t) {
+    using T = decltype(t);
+    (by_network<T>(b.forward) ? hyper_mlp_backward_by_network<T> : hyper_mlp_backward_by_layers<T>)(b);
+  });
+}
+
+}  // namespace hyperfast::HF_ISA
