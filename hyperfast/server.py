@@ -47,9 +47,9 @@ class TaskServer:
     answered at once: to wait could only help if more were on their way than come with the next call
     anyway.
 
-    An exception of a call is not that of all its requests: the call is repeated with either half of
-    them, until the one at fault is alone. So an id that was removed from the bank after its
-    submission fails with the bank's IndexError, and no other request does.
+    An exception of a call is not that of all its requests: those whose tasks are not in the bank,
+    perhaps no longer, get its IndexError, and the others are called again; a call that fails for
+    another reason is repeated with either half, until the request at fault is alone.
 
     A server is closed by :meth:`close`, at the end of a ``with`` block, or when the interpreter
     exits; in each case every future is answered or cancelled before.
@@ -328,9 +328,25 @@ class TaskServer:
                 self._meter.latencies.extend([now - request.arrived for request in group])
             return
         # Not within the handler, lest an exception hold, as its context, requests of others.
+        for part in self._apart(group):
+            self._answer(part)
+
+    def _apart(self, group: list[Request]) -> list[list[Request]]:
+        """Requests that could not be answered together: those whose tasks are gone each for itself,
+        or two halves."""
+        if isinstance(self.bank, TaskBank):
+            table = self.bank._table
+            ids = torch.tensor([request.task for request in group], device=self.bank.device)
+            with table.lock:
+                known = table.look_up(ids)[1].tolist()
+            if not all(known):
+                there = [
+                    request for request, is_there in zip(group, known, strict=True) if is_there
+                ]
+                gone = [[r] for r, is_there in zip(group, known, strict=True) if not is_there]
+                return [there, *gone] if there else gone
         half = len(group) // 2
-        self._answer(group[:half])
-        self._answer(group[half:])
+        return [group[:half], group[half:]]
 
     def _call(self, group: list[Request]) -> list[Tensor]:
         sizes = [request.size for request in group]
