@@ -86,10 +86,10 @@ def turn(bank: hyperfast.TaskBank, ask: Ask, clients: int, seconds: float) -> li
         end = time.perf_counter() + seconds
         for k in itertools.cycle(range(POOL)):
             begin = time.perf_counter()
-            if begin >= end:
-                return
             answers[n][k] = ask(*requests[k])
             times[n].append(time.perf_counter() - begin)
+            if begin + times[n][-1] >= end:
+                return
 
     threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
     gc.collect()
@@ -102,7 +102,6 @@ def turn(bank: hyperfast.TaskBank, ask: Ask, clients: int, seconds: float) -> li
     finally:
         gc.enable()
     for right, got in zip(expected, answers, strict=True):
-        assert got, "a client got no answer at all"
         want = right[list(got)]
         torch.testing.assert_close(torch.stack(list(got.values())), want, rtol=1e-4, atol=1e-4)
     return [t for of_client in times for t in of_client]

@@ -19,7 +19,7 @@ from .results import rounded
 
 SPEC = hyperfast.MLPSpec((8, 4), bias=False)
 SAMPLES = 6
-PATIENCE = 60  # seconds: a future that takes longer is lost
+PATIENCE = 300  # seconds: a future that takes longer is lost
 
 
 def weights(tasks: Tensor) -> Tensor:
