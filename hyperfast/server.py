@@ -259,7 +259,10 @@ class TaskServer:
                 batch.extend(self._take(math.inf))
                 self._room.notify_all()
             self._begin(batch, running)
-            for future in [r.future for r in running if not r.future.done()]:
+            left = [request.future for request in running if not request.future.done()]
+            with self._lock:
+                self._meter.failed += len(left)
+            for future in left:
                 error = RuntimeError("the server's thread ended before it answered")
                 error.__cause__ = cause
                 _contain(future.set_exception, error)

@@ -347,6 +347,7 @@ def test_no_future_is_lost_when_the_worker_dies(gate, method, monkeypatch):
         assert isinstance(raised.value.__cause__, ZeroDivisionError)
     assert {type(error) for error in errors} <= {type(None), RuntimeError}
     server._worker.join(LONG)
+    assert (server.stats().running, server.stats().waiting) == (0, 0)
     with pytest.raises(RuntimeError, match="the server is closed"):
         server.submit(0, torch.zeros(3))
     server.close()
