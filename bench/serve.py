@@ -170,17 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine.machine(),
         "versions": machine.versions(),
         "bank": {"tasks": TASKS, "sizes": SIZES},
-        "rounds": args.rounds,
-        "seconds": args.seconds,
     }
     # What is not measured now is kept from before.
     old = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    result |= {key: old[key] for key in ("results", "stress") if key in old}
+    result |= {key: old[key] for key in ("rounds", "seconds", "results", "stress") if key in old}
     if args.clients:
+        result["rounds"], result["seconds"] = args.rounds, args.seconds
         result["results"] = race(TASKS, args.clients, args.rounds, args.seconds)
     status = 0
     if args.stress:
-        found = result["stress"] = stress(args.stress)
+        found = result["stress"] = {"commit": result["commit"], **stress(args.stress)}
         print(json.dumps(found, indent=1))
         status = int(bool(found["errors"] or found["lost"]))
     if args.json:
