@@ -165,7 +165,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     result: dict[str, Any] = {
         "date": machine.today(),
-        "commit": machine.commit(),
         "threads": torch.get_num_threads(),
         "machine": machine.machine(),
         "versions": machine.versions(),
@@ -173,13 +172,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     # What is not measured now is kept from before.
     old = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    result |= {key: old[key] for key in ("rounds", "seconds", "results", "stress") if key in old}
+    result |= {key: old[key] for key in ("turns", "stress") if key in old}
     if args.clients:
-        result["rounds"], result["seconds"] = args.rounds, args.seconds
-        result["results"] = race(TASKS, args.clients, args.rounds, args.seconds)
+        result["turns"] = {
+            "commit": machine.commit(),
+            "rounds": args.rounds,
+            "seconds": args.seconds,
+            "results": race(TASKS, args.clients, args.rounds, args.seconds),
+        }
     status = 0
     if args.stress:
-        found = result["stress"] = {"commit": result["commit"], **stress(args.stress)}
+        found = result["stress"] = {"commit": machine.commit(), **stress(args.stress)}
         print(json.dumps(found, indent=1))
         status = int(bool(found["errors"] or found["lost"]))
     if args.json:

@@ -53,7 +53,7 @@ def test_main_saves_what_it_measures_and_keeps_the_rest(tmp_path, monkeypatch):
     assert serve.main(command) == 0
     saved = json.loads(path.read_text())
     assert saved["stress"] == {"lost": 0}
-    rows = saved["results"]
+    rows = saved["turns"]["results"]
     assert [row["clients"] for row in rows] == [1] * 3 + [3] * 3
     for row in rows:
         assert row["ratio"] == 1 if row["way"] == "TaskServer" else row["ratio"] > 0
