@@ -8,6 +8,7 @@ from hyperfast.hypernet import HyperNet
 from hyperfast.model import HyperMLP
 from hyperfast.module_target import ModuleTarget
 from hyperfast.plan import explain
+from hyperfast.server import TaskServer
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet
 
@@ -19,6 +20,7 @@ __all__ = [
     "Sine",
     "TargetNet",
     "TaskBank",
+    "TaskServer",
     "explain",
     "functional",
     "use_backend",

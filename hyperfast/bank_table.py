@@ -114,15 +114,20 @@ class Table:
             found = [known[key] for key in keys]
         return torch.tensor(found, dtype=torch.int64, device=self.device)
 
+    def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries ``(n, 4)`` of tasks, and which of them are there ``(n,)``; the caller holds
+        one of the locks."""
+        places = (ids & SLOT).clamp_(max=len(self._entries) - 1)
+        entries = self._entries.index_select(0, places)
+        return entries, (entries[:, ID] == ids) & alive(entries)
+
     def find(self, ids: Tensor) -> Tensor:
         """The entries ``(n, 4)`` of tasks; the caller holds one of the locks.
 
         Raises:
             IndexError: there is no such task.
         """
-        places = (ids & SLOT).clamp_(max=len(self._entries) - 1)
-        entries = self._entries.index_select(0, places)
-        known = (entries[:, ID] == ids) & alive(entries)
+        entries, known = self.look_up(ids)
         if not bool(known.all()):
             raise IndexError(f"no task of the bank has the id {int(ids[~known][0])}")
         return entries
