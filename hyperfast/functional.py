@@ -148,8 +148,9 @@ def hyper_mlp(
             if activation is not None:
                 x = activation(x)
         return x
-    x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
-    checks.dense(x=x, h=h, weight=weight, bias=bias)
+    if not checks.alike(x, h, weight, bias):
+        x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
+        checks.dense(x=x, h=h, weight=weight, bias=bias)
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
     if weight.shape != (spec.numel, h.shape[1]):
@@ -162,11 +163,7 @@ def hyper_mlp(
     if backend.forced is not None:
         backend.insist(backend.forced, "hyper_mlp", x.device.type)
     single = task_ids is None and x.ndim == 2
-    y, _ = mlp_ops.hyper_mlp(
-        x.unsqueeze(1) if single else x,
-        *(h, weight, bias, task_ids, spec.sizes, spec.bias, text),
-        torch.is_grad_enabled(),
-    )
+    y = mlp_ops.run(x.unsqueeze(1) if single else x, h, weight, bias, task_ids, spec, text)
     return y.squeeze(1) if single else y
 
 

@@ -164,7 +164,8 @@ class HyperNet(nn.Module):
     @property
     def head(self) -> nn.Linear:
         """The last linear layer, ``h -> flat weights``."""
-        return self.generator[-1]  # type: ignore[return-value]
+        *_, head = self.generator._modules.values()
+        return head  # type: ignore[return-value]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -194,8 +195,8 @@ class HyperNet(nn.Module):
     def features(self, z: Tensor) -> Tensor:
         """``h``: the trunk's output, ``(..., H)``."""
         self._check(z)
-        for module in list(self.generator)[:-1]:
-            z = module(z)
+        for module in list(self.generator._modules.values())[:-1]:
+            z = module(z)  # type: ignore[misc]
         return z
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -221,7 +222,8 @@ class HyperNet(nn.Module):
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
-        checks.same_kind(**{"the hypernetwork's weight": weight}, z=z)
+        if not checks.alike(z, weight):
+            checks.same_kind(**{"the hypernetwork's weight": weight}, z=z)
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"

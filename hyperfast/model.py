@@ -46,30 +46,29 @@ class HyperMLP(nn.Module):
         self.hyper = hyper
         self.target = target
         if self.mlp is not None:
-            spec, mlp = self.mlp
+            spec, mlp, _ = self.mlp
             mlp.layer_activations(len(spec.layers))  # raises now what would raise later
 
     @property
-    def mlp(self) -> tuple[MLPSpec, TargetNet] | None:
-        """Layout and target where the layers are generated and applied in one op each."""
-        spec, target = self.hyper.spec, self.target
-        if not isinstance(spec, MLPSpec) or not isinstance(target, TargetNet):
+    def mlp(self) -> tuple[MLPSpec, TargetNet, nn.Linear] | None:
+        """Layout, target and head where the network is generated and applied in one op."""
+        hyper, target = self.hyper, self.target
+        if not isinstance(target, TargetNet) or not isinstance(spec := hyper.spec, MLPSpec):
             return None
-        hyper = self.hyper
+        generator, head = hyper.generator, hyper.head
         written = (
             type(hyper).forward is HyperNet.forward
-            and type(hyper.head).forward is nn.Linear.forward
+            and type(head).forward is nn.Linear.forward
             and type(target).forward is TargetNet.forward
         )
         # Pruning and adapters are hooks; what they change is not what the layers' op computes.
-        parts = (hyper, hyper.generator, hyper.head, target)
-        if not written or target.weight_transform is not None or any(map(checks.hooked, parts)):
+        if not written or target.weight_transform is not None:
             return None
-        return spec, target
+        return None if checks.hooked(hyper, generator, head, target) else (spec, target, head)
 
     @property
     def fused(self) -> bool:
-        """Whether the layers are generated and applied in one op each."""
+        """Whether the network is generated and applied in one op."""
         return self.mlp is not None
 
     def forward(self, x: Any, z: Tensor, task_ids: Tensor | None = None) -> Any:
@@ -98,27 +97,25 @@ class HyperMLP(nn.Module):
                 f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
                 f"got {checks.shape(z)}"
             )
+        spec, target, head = mlp
         h = self.hyper.features(z)
-        checks.same_kind(**{"the hypernetwork's weight": self.hyper.head.weight}, x=x)
+        if not checks.alike(x, h):
+            checks.same_kind(**{"the hypernetwork's weight": head.weight}, x=x)
+        activations = target.layer_activations(len(spec.layers))
+
+        def run(rows: Tensor, ids: Tensor | None) -> Tensor:
+            return hyper_mlp(rows, h, head.weight, head.bias, spec, activations, ids)
+
         if x.is_nested:
-            return from_jagged(
-                x, task_ids, h.shape[0], lambda rows, ids: self._layers(*mlp, rows, h, ids)
-            )
+            return from_jagged(x, task_ids, h.shape[0], run)
         if task_ids is None and x.ndim and x.shape[0] != z.shape[0]:
             raise ValueError(
                 f"x must have {z.shape[0]} tasks in its first dimension, as z has shape "
                 f"{checks.shape(z)}, got shape {checks.shape(x)}"
             )
-        return self._layers(*mlp, x, h, task_ids)
-
-    def _layers(
-        self, spec: MLPSpec, target: TargetNet, x: Tensor, h: Tensor, task_ids: Tensor | None
-    ) -> Tensor:
-        head = self.hyper.head
         if x.ndim == 0 or x.shape[-1] != spec.sizes[0]:
             raise ValueError(
                 f"x must have {spec.sizes[0]} features in its last dimension, "
                 f"got shape {checks.shape(x)}"
             )
-        activations = target.layer_activations(len(spec.layers))
-        return hyper_mlp(x, h, head.weight, head.bias, spec, activations, task_ids)
+        return run(x, task_ids)

@@ -494,12 +494,12 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
                  multiply<C, C>(count, features, n, View<const C>{g + q, 1, params}, View<const C>{h, features, 1},
                                 u0 ? View<const C>{to.data, features, 1} : View<const C>{}, to);
                }
-               if (sum_bias)
-                 for (Index j = q; j < q + count; ++j) {
-                   C sum = u0 ? sum_bias[j] : 0;
-                   for (Index u = 0; u < n; ++u) sum += g[u * params + j];
-                   sum_bias[j] = sum;
-                 }
+               if (sum_bias) {
+                 if (u0 == 0)
+                   for (Index j = q; j < q + count; ++j) sum_bias[j] = 0;
+                 for (Index u = 0; u < n; ++u)
+                   for (Index j = q; j < q + count; ++j) sum_bias[j] += g[u * params + j];
+               }
              });
     u0 += block;
   } while (u0 < pieces);
