@@ -43,15 +43,16 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
   return g;
 }
 
-Plan default_plan(Dtype dtype, const Groups& groups) {
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups) {
   // Packing the head for so few tasks costs more than it saves.
   if (groups.pieces <= 4) return Plan::materialize;
-  // `contract` generates weights anew for every row; where nearly every row has a task of its own, that is
-  // no more work, and it neither packs the head nor stores a weight. 16-bit heads are packed all the
-  // same: lanes widen them, and multiply pairs of bf16.
-  const Index rows = groups.ragged ? groups.rows : groups.tasks * groups.rows;
+  // `contract` neither packs the head nor stores a weight, but every strip reads the rows of its lanes
+  // again, and gradients are formed row by row; with task_ids it generates weights anew for each row.
+  // 16-bit heads are packed all the same: lanes widen them, and multiply pairs of bf16.
   const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;
-  return wide && 4 * rows <= 5 * groups.pieces ? Plan::contract : Plan::tile;
+  const Index most = makes == Makes::weights ? 8 : 2;
+  const bool few = groups.ragged ? 4 * groups.rows <= 5 * groups.pieces : groups.rows <= most;
+  return wide && few ? Plan::contract : Plan::tile;
 }
 
 }  // namespace hyperfast

@@ -85,8 +85,9 @@ struct HeadMatrix {
 // in the cache (tile); the head read once as it lies, and weights made whole (materialize).
 enum class Plan { contract, tile, materialize };
 
-// How a layer runs best (groups.cpp).
-Plan default_plan(Dtype dtype, const Groups& groups);
+// How an op runs best (groups.cpp): one that makes weights, and one that makes gradients of weights.
+enum class Makes { weights, gradients };
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups);
 
 // y[r] = M_b x[r] + v_b, both generated.
 struct HyperLinear {
@@ -164,7 +165,7 @@ struct HyperMlp {
 
 // Gradients of the same; those that are null are not wanted. All are contiguous.
 struct HyperMlpBackward {
-  HyperMlp forward;   // without y
+  HyperMlp forward;   // without y; hidden is null where it was not kept
   Rows grad;          // contiguous, written over where a last activation asks for it
   void* grad_x;
   void* grad_h;       // (tasks, features)

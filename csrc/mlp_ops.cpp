@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   grad.size(-1, g.network.out(), "the last of sizes");
   hidden.same_dtype(g.x);
   hidden.rank(1, "(rows * kept widths,)");
-  hidden.size(0, g.rows * g.network.kept(), "rows times the widths of what is kept");
+  if (hidden.size(0))
+    hidden.size(0, g.rows * g.network.kept(), "rows times the widths of what is kept, or 0");
   if (output_mask.size() != 4) fail("output_mask must have 4 entries, got ", output_mask.size());
   const Tensor own = g.network.changes_output() ? torch::stable::contiguous(torch::stable::clone(grad_))
                                                 : torch::stable::contiguous(grad_);
@@ -155,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   Tensor grad_h = wanted(1, {g.h.size(0), features});
   Tensor grad_weight = wanted(2, {params, features}), grad_bias = wanted(3, {params});
   const auto data = [&](int i, Tensor& t) { return output_mask[i] ? t.mutable_data_ptr() : nullptr; };
-  kernels().hyper_mlp_backward({g.view({}, kept.data_ptr()), Arg("grad", own).rows(), data(0, grad_x),
+  kernels().hyper_mlp_backward({g.view({}, hidden.size(0) ? kept.data_ptr() : nullptr), Arg("grad", own).rows(), data(0, grad_x),
                                 data(1, grad_h), data(2, grad_weight), data(3, grad_bias)});
   trim_scratch();
   return {grad_x, grad_h, grad_weight, grad_bias};

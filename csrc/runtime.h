@@ -19,7 +19,7 @@ int thread_count();
 enum class Slot {
   // of the thread that calls the op
   rows_a, rows_b, rows_out, head, features, sums, hidden_a, hidden_b, hidden_c, networks, gradients,
-  turned_a, turned_b,
+  turned_a, turned_b, again,
   // of each thread at work
   panel, block, local_a, local_b, local_c, local_d, turned,
   count

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperfast import checks, ops
+from hyperfast import checks, ops, plan
 from hyperfast.activations import Formula, decode
 from hyperfast.spec import MLPSpec
 
@@ -124,6 +124,8 @@ def _hyper_mlp_backward(
     layers = _check([grad, x], [h], task_ids, weight, bias, sizes, target_bias, activations)
     rows = x.shape[:-1]
     widths = kept(sizes, activations)
+    if not hidden.numel():  # it was not kept
+        hidden = _hyper_mlp(x, h, weight, bias, task_ids, sizes, target_bias, activations, True)[1]
     if hidden.shape != (rows.numel() * sum(widths),):
         raise ValueError(
             f"hidden must have shape ({rows.numel() * sum(widths)},), got {checks.shape(hidden)}"
@@ -195,8 +197,6 @@ def _gradients(ctx, grad):
         wanted = [t for t, n in zip(tensors, need, strict=False) if n]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return [next(found) if n else None for n in need]
-    if not hidden.numel() and kept(ctx.options[0], ctx.options[2]):
-        hidden = hyper_mlp(*tensors, *ctx.options, True)[1]
     grads = hyper_mlp_backward(grad, *tensors, hidden, *ctx.options, need)
     return [g if n else None for g, n in zip(grads, need, strict=True)]
 
@@ -206,8 +206,10 @@ class _HyperMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
+        rows, tasks, itemsize = args[0].shape[:-1].numel(), len(args[1]), args[0].element_size()
+        keep = not plan.recomputes(tasks, rows, args[2].shape[0], itemsize)
         with torch._C._AutoDispatchBelowAutograd():
-            y, hidden = hyper_mlp(*args, True)
+            y, hidden = hyper_mlp(*args, keep)
         ctx.save_for_backward(*args[:5], hidden)
         ctx.options = args[5:]
         return y

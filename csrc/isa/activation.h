@@ -18,6 +18,11 @@ static inline VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no
 static inline VecF magnitude(VecF x) { return bits_to_float(bit_cast<VecI>(x) & 0x7fffffff); }
 
 static inline bool any(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(__m256i(mask)) != 0;
+#endif
   std::int32_t found = 0;
   for (int i = 0; i < width<float>; ++i) found |= mask[i];
   return found != 0;

@@ -1,6 +1,7 @@
-// Generate and apply where few rows share a task: the lanes are rows, each with the features of its own
-// task, and the head is read as it lies, once for a block of rows. A weight lives in a register from the
-// moment it is generated until it has been multiplied by its input: none is ever stored, nothing packed.
+// Generate and apply where few rows share a task: the lanes are tasks, and the head is read as it lies,
+// once for a block of them. A weight lives in a register from the moment it is generated until it has been
+// multiplied by the inputs of its task's rows: none is ever stored, nothing packed. Where the rows of tasks
+// differ in number (task_ids), every row is a task by itself: a lane.
 #pragma once
 
 #include "head.h"
@@ -19,9 +20,20 @@ struct Strip {
   Index bias_step;
 };
 
-// h (depth, lanes), x (inputs, lanes), y (outputs, lanes): rows of `lanes<C>`, of which V vectors count.
+// What a strip reads and writes besides weights, in rows of `lanes<C>`: h (depth, lanes) and, for each of
+// `rows` rows of the tasks, x (inputs, lanes) and y (outputs, lanes), so many elements from row to row.
+template <class C>
+struct LaneBlock {
+  Index depth, rows;
+  const C* h;
+  const C* x;
+  Index x_row;
+  C* y;
+  Index y_row;
+};
+
 template <int M, int V, Use use, class T, class C = Acc<T>>
-static void strip(const Strip<T>& s, Index depth, const C* h, const C* x, C* y) {
+static void strip(const Strip<T>& s, const LaneBlock<C>& b) {
   constexpr int w = width<C>;
   Vec<C> acc[M][V];
   const T* rows[M];
@@ -33,10 +45,10 @@ static void strip(const Strip<T>& s, Index depth, const C* h, const C* x, C* y) 
     for (int v = 0; v < V; ++v) acc[m][v] = start;
   }
   const T* ahead = s.weight + M * s.step;
-  for (Index k = 0; k < depth; ++k) {
+  for (Index k = 0; k < b.depth; ++k) {
     Vec<C> hv[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) hv[v] = load(h + k * lanes<C> + v * w);
+    for (int v = 0; v < V; ++v) hv[v] = load(b.h + k * lanes<C> + v * w);
     prefetch(ahead + k * M);  // the next M weights, if they follow
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
@@ -45,25 +57,29 @@ static void strip(const Strip<T>& s, Index depth, const C* h, const C* x, C* y) 
       for (int v = 0; v < V; ++v) acc[m][v] += a * hv[v];
     }
   }
+  const C* x = b.x;
+  C* y = b.y;
+  for (Index r = 0; r < b.rows; ++r, x += b.x_row, y += b.y_row) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    if constexpr (use == Use::inputs) {
-      Vec<C> sum = load(y + v * w);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (use == Use::inputs) {
+        Vec<C> sum = load(y + v * w);
 #pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) sum += acc[m][v] * load(x + m * lanes<C> + v * w);
-      store(y + v * w, sum);
-    } else {
+        for (int m = 0; m < M; ++m) sum += acc[m][v] * load(x + m * lanes<C> + v * w);
+        store(y + v * w, sum);
+      } else {
 #pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) {
-        C* to = y + m * lanes<C> + v * w;
-        store(to, use == Use::store ? acc[m][v] : load(to) + acc[m][v] * load(x + v * w));
+        for (int m = 0; m < M; ++m) {
+          C* to = y + m * lanes<C> + v * w;
+          store(to, use == Use::store ? acc[m][v] : load(to) + acc[m][v] * load(x + v * w));
+        }
       }
     }
   }
 }
 
 template <class T>
-using StripOf = void (*)(const Strip<T>&, Index, const Acc<T>*, const Acc<T>*, Acc<T>*);
+using StripOf = void (*)(const Strip<T>&, const LaneBlock<Acc<T>>&);
 
 template <class T, Use use, int M>
 constexpr StripOf<T> pick_strip(int vecs) {
@@ -76,17 +92,16 @@ constexpr StripOf<T> pick_strip(int vecs) {
 
 // n weights from s on, in strips of 6, 4, 2 and 1.
 template <class T, Use use>
-static void strips(Index n, int vecs, Strip<T> s, Index depth, const Acc<T>* h, const Acc<T>* x,
-                   Acc<T>* y) {
+static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
   const auto steps = [&](Index height, StripOf<T> f) {
     for (; n >= height; n -= height) {
-      f(s, depth, h, x, y);
+      f(s, b);
       s.weight += height * s.step;
       if (s.bias) s.bias += height * s.bias_step;
       if (use == Use::inputs)
-        x += height * lanes<Acc<T>>;
+        b.x += height * lanes<Acc<T>>;
       else
-        y += height * lanes<Acc<T>>;
+        b.y += height * lanes<Acc<T>>;
     }
   };
   steps(6, pick_strip<T, use, 6>(vecs));
@@ -102,74 +117,91 @@ static Strip<T> strip_of(const HeadMatrix& m, Index o, Index i, bool along_input
           along_inputs ? m.bias_in : m.bias_out};
 }
 
-// One block of rows: h (features, lanes) and x (in, lanes) to y (out, lanes).
+// One block of tasks.
 template <class T>
-static void contract_block(const HyperLinear& p, int vecs, const Acc<T>* h, const Acc<T>* x, Acc<T>* y) {
+static void contract_block(const HyperLinear& p, int vecs, const LaneBlock<Acc<T>>& b) {
   using C = Acc<T>;
   if (p.vector.weight) {
-    strips<T, Use::store>(p.out, vecs, strip_of<T>(p.vector, 0, 0, false), p.features, h, x, y);
+    strips<T, Use::store>(p.out, vecs, strip_of<T>(p.vector, 0, 0, false), b);
   } else {
-    for (Index j = 0; j < p.out * lanes<C>; ++j) y[j] = 0;
+    for (Index j = 0; j < b.rows * b.y_row; ++j) b.y[j] = 0;
   }
+  const auto at = [&](Index input, Index output) {
+    LaneBlock<C> part = b;
+    part.x += input * lanes<C>;
+    part.y += output * lanes<C>;
+    return part;
+  };
   // Strips run along the side whose weights follow one another in memory (in a layer that is turned
   // around, the outputs), unless it is too short to fill them.
   const bool by_inputs = p.matrix.in <= p.matrix.out;
   if (by_inputs ? p.in >= min(tile_rows, p.out) : p.out < min(tile_rows, p.in))
     for (Index o = 0; o < p.out; ++o)
-      strips<T, Use::inputs>(p.in, vecs, strip_of<T>(p.matrix, o, 0, true), p.features, h, x,
-                             y + o * lanes<C>);
+      strips<T, Use::inputs>(p.in, vecs, strip_of<T>(p.matrix, o, 0, true), at(0, o));
   else
     for (Index i = 0; i < p.in; ++i)
-      strips<T, Use::outputs>(p.out, vecs, strip_of<T>(p.matrix, 0, i, false), p.features, h,
-                              x + i * lanes<C>, y);
+      strips<T, Use::outputs>(p.out, vecs, strip_of<T>(p.matrix, 0, i, false), at(i, 0));
 }
 
-// The rows of all pieces, numbered one after another as they are staged.
-struct RowOwners {
+// What the lanes are: tasks of `rows` rows each, or, ragged, the rows in the order in which they are staged.
+struct Units {
   const Groups& groups;
-  Index piece_number = 0, first = 0;
+  Index count, rows;
+  Index piece_number = 0;
 
-  // The task of row r, asked for in rising order.
-  Index operator()(Index r) {
-    if (!groups.ragged) return r / max(groups.rows, 1);
-    while (r >= groups.list[piece_number].end) ++piece_number;
+  explicit Units(const Groups& g)
+      : groups(g), count(g.ragged ? g.rows : g.tasks), rows(g.ragged ? 1 : g.rows) {}
+
+  // The task of a unit; units are asked for in rising order.
+  Index task(Index unit) {
+    if (!groups.ragged) return unit;
+    while (unit >= groups.list[piece_number].end) ++piece_number;
     return groups.list[piece_number].task;
+  }
+
+  // Row r of a unit.
+  template <class C>
+  const C* row(const Staged<const C>& rows, Index unit, Index r) const {
+    return rows.data + (groups.ragged ? unit * rows.row : unit * rows.task + r * rows.row);
   }
 };
 
-// Rows of a block: as many as there are lanes, fewer where threads would be left without.
+// Units of a block: as many as there are lanes, fewer where threads would be left without.
 template <class C>
-static Index block_rows(Index rows) {
-  const Index blocks = max(ceil_div(rows, lanes<C>), min(thread_count(), ceil_div(rows, width<C>)));
-  return max(round_up(ceil_div(rows, max(blocks, 1)), width<C>), width<C>);
+static Index block_units(Index count) {
+  const Index blocks = max(ceil_div(count, lanes<C>), min(thread_count(), ceil_div(count, width<C>)));
+  return max(round_up(ceil_div(count, max(blocks, 1)), width<C>), width<C>);
 }
 
 template <class T>
 static void hyper_linear_contract(const HyperLinear& p, const Staged<const Acc<T>>& x,
                                   const Staged<Acc<T>>& y) {
   using C = Acc<T>;
-  const Index rows = total_rows(p.groups), size = block_rows<C>(rows);
-  const Index work = size * p.features * p.out * (p.in + 1);
-  parallel(ceil_div(rows, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-    const Index elements = (p.features + p.in + p.out) * lanes<C>;
-    C* h = scratch<C>(Slot::block, max(elements, 1));
+  const Units all(p.groups);
+  const Index size = block_units<C>(all.count), x_row = p.in * lanes<C>, y_row = p.out * lanes<C>;
+  const Index work = size * p.out * (p.in + 1) * (p.features + all.rows);
+  parallel(ceil_div(all.count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
+    Units units(p.groups);
+    C* h = scratch<C>(Slot::block, max(p.features * lanes<C> + units.rows * (x_row + y_row), 1));
     C* xs = h + p.features * lanes<C>;
-    C* ys = xs + p.in * lanes<C>;
-    RowOwners owner{p.groups};
+    C* ys = xs + units.rows * x_row;
     for (Index b = begin; b < end; ++b) {
-      const Index first = b * size, n = min(size, rows - first);
+      const Index first = b * size, n = min(size, units.count - first);
       const T* features[lanes<C>];
-      const C* inputs[lanes<C>];
-      for (Index l = 0; l < n; ++l) {
-        const Index r = first + l, task = owner(r);
-        features[l] = static_cast<const T*>(p.h.data) + task * p.h.task;
-        inputs[l] = x.data + (p.groups.ragged ? r * x.row : task * x.task + r % p.groups.rows * x.row);
-      }
+      for (Index l = 0; l < n; ++l)
+        features[l] = static_cast<const T*>(p.h.data) + units.task(first + l) * p.h.task;
       pack_lanes<C, T>(features, n, p.features, p.h.col, h, lanes<C>, lanes<C>);
-      pack_lanes<C, C>(inputs, n, p.in, x.col, xs, lanes<C>, lanes<C>);
-      contract_block<T>(p, int(ceil_div(n, width<C>)), h, xs, ys);
+      for (Index r = 0; r < units.rows; ++r) {
+        const C* inputs[lanes<C>];
+        for (Index l = 0; l < n; ++l) inputs[l] = units.row(x, first + l, r);
+        pack_lanes<C, C>(inputs, n, p.in, x.col, xs + r * x_row, lanes<C>, lanes<C>);
+      }
+      contract_block<T>(p, int(ceil_div(n, width<C>)),
+                        {p.features, units.rows, h, xs, x_row, ys, y_row});
       // y is contiguous, be it the result or a copy.
-      pack<C, C>(n, p.out, View<const C>{ys, 1, lanes<C>}, y.data + first * p.out, p.out);
+      for (Index r = 0; r < units.rows; ++r)
+        pack<C, C>(n, p.out, View<const C>{ys + r * y_row, 1, lanes<C>},
+                   y.data + (first * units.rows + r) * p.out, units.rows * p.out, p.out);
     }
   });
 }

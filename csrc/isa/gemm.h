@@ -158,9 +158,9 @@ static void sweep_deep(Index m, int vecs, Index depth, View<const C> a, const C*
   } while (k < depth);
 }
 
-// dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < dst_row. Widens to C on the way.
+// dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
 template <class C, class T>
-static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row) {
+static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row, Index all) {
   constexpr int w = width<C>;
   const bool direct = src.col == 1;
   const bool turned = src.row == 1;
@@ -183,7 +183,7 @@ static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row)
     const Index first = k < whole_k ? whole_n : 0;
     for (Index l = first; l < n; ++l)
       dst[k * dst_row + l] = widen(src.data[k * src.row + l * src.col]);
-    for (Index l = n; l < dst_row; ++l) dst[k * dst_row + l] = 0;
+    for (Index l = n; l < all; ++l) dst[k * dst_row + l] = 0;
   }
 }
 
@@ -213,7 +213,7 @@ static void multiply(Index m, Index n, Index depth, View<const C> a, View<const 
       }
       const Index row = Index(vecs) * width<C>;
       C* panel = scratch<C>(Slot::panel, max(dk, 1) * row);
-      pack(dk, nj, bk, panel, row);
+      pack(dk, nj, bk, panel, row, row);
       sweep<C, false>(m, vecs, dk, a.at(0, k), panel, row, 0, start, c.at(0, j), nj);
       start = {c.at(0, j).data, c.row, c.col};
       k += dk;

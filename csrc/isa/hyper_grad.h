@@ -73,7 +73,7 @@ static void pack_run(const HyperLinearGradH& p, const Run& run, Index k0, Acc<T>
   for (Index o = 0; o < run.no; ++o) {
     const T* rows = static_cast<const T*>(m.weight) + (run.o0 + o) * m.out + run.i0 * m.in;
     pack<C, T>(run.ni, nk, {rows + k0 * m.feature, m.in, m.feature}, dst + o * run.ni * lanes<C>,
-               lanes<C>);
+               lanes<C>, lanes<C>);
   }
 }
 
@@ -150,12 +150,12 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
   T* y = static_cast<T*>(p.y);
   const bool any = p.out > 0 && (p.in > 0 || p.vector.weight);  // else there is nothing to add up
-  // Parts are one a row, or one a piece; those of a task are next to each other.
-  const bool by_row = p.plan == Plan::contract;
-  const Index count = by_row ? total_rows(p.groups) : p.groups.pieces;
+  // Parts are one a unit of lanes, or one a piece; those of a task are next to each other.
+  const bool contract = p.plan == Plan::contract;
+  const Index count = contract ? Units(p.groups).count : p.groups.pieces;
   const auto compute = [&](C* parts) {
     if (!any) return;
-    if (!by_row) return hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
+    if (!contract) return hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
     const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
     grad_h_contract<T>(p, turned_grad, turn<C>(x, p.groups, p.in, Slot::turned_b), parts);
   };
@@ -165,16 +165,12 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
   C* parts = scratch<C>(Slot::sums, max((count + 1) * p.features, 1));
   compute(parts);
   C* sum = parts + count * p.features;
+  Units units(p.groups);
   Index j = 0;
-  const auto add = [&](Index parts_of_piece) {
-    for (; parts_of_piece > 0; --parts_of_piece, ++j)
-      for (Index k = 0; k < p.features; ++k) sum[k] += parts[j * p.features + k];
-  };
-  Index n = 0;
-  for (Index t = 0; t < p.groups.tasks; ++t) {  // tasks in order; one without rows has no piece
+  for (Index t = 0; t < p.groups.tasks; ++t) {  // a task without rows has no part
     for (Index k = 0; k < p.features; ++k) sum[k] = 0;
-    for (; any && n < p.groups.pieces && piece(p.groups, n).task == t; ++n)
-      add(by_row ? piece(p.groups, n).end - piece(p.groups, n).begin : 1);
+    for (; any && j < count && (contract ? units.task(j) : piece(p.groups, j).task) == t; ++j)
+      for (Index k = 0; k < p.features; ++k) sum[k] += parts[j * p.features + k];
     for (Index k = 0; k < p.features; ++k) y[t * p.features + k] = narrow<T>(sum[k]);
   }
 }
@@ -188,7 +184,7 @@ static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 
 // Runs as long as `most`, but short enough that every thread has some. Sums do not run along a run, so
 // the number of threads does not show in the result.
 static inline Runs shared_runs(const HyperLinearGradWeight& p, Index most) {
-  const Index share = round_up(ceil_div(p.out, thread_count()), tile_rows);
+  const Index share = round_up(ceil_div(p.out, 4 * thread_count()), tile_rows);
   return {p.out, p.in, p.target_bias, min(most, max(share * p.in, share))};
 }
 

@@ -35,6 +35,12 @@ static inline bool is_kept(const Net& net, Index l) {
   return l + 1 < net.count || net.layers[l].act != Act::identity;
 }
 
+static inline Index outputs_of(const Net& net) {
+  Index n = 0;
+  for (Index l = 0; l < net.count; ++l) n += net.layers[l].out;
+  return n;
+}
+
 static inline Index kept_width(const Net& net) {
   Index n = 0;
   for (Index l = 0; l < net.count; ++l)
@@ -81,7 +87,7 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
     T* a = l + 1 == p.net.count ? static_cast<T*>(p.y.data)
                                 : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     T* z = hidden && is_kept(p.net, l) ? hidden : a;
-    hyper_linear_typed<T>({p.dtype, default_plan(p.dtype, p.groups), p.groups, layer.out, layer.in,
+    hyper_linear_typed<T>({p.dtype, default_plan(Makes::weights, p.dtype, p.groups), p.groups, layer.out, layer.in,
                            p.features, x, p.h, matrix_of<T>(p.head, layer, first),
                            vector_of<T>(p.head, layer, first, p.net.bias),
                            dense_rows(z, p.groups, layer.out)});
@@ -95,8 +101,16 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
 template <class T>
 static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   using C = Acc<T>;
-  const HyperMlp& p = b.forward;
-  const Plan plan = default_plan(p.dtype, p.groups);
+  HyperMlp p = b.forward;
+  if (!p.hidden) {  // not kept: computed again
+    const Index rows = total_rows(p.groups);
+    p.hidden = scratch<T>(Slot::again, max(rows * kept_width(p.net), 1));
+    const Index out = p.net.layers[p.net.count - 1].out;
+    p.y = dense_rows(scratch<T>(Slot::hidden_c, max(rows * widest(p.net), 1)), p.groups, out);
+    hyper_mlp_by_layers<T>(p);
+  }
+  const Plan plan = default_plan(Makes::weights, p.dtype, p.groups);
+  const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups);
   const Index rows = total_rows(p.groups), most = widest(p.net), sums = p.groups.tasks * p.features;
   const T* z = static_cast<const T*>(p.hidden) + rows * kept_width(p.net);  // read backwards
   T* grad = static_cast<T*>(b.grad.data);
@@ -130,19 +144,19 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
     if (b.grad_h) {
       hyper_linear_grad_h_typed<T>(
-          {p.dtype, plan, p.groups, layer.out, layer.in, p.features, g, x, matrix, vector, part});
+          {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, g, x, matrix, vector, part});
       const bool start = l + 1 == p.net.count;
       each_stretch<T>(sums, [&](Index at, Index n) {
         for (Index j = at; j < at + n; ++j) total[j] = start ? widen(part[j]) : total[j] + widen(part[j]);
       });
     }
     if (b.grad_weight)
-      hyper_linear_grad_weight_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features,
+      hyper_linear_grad_weight_typed<T>({p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features,
                                          p.net.bias, g, x, p.h,
                                          static_cast<T*>(b.grad_weight) + first * p.features});
     if (b.grad_bias) {  // the weight of a feature 1
       T one = narrow<T>(1);
-      hyper_linear_grad_weight_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, 1, p.net.bias, g,
+      hyper_linear_grad_weight_typed<T>({p.dtype, grad_plan, p.groups, layer.out, layer.in, 1, p.net.bias, g,
                                          x, {&one, 0, 0}, static_cast<T*>(b.grad_bias) + first});
     }
     grad = next;
@@ -222,17 +236,22 @@ static Index turned_elements(const Net& net) {
   return n;
 }
 
+// The matrices of a network turned, or null where `rows` are too few for it.
 template <class W, class C>
-static void turn_network(const Net& net, const W* weights, bool biases, C* to) {
+static const C* turn_network(const Net& net, const W* weights, bool biases, Index rows) {
+  if (rows <= few_rows) return nullptr;
+  C* const turned = scratch<C>(Slot::turned, max(turned_elements<C>(net), 1));
+  C* to = turned;
   for (Index l = 0; l < net.count; ++l) {
     const Layer& layer = net.layers[l];
     if (is_turned(layer)) {
       const Index row = round_up(layer.out, width<C>);
-      pack<C, W>(layer.in, layer.out, {weights, 1, layer.in}, to, row);
+      pack<C, W>(layer.in, layer.out, {weights, 1, layer.in}, to, row, row);
       to += layer.in * row;
     }
     weights += layer.out * (layer.in + biases);
   }
+  return turned;
 }
 
 // y (m, out) = x (m, in) times one layer's matrix w (out, in), plus init.
@@ -261,8 +280,8 @@ static void apply_matrix(const Layer& l, Index m, View<const C> x, const W* w, c
   }
 }
 
-// The layers of one network for m rows. `before(l, z)` says where the pre-activations (m, out) of layer l go
-// (null: nowhere but on); `spare` is for two hidden layers. Returns the last layer's output, in `y`.
+// The layers of one network for m rows, the last one's output in y; `spare` is for two hidden layers.
+// `keep(l, z)` sees the pre-activations (m, out) of layer l, and says whether what follows is wanted.
 template <class W, class C, class F>
 static void run_layers(const Net& net, const Network<W, C>& network, Index m, View<const C> x, C* spare,
                        Index spare_each, View<C> y, const F& keep) {
@@ -293,7 +312,7 @@ static void run_layers(const Net& net, const Network<W, C>& network, Index m, Vi
         }
       affine += layer.out * (1 + net.bias);
     }
-    keep(l, View<const C>{to.data, to.row, 1});
+    if (!keep(l, View<const C>{to.data, to.row, 1})) return;
     if (to.row == layer.out)
       activate<C>(layer, m * layer.out, to.data, to.data);
     else
@@ -327,11 +346,7 @@ static void run_piece(const Net& net, const Groups& groups, const Piece& q, cons
   using C = Acc<T>;
   const Index chunk = chunk_rows<C>(net), most = chunk * widest(net), rows = total_rows(groups);
   C* spare = scratch<C>(Slot::block, 3 * most);
-  if (q.end - q.begin > few_rows) {
-    C* turned = scratch<C>(Slot::turned, max(turned_elements<C>(net), 1));
-    turn_network<W, C>(net, network.weights, net.bias && !network.affine, turned);
-    network.turned = turned;
-  }
+  network.turned = turn_network<W, C>(net, network.weights, net.bias && !network.affine, q.end - q.begin);
   const Index out = net.layers[net.count - 1].out;
   for (Index r = q.begin; r < q.end; r += chunk) {
     const Piece part{q.task, r, min(r + chunk, q.end)};
@@ -342,10 +357,11 @@ static void run_piece(const Net& net, const Groups& groups, const Piece& q, cons
     T* z = static_cast<T*>(hidden);
     run_layers<W, C>(net, network, part.end - part.begin, inputs, spare, most, to,
                      [&](Index l, View<const C> from) {
-                       if (!z || !is_kept(net, l)) return;
+                       if (!z || !is_kept(net, l)) return true;
                        put_rows<T>(dense_rows(z, groups, net.layers[l].out), groups, part, from,
                                    net.layers[l].out);
                        z += rows * net.layers[l].out;
+                       return true;
                      });
     if (!direct) put_rows<T>(y, groups, part, {to.data, out, 1}, out);
   }
@@ -369,28 +385,50 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   }
 }
 
-// The gradients of one piece: g (params) of its network's parameters, and of x.
+// The gradients of one piece: g (params) of its network's parameters, and of x. Pre-activations that were
+// not kept are computed again: to write and read them would take longer.
 template <class T>
 static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const Acc<T>* w, Acc<T>* g) {
   using C = Acc<T>;
   static const C one = 1;
   const HyperMlp& p = b.forward;
   const Net& net = p.net;
-  const Index params = params_of(net), rows = total_rows(p.groups);
+  const Index params = params_of(net), rows = total_rows(p.groups), outputs = outputs_of(net);
   const Index chunk = chunk_rows<C>(net), most = chunk * widest(net);
-  C* spare = scratch<C>(Slot::block, 3 * most);
+  C* spare = scratch<C>(Slot::block, 3 * most + (p.hidden ? 0 : chunk * outputs));
   C* inputs = spare + 2 * most;
+  C* again = inputs + most;
+  Network<C, C> network{w, nullptr, nullptr, 0};
+  if (!p.hidden) network.turned = turn_network<C, C>(net, w, net.bias, q.end - q.begin);
   for (Index j = 0; j < params; ++j) g[j] = 0;
   for (Index r = q.begin; r < q.end; r += chunk) {
     const Piece part{q.task, r, min(r + chunk, q.end)};
     const Index m = part.end - part.begin;
-    const T* z = static_cast<const T*>(p.hidden) + rows * kept_width(net);
-    // g *= f'(z), a = f(z) for the rows of layer l, which are (m, out), one behind another.
+    View<const C> x0 = gather<T>(p.x, p.groups, part, net.layers[0].in, Slot::local_d);
+    if (x0.col != 1) x0 = compact(x0, m, net.layers[0].in, Slot::local_d);
+    const T* kept = static_cast<const T*>(p.hidden) + (p.hidden ? rows * kept_width(net) : 0);
+    C* computed = again;
+    if (!p.hidden) {
+      const Layer& last = net.layers[net.count - 1];
+      run_layers<C, C>(net, network, m, x0, spare, most, {inputs, last.out, 1},
+                       [&](Index l, View<const C> from) {
+                         if (!is_kept(net, l)) return false;
+                         const Index n = m * net.layers[l].out;
+                         for (Index j = 0; j < n; ++j) computed[j] = from.data[j];
+                         computed += n;
+                         return l + 1 < net.count;
+                       });
+    }
+    // g *= f'(z), a = f(z) for the rows of a layer, which are (m, out), one behind another.
     const auto back_through = [&](const Layer& layer, C* to, C* a) {
-      z -= rows * layer.out;
-      const Rows from = dense_rows(const_cast<T*>(z), p.groups, layer.out);
-      const View<const C> kept = gather<T>(from, p.groups, part, layer.out, Slot::local_c);
-      slope<C>(layer, m * layer.out, kept.data, to, a);
+      if (!p.hidden) {
+        computed -= m * layer.out;
+        return slope<C>(layer, m * layer.out, computed, to, a);
+      }
+      kept -= rows * layer.out;
+      const Rows from = dense_rows(const_cast<T*>(kept), p.groups, layer.out);
+      const View<const C> z = gather<T>(from, p.groups, part, layer.out, Slot::local_c);
+      slope<C>(layer, m * layer.out, z.data, to, a);
     };
     View<const C> grad = gather<T>(b.grad, p.groups, part, net.layers[net.count - 1].out, Slot::local_a);
     if (is_kept(net, net.count - 1)) {
@@ -418,8 +456,7 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
       } else {
         if (wanted)
           put_rows<T>(dense_rows(b.grad_x, p.groups, layer.in), p.groups, part, {next, layer.in, 1}, layer.in);
-        x = gather<T>(p.x, p.groups, part, layer.in, Slot::local_d);
-        if (x.col != 1) x = compact(x, m, layer.in, Slot::local_b);
+        x = x0;
       }
       C* to = g + first;
       if (layer.in < layer.out) {  // lanes along the longer side
