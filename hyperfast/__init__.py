@@ -8,6 +8,7 @@ from hyperfast.hypernet import HyperNet
 from hyperfast.model import HyperMLP
 from hyperfast.module_target import ModuleTarget
 from hyperfast.plan import explain
+from hyperfast.sharded_bank import ShardedTaskBank
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet
 
@@ -16,6 +17,7 @@ __all__ = [
     "HyperNet",
     "MLPSpec",
     "ModuleTarget",
+    "ShardedTaskBank",
     "Sine",
     "TargetNet",
     "TaskBank",

@@ -10,11 +10,11 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -340,9 +340,8 @@ class TaskBank:
                 raise ValueError("keys must be new, and different from each other")
             ids = table.fresh_ids(count)
             named = list(zip(ids.tolist(), names, strict=True)) if names else []
-            with table.prepare(ids, columns, z, named) as change:
-                self._record("add", change, z)
-            table.add(change)
+            with self._changing("add", ids, columns, z, named):
+                pass
         return ids
 
     @torch.inference_mode(False)
@@ -364,9 +363,8 @@ class TaskBank:
             raise ValueError(f"ids must hold {count} ids, one a network, got {len(ids)}")
         with self._table.write:
             self._table.find(ids)
-            with self._table.prepare(ids, columns, z, []) as change:
-                self._record("update", change, z)
-            self._table.update(change)
+            with self._changing("update", ids, columns, z, []):
+                pass
 
     @torch.inference_mode(False)
     def remove(self, ids: Ids) -> None:
@@ -383,6 +381,22 @@ class TaskBank:
             self._table.read_keys()
             self._record("remove", Change(ids, ids, ids, []), None)
             self._table.remove(ids)
+
+    @contextmanager
+    def _changing(
+        self,
+        op: Literal["add", "update"],
+        ids: Tensor,
+        columns: Iterable[Columns] | None,
+        z: Tensor | None,
+        names: Named,
+    ) -> Iterator[None]:
+        """New content of tasks, made before the block and published after it; if the block raises,
+        nothing has changed. The caller holds the table's ``write``."""
+        with self._table.prepare(ids, columns, z, names) as change:
+            yield
+            self._record(op, change, z)
+        {"add": self._table.add, "update": self._table.update}[op](change)
 
     def _ids(self, ids: Ids, distinct: bool = False) -> Tensor:
         """``ids`` as a tensor ``(n,)`` on the bank's device."""
@@ -646,7 +660,6 @@ class TaskBank:
         if op == "remove":
             table.remove(ids)
         else:
-            publish = {"add": table.add, "update": table.update}[op]
             columns, z = None, None
             if self.max_bytes is None:
                 columns = tuple(tensors[name] for name in self._format.columns)
@@ -659,9 +672,8 @@ class TaskBank:
                 raise ValueError("its keys are taken")
             if columns is None and z is None:
                 raise ValueError("it adds nothing")
-            with table.prepare(ids, [columns] if columns else None, z, names) as change:
+            with self._changing(op, ids, [columns] if columns else None, z, names):
                 pass
-            publish(change)
         self._sequence = record.sequence
 
     def _continue(self, log: Log, end: int) -> None:

@@ -68,12 +68,9 @@ class ColwiseHyperMLP(nn.Module):
         assert model.mlp is not None
         self.spec, self.target = model.mlp
         self.z_dim = model.hyper.z_dim
-        self.trunk = distribute_module(
-            nn.Sequential(*list(model.hyper.generator)[:-1]),
-            mesh,
-            input_fn=lambda _, inputs, mesh: DTensor.from_local(*inputs, mesh, [Replicate()]),
-            output_fn=lambda _, output, mesh: output.to_local(),
-        )
+        self.mesh = mesh
+        self.trunk = nn.Sequential(*list(model.hyper.generator)[:-1])
+        distribute_module(self.trunk, mesh)  # replicates it
         head, numels = model.hyper.head, [layer.numel for layer in self.spec.layers]
         rows = zip(head.weight.split(numels), head.bias.split(numels), strict=True)
         self.layers = nn.ModuleList(
@@ -97,8 +94,10 @@ class ColwiseHyperMLP(nn.Module):
             if task_ids is not None:
                 raise ValueError(f"z must have shape (B, {self.z_dim}) when task_ids is given")
             return self(checks.tensor("x", x).unsqueeze(0), z.unsqueeze(0)).squeeze(0)
-        checks.same_kind(**{"the hypernetwork's weight": self.layers[0].weight}, x=x, z=z)
-        h = _shared(self.trunk(z), self.layers[0].weight.device_mesh)
+        weight = next(self.layers.parameters())
+        checks.same_kind(**{"the hypernetwork's weight": weight}, x=x, z=z)
+        h = self.trunk(DTensor.from_local(z, self.mesh, [Replicate()])).to_local()
+        h = _shared(h, self.mesh)
         if x.is_nested:
             return from_jagged(x, task_ids, len(z), lambda rows, ids: self._apply_to(rows, h, ids))
         return self._apply_to(x, h, task_ids)
@@ -110,11 +109,15 @@ class ColwiseHyperMLP(nn.Module):
                 f"got shape {checks.shape(x)}"
             )
         activations = self.target.layer_activations(len(self.layers))
-        for layer, activation in zip(self.layers, activations, strict=True):
+        for layer, activation in zip(self._slices, activations, strict=True):
             x = layer(x, h, task_ids)
             if activation is not None:
                 x = activation(x)
         return x
+
+    @property
+    def _slices(self) -> list[_Slice]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the HyperMLP that this was made of, whole on every rank, which must
@@ -126,7 +129,7 @@ class ColwiseHyperMLP(nn.Module):
         head = f"hyper.generator.{len(self.trunk)}"
         for kind in ("weight", "bias"):
             named[f"{head}.{kind}"] = torch.cat(
-                [layer.rows(getattr(layer, kind).detach().full_tensor()) for layer in self.layers]
+                [layer.rows(getattr(layer, kind).detach().full_tensor()) for layer in self._slices]
             )
         return named | {f"target.{name}": t for name, t in self.target.state_dict().items()}
 
@@ -139,16 +142,15 @@ class _Slice(nn.Module):
     places for a target without biases.)
     """
 
+    weight: DTensor
+    bias: DTensor
+
     def __init__(self, spec: LayerSpec, weight: Tensor, bias: Tensor, mesh: DeviceMesh):
         super().__init__()
         self.spec = spec
-        self.weight, self.bias = (
-            nn.Parameter(
-                distribute_tensor(self._by_output(rows.detach()), mesh, [Shard(0)]),
-                requires_grad=rows.requires_grad,
-            )
-            for rows in (weight, bias)
-        )
+        for name, rows in (("weight", weight), ("bias", bias)):
+            shards = distribute_tensor(self._by_output(rows.detach()), mesh, [Shard(0)])
+            self.register_parameter(name, nn.Parameter(shards, rows.requires_grad))
 
     def _by_output(self, rows: Tensor) -> Tensor:
         out, weights = self.spec.out_features, self.spec.weight_numel
