@@ -270,7 +270,7 @@ def check_an_error_is_everyones(rank, ranks, folder):
         assert torch.equal(bank.weights(torch.arange(30)), weights)
 
     with raises(IndexError, "no task of the bank has the id 77"):
-        bank(x, ids + 74 * last)
+        bank(x, ids + 74 * last * (ids == 3))
     with raises(ValueError, "x must have shape"):
         bank(x[:, : 8 + (not last)], ids)
     with raises(TypeError, "x must be a floating-point tensor"):
@@ -435,10 +435,11 @@ def check_bad_folders(rank, ranks, folder):
 CHECKS = {name[6:]: check for name, check in globals().items() if name.startswith("check_")}
 
 
-def main(folder):
+def main(folder, **where):
     """Runs all checks; rank 0 writes down each that has passed on all ranks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    # Longer than a loaded machine stands still: one that fails closes its connections at once.
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10), **where)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for name, check in CHECKS.items():
         torch.manual_seed(0)
@@ -448,6 +449,10 @@ def main(folder):
             with open(Path(folder) / "passed", "a") as passed:
                 passed.write(f"{name}\n")
     dist.destroy_process_group()
+
+
+def spawned(rank, ranks, folder):
+    main(folder, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
 
 
 if __name__ == "__main__":
