@@ -307,6 +307,9 @@ def check_an_error_is_everyones(rank, ranks, folder):
         ShardedTaskBank.from_weights(
             SPEC, weights, dtype=torch.float32 if last else torch.bfloat16, keys=[rank] * 30
         )
+    # What a rank had stored before another one failed has been given back.
+    store = bank.local._table.weights
+    assert len(store.reserve(store.rows)) == store.rows - len(bank.local)
 
 
 # Files
@@ -364,20 +367,6 @@ def check_few_tasks(rank, ranks, folder):
         assert len(one) == 0
 
 
-class Disk:
-    """Fails at its ``n``-th sync, or never."""
-
-    def __init__(self):
-        self.sync, self.left = os.fsync, None
-
-    def __call__(self, file):
-        if self.left is not None:
-            self.left -= 1
-            if self.left == 0:
-                raise OSError("the disk is full")
-        self.sync(file)
-
-
 def check_a_failed_save(rank, ranks, folder):
     """Wherever a rank fails, all raise, and the folder holds the old set or the new one."""
     path = folder / "failing"
@@ -386,22 +375,34 @@ def check_a_failed_save(rank, ranks, folder):
     bank = ShardedTaskBank.from_weights(SPEC, old[first])
     bank.save(path)
     bank.update(ids[first], weights=new[first])
-    disk = os.fsync = Disk()
-    seen = []
-    # A shard is synced as a file and in its folder, then by the first rank the manifest.
-    for culprit, n in [*((0, n) for n in (1, 2, 3, 4)), *((ranks - 1, n) for n in (1, 2))]:
-        disk.left = n if rank == culprit else None
-        with pytest.raises(OSError, match="the disk is full"):
-            bank.save(path)
-        disk.left = None
+    steps = []
+
+    def failing(call):
+        def step(*args):
+            steps.append(call)
+            if len(steps) == fails:
+                raise OSError("the disk is full")
+            return call(*args)
+
+        return step
+
+    # A file is synced, renamed, and synced in its folder: a rank's bank, then rank 0's manifest.
+    for culprit, n in [*((0, n) for n in range(1, 7)), *((ranks - 1, n) for n in range(1, 4))]:
+        fails = n if rank == culprit else 0
+        with pytest.MonkeyPatch.context() as patch:
+            for call in (os.fsync, os.replace):
+                patch.setattr(os, call.__name__, failing(call))
+            with pytest.raises(OSError, match="the disk is full"):
+                bank.save(path)
+        steps.clear()
         weights = ShardedTaskBank.open(path, verify=True).weights(ids)
-        assert torch.equal(weights, old) or torch.equal(weights, new)
-        seen.append(bool(weights[0, 0]))
+        # Only what failed after the manifest had its name is there.
+        assert torch.equal(weights, new if culprit == 0 and n == 6 else old)
         dist.barrier()
         assert len([*path.glob("*.safetensors*")]) == ranks
+        if culprit == 0 and n == 6:
+            old = new
         dist.barrier()
-    assert seen == [False, False, False, True, True, True]
-    os.fsync = disk.sync
     # What a crash leaves is not opened, and removed by the next save.
     left = [path / f"{MANIFEST}.tmp", path / f"{0:016x}.0-of-2.safetensors"]
     if rank == 0:
