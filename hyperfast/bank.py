@@ -30,6 +30,7 @@ from hyperfast.bank_file import (
     write_snapshot,
 )
 from hyperfast.bank_log import Log, Record, records
+from hyperfast.bank_module import BankModule
 from hyperfast.bank_store import Columns, Format, Guard, Store
 from hyperfast.bank_table import LATENT, ROW, Change, Key, Named, Table, fits
 from hyperfast.hypernet import HyperNet
@@ -271,6 +272,14 @@ class TaskBank:
             if self._table.latents is None or bool((rows < 0).any()):
                 raise ValueError("ids must be of tasks that were given by latents")
             return self._table.latents.column(0, rows)
+
+    @torch.inference_mode(False)
+    def module(self) -> BankModule:
+        """A module that does what the bank does now, for ``torch.export``: ``module(x, task_ids)``.
+
+        It holds a copy of the weights, in the dtype that the bank computes in; int8 is widened.
+        """
+        return BankModule(self)
 
     def error_report(
         self, weights: Weights | None = None, *, ids: Ids | None = None, rows: int = 16
