@@ -9,6 +9,7 @@ from hyperfast.model import HyperMLP
 from hyperfast.module_target import ModuleTarget
 from hyperfast.plan import explain
 from hyperfast.server import TaskServer
+from hyperfast.sharded_bank import ShardedTaskBank
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet
 
@@ -17,6 +18,7 @@ __all__ = [
     "HyperNet",
     "MLPSpec",
     "ModuleTarget",
+    "ShardedTaskBank",
     "Sine",
     "TargetNet",
     "TaskBank",

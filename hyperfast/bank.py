@@ -6,11 +6,11 @@ import copy
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from hyperfast import bank_report, bank_snapshot, checks
 from hyperfast.bank_file import open_regular
 from hyperfast.bank_input import Ids, Weights, to_columns, to_flat, to_ids
 from hyperfast.bank_log import Log
+from hyperfast.bank_module import BankModule
 from hyperfast.bank_replay import log_path, record, replay, resume
 from hyperfast.bank_store import Columns, Format
-from hyperfast.bank_table import LATENT, Change, Key, Table
+from hyperfast.bank_table import LATENT, Change, Key, Named, Table
 from hyperfast.hypernet import HyperNet
 from hyperfast.spec import MLPSpec, positive
 from hyperfast.target import TargetNet
@@ -256,6 +257,14 @@ class TaskBank:
                 raise ValueError("ids must be of tasks that were given by latents")
             return self._table.latents.column(0, rows)
 
+    @torch.inference_mode(False)
+    def module(self) -> BankModule:
+        """A module that does what the bank does now, for ``torch.export``: ``module(x, task_ids)``.
+
+        It holds a copy of the weights, in the dtype that the bank computes in; int8 is widened.
+        """
+        return BankModule(self)
+
     def error_report(
         self, weights: Weights | None = None, *, ids: Ids | None = None, rows: int = 16
     ) -> bank_report.ErrorReport:
@@ -324,9 +333,8 @@ class TaskBank:
                 raise ValueError("keys must be new, and different from each other")
             ids = table.fresh_ids(count)
             named = list(zip(ids.tolist(), names, strict=True)) if names else []
-            with table.prepare(ids, columns, z, named) as change:
-                record(self, "add", change, z)
-            table.add(change)
+            with self._changing("add", ids, columns, z, named):
+                pass
         return ids
 
     @torch.inference_mode(False)
@@ -348,9 +356,8 @@ class TaskBank:
             raise ValueError(f"ids must hold {count} ids, one a network, got {len(ids)}")
         with self._table.write:
             self._table.find(ids)
-            with self._table.prepare(ids, columns, z, []) as change:
-                record(self, "update", change, z)
-            self._table.update(change)
+            with self._changing("update", ids, columns, z, []):
+                pass
 
     @torch.inference_mode(False)
     def remove(self, ids: Ids) -> None:
@@ -367,6 +374,22 @@ class TaskBank:
             self._table.read_keys()
             record(self, "remove", Change(ids, ids, ids, []), None)
             self._table.remove(ids)
+
+    @contextmanager
+    def _changing(
+        self,
+        op: Literal["add", "update"],
+        ids: Tensor,
+        columns: Iterable[Columns] | None,
+        z: Tensor | None,
+        names: Named,
+    ) -> Iterator[None]:
+        """New content of tasks, made before the block and published after it; if the block raises,
+        nothing has changed. The caller holds the table's ``write``."""
+        with self._table.prepare(ids, columns, z, names) as change:
+            yield
+            record(self, op, change, z)
+        {"add": self._table.add, "update": self._table.update}[op](change)
 
     def _generate(self, z: Tensor) -> Columns:
         """The columns of the networks of ``z (n, z_dim)``."""

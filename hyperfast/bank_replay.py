@@ -70,7 +70,6 @@ def _repeat(bank: TaskBank, entry: Record) -> None:
     if op == "remove":
         table.remove(ids)
     else:
-        publish = {"add": table.add, "update": table.update}[op]
         columns, z = None, None
         if bank.max_bytes is None:
             columns = tuple(tensors[name] for name in bank._format.columns)
@@ -83,9 +82,8 @@ def _repeat(bank: TaskBank, entry: Record) -> None:
             raise ValueError("its keys are taken")
         if columns is None and z is None:
             raise ValueError("it adds nothing")
-        with table.prepare(ids, [columns] if columns else None, z, names) as change:
+        with bank._changing(op, ids, [columns] if columns else None, z, names):
             pass
-        publish(change)
     bank._sequence = entry.sequence
 
 

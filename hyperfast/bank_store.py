@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hyperfast.activations import encode
 from hyperfast.functional import task_linear
+from hyperfast.mlp_ops import task_mlp
 from hyperfast.plan import BLOCK
+from hyperfast.rows import blocks
 from hyperfast.spec import MLPSpec, ParamSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -100,11 +102,12 @@ class Format:
     def apply(
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, rows: Tensor
     ) -> Tensor:
-        """``x (R, in)`` of the compute dtype through the networks at ``rows (R,)`` of ``columns``.
-
-        Steps of int8 are widened a block of touched tasks at a time, so that the widened weights
-        stay in cache.
-        """
+        """``x (R, in)`` of the compute dtype through the networks at ``rows (R,)`` of ``columns``:
+        one op where its kernels know all activations, else layer by layer."""
+        text = encode(activations)
+        if text is not None:
+            affine = columns[1] if self.dtype == torch.int8 else None
+            return task_mlp(x, columns[0], affine, rows, self.spec.sizes, self.spec.bias, text)
         if self.dtype != torch.int8:
             return stack(self.spec, activations, columns[0], x, rows)
         y = x.new_empty(len(x), self.spec.sizes[-1])
@@ -117,8 +120,8 @@ class Format:
 def stack(
     spec: MLPSpec, activations: Sequence[nn.Module | None], flat: Tensor, x: Tensor, rows: Tensor
 ) -> Tensor:
-    """The one place where the layers of stored networks are applied: row ``r`` of ``x (R, in)``
-    runs through the network of ``flat[rows[r]]``."""
+    """The layers of stored networks one by one: row ``r`` of ``x (R, in)`` runs through the network
+    of ``flat[rows[r]]``."""
     for (weight, bias), activation in zip(pairs(spec, flat), activations, strict=True):
         x = task_linear(x, weight, bias, rows)
         if activation is not None:
@@ -132,17 +135,6 @@ def pairs(spec: MLPSpec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
     if not spec.bias:
         return [(weight, None) for weight in views]
     return list(zip(views[::2], views[1::2], strict=True))
-
-
-def blocks(rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The distinct values of ``rows (R,)``, ``size`` at a time: ``(values, where, local)`` with
-    ``rows[where] == values[local]``."""
-    values, inverse = torch.unique(rows, return_inverse=True)
-    ordered, order = inverse.sort()
-    starts = torch.arange(0, len(values) + size, size, device=rows.device)
-    edges = torch.searchsorted(ordered, starts).tolist()
-    for n, (first, last) in enumerate(pairwise(edges)):
-        yield values[n * size : (n + 1) * size], order[first:last], ordered[first:last] - n * size
 
 
 class Guard(Protocol):

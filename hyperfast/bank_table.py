@@ -11,8 +11,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfast.bank_store import Columns, Format, Guard, Store, blocks
+from hyperfast.bank_store import Columns, Format, Guard, Store
 from hyperfast.plan import BLOCK
+from hyperfast.rows import blocks
 
 Key: TypeAlias = str | int
 Named: TypeAlias = list[tuple[int, Key]]

@@ -196,7 +196,7 @@ class HyperNet(nn.Module):
         """``h``: the trunk's output, ``(..., H)``."""
         self._check(z)
         for module in list(self.generator._modules.values())[:-1]:
-            z = module(z)  # type: ignore[misc]
+            z = module(z)
         return z
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hyperfast import checks, ops, plan
 from hyperfast.activations import Formula, decode
+from hyperfast.rows import blocks
 from hyperfast.spec import MLPSpec
 
 
@@ -256,8 +257,15 @@ def _task_mlp(x, weight, affine, task_ids, sizes, target_bias, activations):
     ):
         if t is not None and t.shape[-1] != width:
             raise ValueError(f"{name} must have {width} columns, got {checks.shape(t)}")
-    # Rows that share no task with another would each copy their task's weights: a block at a time.
-    return by_task_layers(x, weight, affine, task_ids, sizes, target_bias, activations).contiguous()
+    options = sizes, target_bias, activations
+    if affine is None or task_ids is None:
+        return by_task_layers(x, weight, affine, task_ids, *options).contiguous()
+    # Steps of int8 are widened a block of touched tasks at a time, so that they stay in cache.
+    y = x.new_empty(len(x), sizes[-1])
+    for tasks, where, local in blocks(task_ids, max(1, plan.BLOCK // matrices)):
+        some = weight.index_select(0, tasks), affine.index_select(0, tasks)
+        y[where] = by_task_layers(x[where], *some, local, *options)
+    return y
 
 
 def _task_mlp_setup(ctx, inputs, output):

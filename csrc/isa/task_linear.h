@@ -20,7 +20,7 @@ static void dot_rows(Index rows, Index depth, const T* a, Index a_row, Index ahe
   for (Index r = 0; r < rows; ++r, a += a_row) {
     Vec<C> acc[N] = {};
     for (Index i = 0; i < whole; i += w) {
-      if (ahead && i % line == 0) __builtin_prefetch(a + ahead + i);
+      if (ahead && i % line == 0) prefetch(a + ahead + i);
       const Vec<C> v = load_wide(a + i);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[n] += v * load(b + n * b_row + i);
