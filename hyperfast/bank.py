@@ -195,7 +195,8 @@ class TaskBank:
 
         Args:
             x: ``(R, in)``, any floating-point dtype and strides. It is cast to the dtype of the
-                bank, float32 for int8, in which every layer takes its input and gives its output.
+                bank, float32 for int8; sums, and in one fused op hidden layers too, are of float32
+                at least.
             task_ids: ``(R,)`` int64, in any order, with any repeats.
 
         Returns:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hyperfast.bank_store import stack
+from hyperfast.bank_store import apply
 from hyperfast.bank_table import SLOT
 
 if TYPE_CHECKING:
@@ -50,5 +50,5 @@ class BankModule(nn.Module):
         """
         slots = (task_ids & SLOT).clamp(max=len(self.codes) - 1)
         rows = self.codes.index_select(0, slots) ^ task_ids
-        y = stack(self.spec, self.activations, self.weights, x.to(self.weights.dtype), rows)
+        y = apply(self.spec, self.activations, (self.weights,), x.to(self.weights.dtype), rows)
         return y.to(x.dtype)

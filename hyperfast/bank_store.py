@@ -102,19 +102,30 @@ class Format:
     def apply(
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, rows: Tensor
     ) -> Tensor:
-        """``x (R, in)`` of the compute dtype through the networks at ``rows (R,)`` of ``columns``:
-        one op where its kernels know all activations, else layer by layer."""
-        text = encode(activations)
-        if text is not None:
-            affine = columns[1] if self.dtype == torch.int8 else None
-            return task_mlp(x, columns[0], affine, rows, self.spec.sizes, self.spec.bias, text)
-        if self.dtype != torch.int8:
-            return stack(self.spec, activations, columns[0], x, rows)
+        """``x (R, in)`` of the compute dtype through the networks at ``rows`` of ``columns``."""
+        if self.dtype != torch.int8 or encode(activations) is not None:
+            return apply(self.spec, activations, columns, x, rows)
         y = x.new_empty(len(x), self.spec.sizes[-1])
         for tasks, where, local in blocks(rows, max(1, BLOCK // self.spec.numel)):
             flat = self.decode(tuple(c.index_select(0, tasks) for c in columns))
             y[where] = stack(self.spec, activations, flat, x[where], local)
         return y
+
+
+def apply(
+    spec: MLPSpec,
+    activations: Sequence[nn.Module | None],
+    columns: Columns,
+    x: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """Stored networks on mixed rows: one op where kernels know all activations, else by layers;
+    only the op takes int8."""
+    text = encode(activations)
+    if text is None:
+        return stack(spec, activations, columns[0], x, rows)
+    affine = columns[1] if len(columns) > 1 else None
+    return task_mlp(x, columns[0], affine, rows, spec.sizes, spec.bias, text)
 
 
 def stack(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from hyperfast import checks
-from hyperfast.activations import Activation, resolve
+from hyperfast import backend, checks
+from hyperfast.activations import Activation, encode, resolve
 from hyperfast.functional import task_linear
+from hyperfast.mlp_ops import task_mlp
 
 Transform: TypeAlias = str | Callable[[Tensor], Tensor]
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,6 +94,13 @@ class TargetNet(nn.Module):
         if checks.tensor("x", x).is_nested:
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
+        flat = None if self.weight_transform is not None else _flat(layers)
+        text = None if flat is None else encode(activations)
+        if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
+            sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
+            tensors = checks.floating(x=x, weight=flat)
+            checks.rows(x, sizes[0], len(flat), task_ids, "weight")
+            return task_mlp(*tensors, None, task_ids, sizes, layers[0][1] is not None, text)
         for (w, b), activation in zip(layers, activations, strict=True):
             x = task_linear(x, w, b, task_ids)
             if activation is not None:
@@ -140,6 +150,38 @@ def from_jagged(
     component = torch.arange(tasks, device=offsets.device)
     ids = component.repeat_interleave(offsets.diff(), output_size=values.shape[0])
     return torch.nested.nested_tensor_from_jagged(apply(values, ids), offsets)
+
+
+def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
+    them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
+    must see each of them."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.forced == "reference":
+        return None
+    first = layers[0][0]
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if type(first) is not Tensor or transformed:
+        return None
+    storage, step, biases = first.untyped_storage().data_ptr(), first.stride(0), 0
+    place = first.storage_offset()
+    for w, b in layers:
+        biases += b is not None
+        for t in (w, b):
+            if t is None:
+                continue
+            rows = (t.shape[2], 1) if t.ndim == 3 else (1,)
+            if (
+                t.storage_offset() != place
+                or t.stride() != (step, *rows)
+                or t.dtype != first.dtype
+                or t.untyped_storage().data_ptr() != storage
+            ):
+                return None
+            place += math.prod(t.shape[1:])
+    if biases not in (0, len(layers)):
+        return None
+    size = (first.shape[0], place - first.storage_offset())
+    return first.as_strided(size, (step, 1), first.storage_offset())
 
 
 def _unbatched(

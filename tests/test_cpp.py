@@ -137,6 +137,8 @@ HYPER_SIZES = [  # B, N, in, out, features
 @pytest.mark.parametrize(
     ("plan", "ragged", "target_bias", "head_bias"),
     [
+        ("contract", False, True, True),
+        ("contract", True, False, False),
         ("tile", False, True, True),
         ("tile", True, True, False),
         ("materialize", False, False, True),
@@ -229,9 +231,10 @@ def test_hyper_memory_does_not_grow_with_the_generated_weights():
         "op = torch.ops.hyperfast\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "x, h, v = torch.ones(1024, 1, 128), torch.ones(1024, 8), torch.ones(128 * 129, 8)\n"
-        "run = lambda n: (op.hyper_linear(x[:n], h[:n], v, None, None, True, 'tile'),\n"
-        "  op.hyper_linear_grad_h(x[:n], x[:n], v, None, n, True, 'tile'),\n"
-        "  op.hyper_linear_grad_weight(x[:n], x[:n], h[:n], None, True, 'tile'))\n"
+        "run = lambda n: [(op.hyper_linear(x[:n], h[:n], v, None, None, True, plan),\n"
+        "  op.hyper_linear_grad_h(x[:n], x[:n], v, None, n, True, plan),\n"
+        "  op.hyper_linear_grad_weight(x[:n], x[:n], h[:n], None, True, plan))\n"
+        "  for plan in ('contract', 'tile')] and None\n"
         "run(64); before = peak(); run(1024); print(peak() - before)\n"
     )
     done = run(_C.isa(), "-c", code)
@@ -270,7 +273,8 @@ def test_fp16_and_bf16_keep_infinity_nan_and_subnormals():
     assert y.isinf().all()
 
 
-def test_result_does_not_depend_on_threads():
+@pytest.mark.parametrize("plan", ["contract", "tile"])
+def test_result_does_not_depend_on_threads(plan):
     x, w = rand(9, 700, 65, dtype=torch.float32), rand(9, 33, 65, dtype=torch.float32)
     g, h = rand(9, 700, 33, dtype=torch.float32), rand(9, 40, dtype=torch.float32)
     v = rand(33 * 65, 40, dtype=torch.float32)
@@ -279,10 +283,10 @@ def test_result_does_not_depend_on_threads():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         y, gw = op.task_linear(x, w, None, None), op.task_linear_grad_weight(g, x, None, 9)
-        hyper = op.hyper_linear(x, h, v, None, None, False, "tile")
-        gx = op.hyper_linear_grad_x(g, h, v, None, None, "tile")
-        gh = op.hyper_linear_grad_h(g, x, v, None, 9, False, "tile")
-        gv = op.hyper_linear_grad_weight(g, x, h, None, False, "tile")
+        hyper = op.hyper_linear(x, h, v, None, None, False, plan)
+        gx = op.hyper_linear_grad_x(g, h, v, None, None, plan)
+        gh = op.hyper_linear_grad_h(g, x, v, None, 9, False, plan)
+        gv = op.hyper_linear_grad_weight(g, x, h, None, False, plan)
         results.append((y, gw, hyper, gx, gh, gv))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

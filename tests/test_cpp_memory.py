@@ -38,12 +38,18 @@ def bytes_in_use():
 
 X, H, G = torch.randn(4, 3, 5), torch.randn(4, 6), torch.randn(4, 3, 2)
 V, BIAS, W = torch.randn(12, 6), torch.randn(12), torch.randn(4, 2, 5)
+P = 3 * 6 + 2 * 4
+MLP = (X, H, torch.randn(P, 6), torch.randn(P), None, (5, 3, 2), True, "elu,identity")
+Y, Z, FLAT = torch.randn(4, 3, 2), torch.randn(4 * 3 * 3), torch.randn(4, P)
 CALLS = {
     "task_linear": lambda: op.task_linear(X, W, W[:, :, 0], None),
     "task_linear_grad_weight": lambda: op.task_linear_grad_weight(G, X, None, 4),
     "hyper_linear": lambda: op.hyper_linear(X, H, V, BIAS, None, True, "tile"),
     "hyper_linear_grad_x": lambda: op.hyper_linear_grad_x(G, H, V[:10], None, None, ""),
     "hyper_linear_grad_h": lambda: op.hyper_linear_grad_h(G, X, V, None, 4, True, ""),
+    "hyper_mlp": lambda: op.hyper_mlp(*MLP, True),
+    "hyper_mlp_backward": lambda: op.hyper_mlp_backward(Y, *MLP[:5], Z, *MLP[5:], [True] * 4),
+    "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, (5, 3, 2), True, "elu,identity"),
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
 }
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hyperfast
-from hyperfast import Sine, TargetNet
+from hyperfast import Sine, TargetNet, mlp_ops
 
 
 def rand(*shape):
@@ -251,3 +251,37 @@ def test_a_target_that_does_more_is_not_fused(target):
     x, z = rand(2, 7, 4), rand(2, 5)
     assert not model.fused
     close(model(x, z), 2 * hyperfast.HyperMLP(HYPER)(x, z))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pieces_of_one_vector_run_as_one_op(bias, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return mlp_ops.task_mlp(*args)
+
+    monkeypatch.setattr("hyperfast.target.task_mlp", counted)
+    hyper = hyperfast.HyperNet(5, 4, (6, 7), 3, bias=bias, dtype=torch.float64)
+    target = hyperfast.TargetNet("tanh")
+    weights = hyper(torch.randn(8, 5, dtype=torch.float64))
+    x, ids = torch.randn(20, 4, dtype=torch.float64), torch.randint(8, (20,))
+    layered = target(x, weights, ids)
+    assert not calls  # gradients flow to each weight
+    with torch.no_grad():
+        one = target(x, weights, ids)
+        assert len(calls) == 1
+        rows = target(x[:16].view(8, 2, 4), weights)
+        assert len(calls) == 2
+        copies = target(x, [w.clone() for w in weights], ids)
+        assert len(calls) == 2
+    torch.testing.assert_close(one, layered, rtol=0, atol=1e-12)
+    torch.testing.assert_close(copies, layered, rtol=0, atol=1e-12)
+    sorted_ids = torch.arange(8).repeat_interleave(2)
+    torch.testing.assert_close(
+        rows.flatten(0, 1), target(x[:16], weights, sorted_ids), atol=1e-12, rtol=0
+    )
+    with torch.no_grad(), pytest.raises(IndexError, match="task_ids"):
+        target(x, weights, ids - 1)
+    with torch.no_grad(), pytest.raises(ValueError, match="x must have shape"):
+        target(x[:, :3], weights, ids)
