@@ -56,14 +56,25 @@ template <int M, int V, bool Tail, class C, class Step>
 static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail, View<const C> init,
                  View<C> c, int n, const C* ahead) {
   constexpr int w = width<C>;
-  // Whole vectors side by side, as nearly always: no branch for each of them.
+  // Sums start from init on every way, so that a result does not depend on how C is cut into tiles.
+  // Plain: whole vectors side by side, as nearly always; no branch for each of them.
   const bool plain = c.col == 1 && n == V * w && (!init.data || init.col == 1);
   Vec<C> acc[M][V] = {};
-  if (plain && init.data)
+  C spill[M][V * w];
+  if (init.data && plain) {
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] = load(init.data + m * init.row + v * w);
+  } else if (init.data) {
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < V * w; ++i)
+        spill[m][i] = i < n ? init.data[m * init.row + i * init.col] : C(0);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] = load(&spill[m][v * w]);
+  }
   const C* rows[M];
   for (int m = 0; m < M; ++m) rows[m] = a.data + m * a.row;
   for (Index k = 0; k < depth; ++k) {
@@ -85,30 +96,21 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) store(c.data + m * c.row + v * w, acc[m][v]);
-  } else if (c.col == 1 && (!init.data || init.col == 1)) {
+  } else if (c.col == 1) {
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int left = n - v * w;
-        const C* from = init.data + m * init.row + v * w;
-        C* to = c.data + m * c.row + v * w;
-        if (left >= w) {
-          store(to, init.data ? acc[m][v] + load(from) : acc[m][v]);
-        } else if (left > 0) {
-          store_part(to, init.data ? acc[m][v] + load_part(from, left) : acc[m][v], left);
-        }
+        if (left > 0) store_part(c.data + m * c.row + v * w, acc[m][v], left < w ? left : w);
       }
   } else {
-    C spill[M][V * w];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) store(&spill[m][v * w], acc[m][v]);
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < n; ++i)
-        c.data[m * c.row + i * c.col] =
-            init.data ? init.data[m * init.row + i * init.col] + spill[m][i] : spill[m][i];
+      for (int i = 0; i < n; ++i) c.data[m * c.row + i * c.col] = spill[m][i];
   }
 }
 

@@ -169,9 +169,10 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
 
 // ---- many rows a task ----
 
-// So many rows a piece that the weights, once made, are used often enough to be worth storing, and fewer
+// So many rows a piece that the weights, once made, are used often enough to be worth storing, in the
+// forward and in the backward pass, where their gradients are formed once instead of twice; and fewer
 // pieces than it takes to make packing the head worthwhile.
-constexpr Index many_rows = 48, few_pieces = 4;
+constexpr Index many_rows = 48, many_grad_rows = 24, few_pieces = 4;
 
 // A network larger than this (256 KiB of float) leaves no room for its rows in the second-level cache.
 template <class C>
@@ -182,24 +183,24 @@ template <class C>
 constexpr Index networks_elements = (8 << 20) / Index(sizeof(C));
 
 template <class T>
-static bool by_network(const HyperMlp& p) {
+static bool by_network(const HyperMlp& p, Index many) {
   const Index pieces = max(p.groups.pieces, 1);
   return params_of(p.net) <= largest_network<Acc<T>> &&
-         (pieces <= few_pieces || total_rows(p.groups) >= many_rows * pieces);
+         (pieces <= few_pieces || total_rows(p.groups) >= many * pieces);
 }
 
-// w (n, params): the parameters of the networks of pieces u0, ..., u0 + n - 1.
+// w (n, params): the parameters, from number `from` on, of the networks of pieces u0, ..., u0 + n - 1.
 template <class T>
-static void generate_networks(const HyperMlp& p, Index u0, Index n, Acc<T>* w) {
+static void generate_networks(const HyperMlp& p, Index u0, Index n, Index from, Acc<T>* w) {
   using C = Acc<T>;
   const Index params = params_of(p.net);
   C* h = scratch<C>(Slot::features, max(n * p.features, 1));
   for (Index u = 0; u < n; ++u)
     copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, false, h + u * p.features);
   const Index run = 4 * lanes<C>;
-  parallel(ceil_div(params, run), max(parallel_work / max(n * run * p.features, 1), 1),
+  parallel(ceil_div(params - from, run), max(parallel_work / max(n * run * p.features, 1), 1),
            [&](Index begin, Index end) {
-    for (Index q = begin * run; q < min(end * run, params); q += run) {
+    for (Index q = from + begin * run; q < min(from + end * run, params); q += run) {
       const Index count = min(run, params - q);
       const View<const T> rows{static_cast<const T*>(p.head.weight) + q * p.head.row, p.head.row,
                                p.head.feature};
@@ -376,7 +377,7 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
   for (Index u0 = 0; u0 < pieces; u0 += block) {
     const Index n = min(block, pieces - u0);
-    generate_networks<T>(p, u0, n, w);
+    generate_networks<T>(p, u0, n, 0, w);
     parallel(n, max(parallel_work / max(rows_each * params, 1), 1), [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
         run_piece<T, C>(p.net, p.groups, piece(p.groups, u0 + u), p.x, p.y, p.hidden,
@@ -494,6 +495,9 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
     if (b.grad_weight) sum_weight = sums;
     if (b.grad_bias) sum_bias = sums + params * features;
   }
+  // Without a gradient of x the first layer's weights are not needed, unless it is computed again.
+  const Layer& inputs = p.net.layers[0];
+  const Index used = b.grad_x || !p.hidden ? 0 : inputs.out * (inputs.in + p.net.bias);
   T* to_h = static_cast<T*>(b.grad_h);
   if (to_h)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
@@ -501,7 +505,7 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   Index u0 = 0;
   do {  // once even without pieces: the gradients are then zero
     Index n = min(block, pieces - u0);
-    generate_networks<T>(p, u0, n, w);
+    generate_networks<T>(p, u0, n, used, w);
     parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
         differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * params, g + u * params);
@@ -578,14 +582,14 @@ static void task_mlp(const TaskMlp& p) {
 static void hyper_mlp(const HyperMlp& p) {
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
-    (by_network<T>(p) ? hyper_mlp_by_network<T> : hyper_mlp_by_layers<T>)(p);
+    (by_network<T>(p, many_rows) ? hyper_mlp_by_network<T> : hyper_mlp_by_layers<T>)(p);
   });
 }
 
 static void hyper_mlp_backward(const HyperMlpBackward& b) {
   with_type(b.forward.dtype, [&](auto t) {
     using T = decltype(t);
-    (by_network<T>(b.forward) ? hyper_mlp_backward_by_network<T> : hyper_mlp_backward_by_layers<T>)(b);
+    (by_network<T>(b.forward, many_grad_rows) ? hyper_mlp_backward_by_network<T> : hyper_mlp_backward_by_layers<T>)(b);
   });
 }
 
