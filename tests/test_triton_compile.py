@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from hyperfast import triton_kernels as kernels  # noqa: E402
+from hyperfast.triton_kernels import launch as launching  # noqa: E402
 
-pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="the kernels are interpreted")
+pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
 
 class Target(NamedTuple):
@@ -123,9 +124,9 @@ def launches(kind, multiprocessors):
         recorded[Launch.of(kernel, args, named)] = None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_launch", record)
-        patch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
-        patch.setattr(kernels.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
+        patch.setattr(launching, "start", record)
+        patch.setattr(launching, "multiprocessors", lambda device: multiprocessors)
+        patch.setattr(launching.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
         for size in {"bf16": SIZES, "fp16": SIZES[:1]}.get(kind, SIZES[::2]):
             run_all(KINDS[kind], *size)
     return list(recorded)
