@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hyperfast import checks, ops
 from hyperfast.activations import Formula, decode
+from hyperfast.plan import HAS_TRITON
 
 
 class Layer(NamedTuple):
@@ -263,6 +264,8 @@ def _define(
 ):
     torch.library.define(f"hyperfast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"hyperfast::{name}", "CompositeExplicitAutograd", kernel)
+    if HAS_TRITON:
+        torch.library.impl(f"hyperfast::{name}", "CUDA", ops._triton(name))
     op = getattr(torch.ops.hyperfast, name).default
     torch.library.register_fake(op, fake)
     if backward is not None:

@@ -88,7 +88,8 @@ GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the 
 # registers at once; those of 128 spill on sm_80 and gfx942, in TF32 on sm_90 too. Little is lost:
 # of W * W * K multiply-adds and 4 * W bytes a row and layer, it saves the bytes, at 128 about 1%.
 GPU_WIDEST = 64
-GPU_ROWS = 32  # of its smallest tile
+GPU_DEEPEST = 4  # layers: each is compiled for itself, a second or more
+GPU_ROWS = 64  # of its smallest tile; 32 where products run on matrix units
 GPU_MULTIPROCESSORS = 132
 
 
@@ -181,6 +182,11 @@ def loop(layer: Layer, first: bool) -> str:
     return min(work, key=lambda name: work[name])
 
 
+def fits_one_kernel(sizes: Sequence[int]) -> bool:
+    """Whether one kernel can run a network of these widths on a GPU."""
+    return max(sizes) <= GPU_WIDEST and len(sizes) - 1 <= GPU_DEEPEST
+
+
 @lru_cache(maxsize=4096)
 def one_kernel(layers: tuple[Layer, ...], itemsize: int, device: str) -> bool:
     """Whether one kernel runs the layers of a network: it stores nothing between them, but is one
@@ -188,7 +194,7 @@ def one_kernel(layers: tuple[Layer, ...], itemsize: int, device: str) -> bool:
     :data:`GPU`."""
     widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
     rows = layers[0].rows
-    if max(widths) > GPU_WIDEST or not rows:
+    if not fits_one_kernel(widths) or not rows:
         return False
     tables = [costs(layer, itemsize, device) for layer in layers]
     copied = any(loop(layer, n == 0) == "feature" for n, layer in enumerate(layers))

@@ -12,8 +12,8 @@ from torch.autograd import gradcheck
 
 import hyperfast
 from hyperfast import plan, reference
-from hyperfast import triton_kernels as kernels
 from hyperfast.functional import hyper_linear, task_linear
+from hyperfast.triton_kernels import grouped, launch, trilinear
 
 FP64, FP32 = torch.float64, torch.float32
 LARGE = [
@@ -44,13 +44,13 @@ KERNELS = {
 def launched(monkeypatch, nan_poison):
     """Runs the ops on Triton kernels, and counts their launches."""
     count = Counter()
-    launch = kernels._launch
+    start = launch.start
 
     def counting(kernel, programs, *args, **options):
         count[kernel.fn.__name__] += programs
-        launch(kernel, programs, *args, **options)
+        start(kernel, programs, *args, **options)
 
-    monkeypatch.setattr(kernels, "_launch", counting)
+    monkeypatch.setattr(launch, "start", counting)
     with hyperfast.use_backend("triton"):
         yield count
 
@@ -83,7 +83,7 @@ def test_value_of_larger_sizes(variant, sizes, dtype, launched):
         error = (variant.expected(*args).double() - exact).abs().max()
         budget = 2 * error + exact.abs().max() * torch.finfo(dtype).eps
         assert (y.double() - exact).abs().max() <= budget
-    if variant.ragged or sizes.rows < kernels.MANY:
+    if variant.ragged or sizes.rows < grouped.MANY:
         assert launched[KERNELS[variant.name]]
 
 
@@ -122,7 +122,7 @@ def test_strides(variant, how):
 @pytest.mark.parametrize("variant", [v for v in FUSED if "grad_weight" in v.name], ids=str)
 def test_rows_summed_in_parts(variant, multiprocessors, monkeypatch):
     """Few tiles and many rows: each part has a sum of its own."""
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     args = variant.random(Sizes(300, 1, 3, 4, 2))
     close(variant.op(*args), variant.expected(*args))
 
@@ -131,7 +131,7 @@ def test_rows_summed_in_parts(variant, multiprocessors, monkeypatch):
 @pytest.mark.parametrize("plan", ["contract", "materialize"])
 def test_tiles_for_few_and_many_multiprocessors(plan, multiprocessors, monkeypatch):
     """The largest and the smallest tile, with a ragged edge in every direction."""
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     variant = Variant("hyper_linear", True, plan=plan)
     args = variant.random(Sizes(67, 2, 3, 35, 18))
     close(variant.op(*args), variant.expected(*args))
@@ -211,10 +211,10 @@ def test_tuning_keeps_the_fastest(monkeypatch):
         tried.append(call)
         return next(times)
 
-    monkeypatch.setattr(kernels, "AUTOTUNE", True)
-    monkeypatch.setattr(kernels, "tuned", {})
-    monkeypatch.setattr(kernels, "_milliseconds", clock)
+    monkeypatch.setattr(launch, "AUTOTUNE", True)
+    monkeypatch.setattr(launch, "tuned", {})
+    monkeypatch.setattr(launch, "milliseconds", clock)
     for _ in range(2):
         close(variant.op(*args), variant.expected(*args))
-    assert len(tried) == len(kernels.CONTRACT["fp64"])
-    assert list(kernels.tuned.values()) == [kernels.CONTRACT["fp64"][1]]
+    assert len(tried) == len(trilinear.CONTRACT["fp64"])
+    assert list(launch.tuned.values()) == [trilinear.CONTRACT["fp64"][1]]

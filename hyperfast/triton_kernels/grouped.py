@@ -21,15 +21,15 @@ from hyperfast.triton_kernels.launch import Config, Rows, deep, power, up
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _task_linear(
-    x, w, bias, keys, order, z, y, rows, per_task, I, O,
-    x_r, x_i, w_t, w_o, w_i, bias_t, bias_o,
-    RAGGED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, w, scale, bias, keys, order, z, y, rows, per_task, I, O,
+    x_r, x_i, w_t, w_o, w_i, scale_t, scale_o, bias_t, bias_o,
+    RAGGED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``y[r] = w[t] x[r] + bias[t]`` for ``BM`` rows in the order of their tasks ``t``, and what
-    follows.
+    """``y[r] = scale[t] * (w[t] x[r]) + bias[t]`` for ``BM`` rows in the order of their tasks
+    ``t``, and what follows.
 
     The tasks of a block take turns; a row keeps the product with its own weights only, so that
     a NaN in the weights of one task does not reach another.
@@ -65,9 +65,11 @@ def _task_linear(
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 product += tl.sum(w_tile.to(SUM) * x_tile.to(SUM), 1)[None, :]
             else:
-                product = tl.dot(
-                    x_tile, tl.trans(w_tile), product, input_precision=PRECISION, out_dtype=SUM
-                )
+                w_tile = tl.trans(w_tile.to(x_tile.dtype))
+                product = tl.dot(x_tile, w_tile, product, input_precision=PRECISION, out_dtype=SUM)
+        if HAS_SCALE:
+            scales = tl.load(scale + turn * scale_t + o * scale_o, inside, 0.0)
+            product *= scales.to(SUM)[None, :]
         if HAS_BIAS:
             product += tl.load(bias + turn * bias_t + o * bias_o, inside, 0.0).to(SUM)[None, :]
         total = tl.where(mine[:, None], product, total)
@@ -131,11 +133,19 @@ MANY = 16
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, then: Finish = NOTHING
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    then: Finish = NOTHING,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """``(R, O)`` from ``x (R, I)``, ``weight (B, O, I)`` and ``bias (B, O)``, and what follows."""
+    """``(R, O)`` from ``x (R, I)``, ``weight (B, O, I)`` and ``bias (B, O)``, and what follows.
+
+    With ``scale (B, O)`` the weight is int8: steps of so much.
+    """
     _, out, ins = weight.shape
-    if _library(rows):
+    if scale is None and by_library(rows):
         shape = rows.tasks, rows.per_task
         return then.by_torch(reference.task_linear(x.unflatten(0, shape), weight, bias).flatten(0, 1))
     keys, order = rows.sorted
@@ -148,13 +158,13 @@ def linear(
         columns = max(columns, 16)
     else:
         depth = min(power(ins), 64)
-    b = weight if bias is None else bias
+    s, b = (weight if t is None else t for t in (scale, bias))
     launch.start(
         _task_linear,
         up(rows.total, block) * up(out, columns),
-        x, weight, b, keys, order, then.z, y, rows.total, rows.per_task, ins, out,
-        *x.stride(), *weight.stride(), *b.stride()[:2],
-        RAGGED=rows.ragged, HAS_BIAS=bias is not None, **then.options(),
+        x, weight, s, b, keys, order, then.z, y, rows.total, rows.per_task, ins, out,
+        *x.stride(), *weight.stride(), *s.stride()[:2], *b.stride()[:2],
+        RAGGED=rows.ragged, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, **then.options(),
         **launch.arithmetic(x.dtype),
         ALIGNED=math.gcd(weight.stride(0), 16), BM=block, BN=columns, BK=depth,
         num_warps=c.warps, num_stages=c.stages,
@@ -162,7 +172,8 @@ def linear(
     return y
 
 
-def _library(rows: Rows) -> bool:
+def by_library(rows: Rows) -> bool:
+    """Whether a batched product of a library is as good as it gets."""
     return not rows.ragged and rows.per_task >= MANY
 
 
@@ -176,7 +187,7 @@ def rows_together(rows: Rows, kind: str) -> int:
 def outer(grad: Tensor, x: Tensor, rows: Rows) -> Tensor:
     """``(B, O, I)``: the sum over the rows of each task of ``grad (R, O)`` times ``x (R, I)``."""
     out, ins, tasks = grad.shape[-1], x.shape[-1], rows.tasks
-    if _library(rows):
+    if by_library(rows):
         shape = tasks, rows.per_task
         return reference.task_linear_grad_weight(grad.unflatten(0, shape), x.unflatten(0, shape), None, tasks)
     _, order = rows.sorted

@@ -132,7 +132,7 @@ def _hyper_mlp(
 WHOLE = {
     "half": (Config(128, 64, 64, 8), Config(64, 64, 64), Config(32, 64, 64)),
     "tf32": (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)),
-    "fp32": (Config(64, 64, 16, 8, 2), Config(32, 64, 16, 4, 2)),
+    "fp32": (Config(64, 64, 16, 8, 2),),
     "fp64": (Config(32, 64, 16, 8, 2),),
 }
 
