@@ -18,6 +18,7 @@ from hyperfast.activations import FORMULAS
 from hyperfast.bank_store import Format
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.triton_kernels import grouped, launch, trilinear
+from hyperfast.triton_kernels import stored as stored_networks
 
 FP64, FP32 = torch.float64, torch.float32
 LARGE = [
@@ -213,7 +214,9 @@ one_kernel_or_layers = pytest.mark.parametrize("whole", [False, True], ids=["lay
 
 
 def choose(monkeypatch, whole):
-    """One kernel for a network, or one for each layer, whatever the plan says."""
+    """One kernel for a network, or one for each layer, whatever the plan says; and fp64 in blocks of
+    rows, as narrower types are."""
+    monkeypatch.setitem(stored_networks.TOGETHER, "fp64", (16, 8))
     monkeypatch.setattr(plan, "one_kernel", lambda *args: whole)
     monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes: whole)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import triton
@@ -44,7 +45,8 @@ def _task_mlp(
         r = p
         task = tl.where(live, p // per_task, NONE)
     LAST: tl.constexpr = len(ACTIVATIONS)
-    result = tl.zeros((BM, TILES[LAST]), y.dtype.element_ty)
+    WIDTH: tl.constexpr = TILES[LAST]
+    result = tl.zeros((BM, WIDTH), y.dtype.element_ty)
     first = tl.arange(0, TILES[0])
     inside = (first < SIZES[0])[None, :]
     turn = tl.min(task)
@@ -71,9 +73,13 @@ def _task_mlp(
             v = activate(total, ACTIVATIONS[n], PARAMETERS[n]).to(y.dtype.element_ty)
         result = tl.where(mine, v, result)
         turn = tl.min(tl.where(task > turn, task, NONE))
-    o = tl.arange(0, TILES[LAST])
+    o = tl.arange(0, WIDTH)
     mask = live[:, None] & (o < SIZES[LAST])[None, :]
     tl.store(y + r[:, None] * SIZES[LAST] + o[None, :], result, mask)
+
+
+# Most rows of a program and its warps, where rows share tasks: none spills, as 16 rows of fp64 do.
+TOGETHER = {"half": (64, 4), "tf32": (64, 8), "fp32": (16, 8), "fp64": (1, 4)}
 
 
 class Place(NamedTuple):
@@ -149,12 +155,12 @@ def _whole(
     then: list[Finish],
 ) -> Tensor:
     kind = plans.arithmetic(x.dtype)
-    block = grouped.rows_together(rows, kind)
+    most, warps = TOGETHER[kind]
+    block = min(grouped.rows_together(rows, kind), most)
     sizes = (places[0].ins, *(place.out for place in places))
     tiles = tuple(map(power if block == 1 else tile, sizes))
-    # A thread holds 32 weights of the widest layer, so that its loads are on their way together.
-    widest = max(i * o for i, o in zip(tiles, tiles[1:], strict=False))
-    warps = min(max(widest // 1024, 1), 4) if block == 1 else grouped.TASK[kind].warps
+    if block == 1:  # 32 weights a thread, whose loads are on their way together
+        warps = min(max(max(i * o for i, o in pairwise(tiles)) // 1024, 1), 4)
     keys, order = rows.sorted
     vectors = weight if affine is None else affine
     y = x.new_empty(len(x), sizes[-1])
