@@ -214,8 +214,8 @@ one_kernel_or_layers = pytest.mark.parametrize("whole", [False, True], ids=["lay
 
 
 def choose(monkeypatch, whole):
-    """One kernel for a network, or one for each layer, whatever the plan says; and fp64 in blocks of
-    rows, as narrower types are."""
+    """One kernel for a network, or one for each layer, whatever the plan says; and fp64 in blocks
+    of rows, as narrower types are."""
     monkeypatch.setitem(stored_networks.TOGETHER, "fp64", (16, 8))
     monkeypatch.setattr(plan, "one_kernel", lambda *args: whole)
     monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes: whole)
@@ -306,7 +306,9 @@ def test_gradcheck_of_networks(whole, ragged, monkeypatch):
     *args, ids = random((2, 3, 2), 2, 2, 3, ragged=ragged)
 
     def network(*tensors):
-        return torch.ops.hyperfast.hyper_mlp(*tensors, ids, (2, 3, 2), True, "sin:2.0,tanh", True)[0]
+        return torch.ops.hyperfast.hyper_mlp(*tensors, ids, (2, 3, 2), True, "sin:2.0,tanh", True)[
+            0
+        ]
 
     assert gradcheck(network, args, fast_mode=True)
 

@@ -101,7 +101,7 @@ class Finish(NamedTuple):
     def by_torch(self, total: Tensor) -> Tensor:
         """The same for sums that a library made."""
         formula = FORMULAS[self.name]
-        if self.slope:
+        if self.z is not None and self.slope:
             return total * formula.slope(self.z, self.parameter)
         if self.z is not None:
             self.z.copy_(total)

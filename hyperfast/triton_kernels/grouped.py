@@ -147,7 +147,9 @@ def linear(
     _, out, ins = weight.shape
     if scale is None and by_library(rows):
         shape = rows.tasks, rows.per_task
-        return then.by_torch(reference.task_linear(x.unflatten(0, shape), weight, bias).flatten(0, 1))
+        return then.by_torch(
+            reference.task_linear(x.unflatten(0, shape), weight, bias).flatten(0, 1)
+        )
     keys, order = rows.sorted
     y = x.new_empty(len(x), out)
     kind = plans.arithmetic(x.dtype)
@@ -164,8 +166,8 @@ def linear(
         up(rows.total, block) * up(out, columns),
         x, weight, s, b, keys, order, then.z, y, rows.total, rows.per_task, ins, out,
         *x.stride(), *weight.stride(), *s.stride()[:2], *b.stride()[:2],
-        RAGGED=rows.ragged, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, **then.options(),
-        **launch.arithmetic(x.dtype),
+        RAGGED=rows.ragged, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+        **then.options(), **launch.arithmetic(x.dtype),
         ALIGNED=math.gcd(weight.stride(0), 16), BM=block, BN=columns, BK=depth,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
@@ -189,7 +191,9 @@ def outer(grad: Tensor, x: Tensor, rows: Rows) -> Tensor:
     out, ins, tasks = grad.shape[-1], x.shape[-1], rows.tasks
     if by_library(rows):
         shape = tasks, rows.per_task
-        return reference.task_linear_grad_weight(grad.unflatten(0, shape), x.unflatten(0, shape), None, tasks)
+        return reference.task_linear_grad_weight(
+            grad.unflatten(0, shape), x.unflatten(0, shape), None, tasks
+        )
     _, order = rows.sorted
     y = grad.new_empty(tasks, out, ins)
     kind = plans.arithmetic(x.dtype)

@@ -164,7 +164,7 @@ def hyper_mlp(
         for n, z in enumerate(_split(hidden, widths, rows)):
             then[n] = then[n]._replace(z=z)
         for layer, follows in zip(layers, then, strict=True):
-            w, b = _part(weight, layer), _part(bias, layer)
+            w, b = weight[layer.begin : layer.end], _bias(bias, layer)
             y = generated.forward(y, h, w, b, rows, target_bias, then=follows)
     return y.view(*x.shape[:-1], sizes[-1]), hidden
 
@@ -195,7 +195,7 @@ def hyper_mlp_backward(
         grad = then[-1].backward(z[-1]).by_torch(grad)
     grad_h, weights, biases = nothing, [], []
     for n, layer in reversed(list(enumerate(layers))):
-        w, b = _part(weight, layer), _part(bias, layer)
+        w, b = weight[layer.begin : layer.end], _bias(bias, layer)
         if of_h:
             part = generated.grad_h(grad, inputs[n], w, rows, target_bias)
             grad_h = grad_h.add_(part) if grad_h.numel() else part
@@ -206,9 +206,7 @@ def hyper_mlp_backward(
         if n or of_x:
             m = layer.out * layer.ins
             before = then[n - 1].backward(z[n - 1]) if n else NOTHING
-            grad = generated.grad_x(
-                grad, h, w[:m], None if b is None else b[:m], rows, then=before
-            )
+            grad = generated.grad_x(grad, h, w[:m], None if b is None else b[:m], rows, then=before)
     return (
         grad.view(x.shape) if of_x else nothing,
         grad_h,
@@ -282,8 +280,8 @@ def _checked(
     return launch.rows_of(rows, [h], task_ids, len(h))
 
 
-def _part(t: Tensor | None, layer: Layer) -> Tensor | None:
-    return None if t is None else t[layer.begin : layer.end]
+def _bias(bias: Tensor | None, layer: Layer) -> Tensor | None:
+    return None if bias is None else bias[layer.begin : layer.end]
 
 
 def _split(hidden: Tensor, widths: list[int], rows: Rows) -> list[Tensor]:

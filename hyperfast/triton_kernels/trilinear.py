@@ -214,7 +214,9 @@ def trilinear(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    launch.run(table, programs, run, ("contract", v.dtype, v.shape, power(rows.total), dtype), v.device)
+    launch.run(
+        table, programs, run, ("contract", v.dtype, v.shape, power(rows.total), dtype), v.device
+    )
     return y
 
 
