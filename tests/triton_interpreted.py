@@ -166,7 +166,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     far = 2**31
 
-    def apart(*shape):
+    def apart(*shape, far=far):
         steps = [1] * len(shape)
         for n in range(len(shape) - 2, 0, -1):
             steps[n] = steps[n + 1] * shape[n + 1]
@@ -188,11 +188,13 @@ def test_offsets_beyond_32_bits(monkeypatch):
         1e-5,
     )
     choose(monkeypatch, True)
-    args = apart(2, 1, 2), h, weight, None, None, (2, 1), True, "tanh"
-    for loop in ("feature", "input", "output"):
+    weight = apart(3, 2, far=far // 2)  # the product with a row's number leaves 32 bits
+    for loop, bias in product(("feature", "input", "output"), (False, True)):
         monkeypatch.setattr(plan, "loop", lambda layer, first, loop=loop: loop)
+        ins = 3 - bias
+        args = apart(2, 1, ins), h, weight, None, None, (ins, 1), bias, "tanh"
         close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
-    w, ids = apart(2, 11), torch.tensor([1, 0, 1])
+    w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
     x, sizes = apart(3, 3), (3, 2, 1)
     y = torch.ops.hyperfast.task_mlp(x, w, None, ids, sizes, True, "relu,identity")
     close(y.double(), apply_stored(x, w, ids, sizes, "relu,identity"), 1e-5)
