@@ -400,6 +400,28 @@ def test_shapes_and_dtypes_of_networks(name):
     args[n] = good.float()
     with pytest.raises(TypeError, match="dtype"):
         torch.ops.hyperfast.hyper_mlp(*args, *options)
+    args[n] = good
+    hidden, grad = torch.randn(24, dtype=FP64), torch.randn(3, 2, 2, dtype=FP64)
+    for name, given in {"hidden": (grad, hidden[1:]), "grad": (grad[..., 1:], hidden)}.items():
+        with pytest.raises(ValueError, match=name):
+            torch.ops.hyperfast.hyper_mlp_backward(
+                given[0], *args, given[1], *options[:3], [True, True, True, True]
+            )
+
+
+def test_shapes_and_dtypes_of_stored_networks():
+    x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
+    options = ids, (3, 4, 2), True, "relu,identity"
+    steps, affine = weight[:, 6:].to(torch.int8), weight[:, :12]
+    for told, (given, error) in {
+        "x": ((x[:, 1:], weight, None), ValueError),
+        "weight": ((x, weight[:, 1:], None), ValueError),
+        "affine": ((x, steps, affine[:, 1:]), ValueError),
+        "dtype": ((x.float(), weight, None), TypeError),
+        "affine must be of x's dtype": ((x.float(), steps, affine), TypeError),
+    }.items():
+        with pytest.raises(error, match=told):
+            torch.ops.hyperfast.task_mlp(*given, *options)
 
 
 def test_a_model_and_its_gradients(launched):

@@ -113,7 +113,9 @@ def task_mlp(
             places.append(Place(layer.ins, o, at, first, first + o))
             at, first = at + m, first + o * (1 + target_bias)
     tasks = len(weight)
-    agree(x=x, weight=weight if affine is None else affine)
+    agree(x=x, **({"weight": weight} if affine is None else {"affine": affine}))
+    if weight.device != x.device:
+        raise TypeError(f"weight must be on the device of x, {x.device}, got {weight.device}")
     expect(x, "x", (*x.shape[:-1], sizes[0]))
     expect(weight, "weight", (tasks, at))
     expect(affine, "affine", (tasks, first))
