@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,10 @@ import torch
 
 import hyperfast
 from hyperfast import plan as plans
+from hyperfast.bank_store import Format
 from hyperfast.functional import hyper_linear
+from hyperfast.mlp_ops import hyper_mlp as mlp_op
+from hyperfast.mlp_ops import task_mlp
 
 from . import bank_rivals, jax_rival, machine, torch_rivals
 from .hyperfast_entry import hyper_mlp
@@ -131,12 +134,33 @@ RIVALS: dict[str, Callable[[Problem, str], Call]] = {
     "bmm": torch_call(torch_rivals.bmm),
     "bmm graph": graphed(torch_call(torch_rivals.bmm)),
     "bmm compiled": torch_call(compiled("default")(torch_rivals.bmm)),
+    "bmm by layer compiled": torch_call(compiled("default")(torch_rivals.bmm_by_layer)),
     "bmm max-autotune": torch_call(compiled("max-autotune")(torch_rivals.bmm)),
     "vmap": torch_call(torch_rivals.vmap_functional_call),
     "jax": jax_rival.build,
 }
+
+
+def stored_networks(
+    dtype: torch.dtype | None = None,
+) -> Callable[[BankProblem], bank_rivals.Request]:
+    """One op for whole networks, on weights as they are or as steps of int8."""
+
+    def serve(problem: BankProblem) -> bank_rivals.Request:
+        w, weight, affine = problem.workload, problem.flat, None
+        if dtype is not None:
+            weight, affine = Format(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
+            affine = affine.to(problem.flat.dtype)
+        names = ",".join([w.activation] * (len(w.sizes) - 2) + ["identity"])
+        return lambda x, ids: task_mlp(x, weight, affine, ids, w.sizes, True, names)
+
+    return serve
+
+
 BANK_RIVALS = {
-    "hyperfast": bank_rivals.fused,
+    "hyperfast": stored_networks(),
+    "hyperfast int8": stored_networks(torch.int8),
+    "hyperfast by layer": bank_rivals.fused,
     "bmm": bank_rivals.gather_bmm,
     "bmm compiled": bank_rivals.gather_bmm_compiled,
 }
@@ -340,40 +364,74 @@ def plan_times() -> list[dict[str, Any]]:
     return rows
 
 
+def network_times() -> list[dict[str, Any]]:
+    """Whole networks, forward, in one kernel and by their layers: what hyperfast.plan.one_kernel
+    has to choose between."""
+    found = []
+    chosen, networks = plans.one_kernel, ((64, 64, 10), (2, 64, 64, 1), (8, 32, 1))
+    k, counts = (4, (3,)) if REHEARSAL else (64, (1024, 8192, 65536))
+    try:
+        for kind, sizes, rows in product(KINDS, networks, counts):
+            sizes = tuple(min(s, 5) for s in sizes) if REHEARSAL else sizes
+            dtype = select(kind)
+            params = sum(o * (i + 1) for i, o in pairwise(sizes))
+            shapes = (rows, 1, sizes[0]), (rows, k), (params, k), (params,)
+            tensors = [torch.randn(*s, device=DEVICE).div_(10).to(dtype) for s in shapes]
+            names = ",".join(["relu"] * (len(sizes) - 2) + ["identity"])
+
+            def run(whole: bool, a: Any = (*tensors, None, sizes, True, names, False)) -> Any:
+                plans.one_kernel = lambda *_: whole  # type: ignore[assignment]
+                return mlp_op(*a)
+
+            calls: dict[str, Call] = {
+                "layers": partial(run, False),
+                "one kernel": partial(run, True),
+            }
+            times = race(calls, rounds=3)
+            layers = tuple(plans.Layer(rows, rows, i, o, k) for i, o in pairwise(sizes))
+            whole = chosen(layers, dtype.itemsize, plans.arithmetic(dtype))
+            row = {"kind": kind, "sizes": sizes, "rows": rows, "one_kernel_chosen": whole}
+            found.append(row | times)
+    finally:
+        plans.one_kernel = chosen
+    return found
+
+
 def config_times() -> dict[str, dict[str, float]]:
     """Milliseconds of every configuration of the kernels, for the layers of the two workloads."""
-    from hyperfast import triton_kernels as kernels
+    from hyperfast.triton_kernels import launch
 
     found: dict[str, dict[str, float]] = {}
     measured: list[float] = []
-    clock, pick = kernels._milliseconds, kernels._run
+    clock, pick = launch.milliseconds, launch.run
 
     def milliseconds(call: Any, repeats: int = 5) -> float:
         measured.append(1e3 * race({"": call}, 1)[""] if REHEARSAL else clock(call, repeats))
         return measured[-1]
 
-    def run(table: Any, programs: Any, run: Any, key: Any, device: Any) -> None:
+    def run(table: Any, programs: Any, launch: Any, key: Any, device: Any) -> None:
         measured.clear()
-        pick(table, programs, run, key, device)
+        pick(table, programs, launch, key, device)
         if measured:
             names = [",".join(map(str, config)) for config in table]
             found[str(key)] = dict(zip(names, measured, strict=True))
 
-    kernels._milliseconds, kernels._run, kernels.AUTOTUNE = milliseconds, run, True
+    launch.milliseconds, launch.run, launch.AUTOTUNE = milliseconds, run, True
     dtype = select(next(iter(KINDS)))
     try:
         for w in (FEW, MANY):
             torch_call(hyper_mlp)(make(tiny(w) if REHEARSAL else w, dtype), MODES[1])()
     finally:
-        kernels._milliseconds, kernels._run, kernels.AUTOTUNE = clock, pick, False
-        kernels.tuned.clear()
+        launch.milliseconds, launch.run, launch.AUTOTUNE = clock, pick, False
+        launch.tuned.clear()
     return found
 
 
 def launch_times() -> dict[str, float]:
-    """Seconds of the host a call, for a layer of 8 tasks: fused, and by two products."""
+    """Seconds of the host a call, for 8 tasks: a fused layer, one by two products, a network."""
     x, h = torch.randn(8, 1, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
     weight = torch.randn(16 * 17, 16, device=DEVICE)
+    two = torch.randn(2 * 16 * 17, 16, device=DEVICE)
 
     def library() -> tuple[Any, ...]:
         flat = torch.nn.functional.linear(h, weight)
@@ -383,6 +441,9 @@ def launch_times() -> dict[str, float]:
     calls: dict[str, Call] = {
         "hyper_linear": lambda: (hyper_linear(x, h, weight, None, plan="contract"),),
         "linear and baddbmm": library,
+        "hyper_mlp": lambda: mlp_op(
+            x, h, two, None, None, (16, 16, 16), True, "relu,identity", False
+        ),
     }
     times = {}
     for name, call in calls.items():
@@ -466,6 +527,7 @@ def main() -> int:
                 bank = replace(BANK, tasks=9, rows=20, sizes=(5, 4, 3)) if REHEARSAL else BANK
                 step(bank.name, "rows", partial(hold_bank, bank, limits))
                 step("plans", "plans", plan_times)
+                step("networks", "networks", network_times)
                 step("configurations", "configurations", config_times)
             w = tiny(w) if REHEARSAL else w
             step(

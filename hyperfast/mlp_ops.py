@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hyperfast import checks, ops, plan
 from hyperfast.activations import Formula, decode
+from hyperfast.plan import HAS_TRITON
 from hyperfast.rows import blocks
 from hyperfast.spec import MLPSpec
 
@@ -208,9 +209,9 @@ class _HyperMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         rows, tasks, itemsize = args[0].shape[:-1].numel(), len(args[1]), args[0].element_size()
-        keep = not plan.recomputes(tasks, rows, args[2].shape[0], itemsize)
+        again = args[0].is_cpu and plan.recomputes(tasks, rows, args[2].shape[0], itemsize)
         with torch._C._AutoDispatchBelowAutograd():
-            y, hidden = hyper_mlp(*args, keep)
+            y, hidden = hyper_mlp(*args, not again)
         ctx.save_for_backward(*args[:5], hidden)
         ctx.options = args[5:]
         return y
@@ -293,6 +294,8 @@ def _define(
 ):
     torch.library.define(f"hyperfast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"hyperfast::{name}", "CompositeExplicitAutograd", kernel)
+    if HAS_TRITON:
+        torch.library.impl(f"hyperfast::{name}", "CUDA", ops._triton(name))
     op = getattr(torch.ops.hyperfast, name).default
     torch.library.register_fake(op, fake)
     if backward is not None:

@@ -1,5 +1,7 @@
 """The choice of plan: pure functions of sizes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -126,3 +128,34 @@ def test_explain_shows_what_the_cpu_runs():
         b: {c.plan for _, c in hyperfast.explain(model, (b, 64), (b, 5)).layers} for b in (4, 5)
     }
     assert plans == {4: {"materialize"}, 5: {"tile"}}
+
+
+def network(sizes, tasks, rows, features=64):
+    return tuple(Layer(tasks, rows, i, o, features) for i, o in pairwise(sizes))
+
+
+@pytest.mark.parametrize("device", ["half", "tf32"])
+def test_one_kernel_for_narrow_networks_of_many_tasks(device):
+    many = 65536
+    assert plan.one_kernel(network((2, 32, 32, 1), many, many), 2, device)
+    assert not plan.one_kernel(network((2, 32, 65, 1), many, many), 2, device)
+    assert not plan.one_kernel(network((2, *[32] * 4, 1), many, many), 2, device)
+    assert not plan.one_kernel(network((2, 32), many, many), 2, device)
+    # Rows that fill few multiprocessors, rows that make stored weights pay, and none.
+    assert not plan.one_kernel(network((64, 64, 64), 512, 512), 2, device)
+    assert not plan.one_kernel(network((64, 64, 64), 64, 64 * 4096), 2, device)
+    assert not plan.one_kernel(network((2, 32, 1), 3, 0), 2, device)
+
+
+def test_a_narrow_side_is_looped_over():
+    assert plan.loop(Layer(9, 9, 2, 64, 64), True) == "input"
+    assert plan.loop(Layer(9, 9, 2, 64, 64), False) == "feature"
+    assert plan.loop(Layer(9, 9, 64, 1, 64), False) == "output"
+    assert plan.loop(Layer(9, 9, 64, 64, 64), True) == "feature"
+    assert plan.loop(Layer(9, 9, 64, 64, 1), False) == "feature"
+
+
+def test_explain_tells_of_one_kernel(model, monkeypatch):
+    monkeypatch.setattr(plan, "device_key", lambda device, dtype: "half")
+    assert "in one kernel" in str(hyperfast.explain(model, (65536, 4), (65536, 5)))
+    assert "in one kernel" not in str(hyperfast.explain(model, (8, 1 << 20, 4), (8, 5)))

@@ -9,7 +9,7 @@ import multiprocessing
 import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from hyperfast import triton_kernels as kernels  # noqa: E402
+from hyperfast.triton_kernels import launch as launching  # noqa: E402
 
-pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="the kernels are interpreted")
+pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
 
 class Target(NamedTuple):
@@ -42,6 +43,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -55,6 +57,8 @@ KINDS = {
 # Bytes a thread: ptxas spills up to four registers rather than give up a program a multiprocessor.
 MAY_SPILL = dict.fromkeys([*product(["sm_80"], KINDS), ("sm_90", "fp32")], 16)
 RUNS_AS = {"bf16": "half", "fp16": "half"}
+TILE = "BM", "BN", "BA", "BB", "BC", "BK", "BR"
+PRODUCTS = "_contract", "_outer", "_hyper_mlp"
 MATRIX_UNIT = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|v_mfma")
 
 # tasks, rows a task, in, out, features, ragged: many rows and few, wide layers and narrow.
@@ -64,6 +68,14 @@ SIZES = [
     (4096, 1, 128, 128, 64, False),
     (64, 1, 8, 32, 64, False),
     (16, 64, 2, 64, 256, True),
+]
+# Networks: rows, sizes, activations, ragged. 16-bit kinds have a tile for each number of rows; the
+# second network makes its steps along inputs, features and outputs.
+NETWORKS = [
+    (40000, (64, 64, 10), "relu,identity", False),
+    (20000, (2, 64, 64, 1), "tanh,silu,elu", True),
+    (8448, (64, 64, 10), "relu,identity", False),
+    (4224, (8, 32, 1), "elu,identity", False),
 ]
 
 
@@ -102,7 +114,7 @@ class Launch(NamedTuple):
         )
 
     def __str__(self):
-        tile = ",".join(f"{n}={v}" for n, v in self.constants if n.isupper() and n[0] == "B")
+        tile = ",".join(f"{n}={v}" for n, v in self.constants if n in TILE)
         options = ",".join(f"{n[4:]}={v}" for n, v in self.options)
         return f"{self.kernel.__name__} {tile} {options}"
 
@@ -115,20 +127,31 @@ class Launch(NamedTuple):
         return triton.compile(source, target=target, options=dict(self.options))
 
 
-def launches(kind, multiprocessors):
-    """What all ops would launch for arguments of every size."""
-    recorded = {}
+def recorded(kind, multiprocessors, work):
+    """What ``work`` would launch."""
+    found = {}
 
     def record(kernel, programs, *args, **named):
-        recorded[Launch.of(kernel, args, named)] = None
+        found[Launch.of(kernel, args, named)] = None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_launch", record)
-        patch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
-        patch.setattr(kernels.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
+        patch.setattr(launching, "start", record)
+        patch.setattr(launching, "multiprocessors", lambda device: multiprocessors)
+        patch.setattr(launching.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
+        work()
+    return list(found)
+
+
+def launches(kind, multiprocessors):
+    """What all ops would launch for arguments of every size."""
+
+    def work():
         for size in {"bf16": SIZES, "fp16": SIZES[:1]}.get(kind, SIZES[::2]):
             run_all(KINDS[kind], *size)
-    return list(recorded)
+        for network in {"bf16": NETWORKS, "fp16": []}.get(kind, NETWORKS[1:2]):
+            run_network(KINDS[kind], *network)
+
+    return recorded(kind, multiprocessors, work)
 
 
 def run_all(dtype, tasks, n, ins, out, features, ragged):
@@ -150,6 +173,30 @@ def run_all(dtype, tasks, n, ins, out, features, ragged):
     kernels.task_linear(x, w, empty(tasks, out), ids)
     kernels.task_linear(grad, w.mT, None, ids)
     kernels.task_linear_grad_weight(grad, x, ids, tasks)
+
+
+def run_network(dtype, rows, sizes, activations, ragged):
+    """Generated, with what the backward pass needs; given, with few rows a task and with many."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    params = sum(o * (i + 1) for i, o in pairwise(sizes))
+    ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
+    x = empty(rows, sizes[0]) if ragged else empty(rows, 1, sizes[0])
+    options = sizes, True, activations
+    head = empty(params, 64), empty(params)
+    kernels.hyper_mlp(x, empty(rows, 64), *head, ids, *options, ragged)
+    if ragged:
+        hidden = empty(rows * sum(sizes[1:]))
+        mask = [True, False, False, False]
+        grad = empty(rows, sizes[-1])
+        kernels.hyper_mlp_backward(grad, x, empty(rows, 64), *head, ids, hidden, *options, mask)
+        for tasks in (rows, 500):
+            kernels.task_mlp(x, empty(1, params).expand(tasks, -1), None, ids, *options)
+        bias = sum(sizes[1:])
+        steps = empty(1, params - bias, dtype=torch.int8).expand(rows, -1)
+        kernels.task_mlp(x, steps, empty(1, 2 * bias).expand(rows, -1), ids, *options)
 
 
 class Binary(NamedTuple):
@@ -223,6 +270,8 @@ def test_every_kernel_fits(compiled, target, kind):
     binaries = compiled[target, kind]
     made = {b.kernel for b in binaries}
     assert {"_contract", "_outer", "_task_linear", "_task_outer"} <= made
+    if kind != "fp16":
+        assert {"_hyper_mlp", "_task_mlp"} <= made
     for b in binaries:
         assert b.size > 0, b
         assert b.shared <= TARGETS[target].shared, b
@@ -237,10 +286,23 @@ def test_products_run_on_matrix_units(compiled, target, kind):
     if kind == "fp32":
         assert not any(b.matrix_unit for b in compiled["sm_90", kind])
         return
-    products = [b for b in compiled[target, kind] if b.kernel in ("_contract", "_outer")]
+    products = [b for b in compiled[target, kind] if b.kernel in PRODUCTS]
     assert products
     for b in products:
         assert b.matrix_unit, b
+
+
+def test_a_sine_does_not_spill(tmp_path):
+    """Its reduction of large arguments has an array in local memory, which counts as stack."""
+    sizes = (2, 64, 64, 1), "sin:30.0,sin:30.0,identity"
+    made = recorded("bf16", 132, lambda: run_network(torch.bfloat16, 40000, *sizes, False))
+    (launch,) = [one for one in made if one.kernel.__name__ == "_hyper_mlp"]
+    source = tmp_path / "sine.ptx"
+    source.write_text(launch.compile(TARGETS["sm_90"].gpu).asm["ptx"])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    command = [tool, "-v", "--gpu-name=sm_90a", "-o", tmp_path / "cubin", source]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in told
 
 
 def test_a_large_tile_of_16_bit_products_is_a_warpgroups(compiled):

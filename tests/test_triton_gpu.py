@@ -8,9 +8,11 @@ from itertools import product
 import pytest
 import torch
 from cases import VARIANTS, Sizes, Variant, close
+from test_mlp_ops import expected, random, stored
 
 import hyperfast
-from hyperfast import reference
+from hyperfast import mlp_ops, plan, reference
+from hyperfast.bank_store import Format
 from hyperfast.functional import hyper_linear, task_linear
 
 pytest.importorskip("triton")
@@ -91,6 +93,20 @@ def test_a_graph_captures_and_replays(model, ragged):
             old.copy_(new)
         graph.replay()
         assert torch.equal(y, model(*fresh))
+
+
+def test_a_graph_of_stored_networks():
+    x, weight, ids = (t.cuda() for t in stored((16, 32, 4), 50, 3, ragged=True))
+    args = x.float(), weight.float(), None, ids, (16, 32, 4), True, "relu,identity"
+    torch.ops.hyperfast.task_mlp(*args)  # compiles the kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.hyperfast.task_mlp(*args)
+    args[0].normal_()
+    ids.copy_(ids.flip(0))
+    graph.replay()
+    assert torch.equal(y, torch.ops.hyperfast.task_mlp(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -175,6 +191,74 @@ def test_value(variant, sizes, dtype):
     args = to(variant.random(sizes, dtype=dtype))
     exact = variant.expected(*to(args, dtype=torch.float64))
     assert_as_good(variant.op(*args), variant.expected(*args), exact)
+
+
+# sizes of the network, tasks, rows a task, features, activations
+NETWORKS = [
+    ((64, 64, 10), 9000, 1, 64, "relu,identity"),
+    ((2, 64, 33, 1), 700, 3, 17, "sin:3.0,tanh,identity"),
+    ((8, 32, 1), 64, 1, 20, "elu,sigmoid"),
+]
+
+
+def in_norm(y, plain, exact):
+    """``y`` errs by at most twice what plain PyTorch does in the same dtype, and a rounding."""
+    error, other = ((t.double() - exact.double()).norm() for t in (y, plain))
+    eps = 1e-12 if y.dtype == torch.float64 else torch.finfo(y.dtype).eps
+    assert y.dtype == plain.dtype
+    assert error <= 2 * other + eps * exact.norm(), f"{error:.3g}, plain PyTorch {other:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_networks_in_one_kernel_and_by_layers(network, ragged, dtype, monkeypatch):
+    """Value and every gradient; without the head's bias, of a size that amplifies rounding."""
+    *size, activations = network
+    given = to(random(*size, ragged=ragged, bias=False, grad=False))
+    options = size[0], True, activations
+
+    def run(function, at):
+        args = [a.to(at).requires_grad_() if is_float(a) else a for a in given]
+        y = function(*args, *options)
+        return y, *torch.autograd.grad(y.sum(), [a for a in args if is_float(a)])
+
+    given = [a.to(dtype) if is_float(a) else a for a in given]
+    plain, exact = run(expected, dtype), run(expected, torch.float64)
+    for whole in (False, True):
+        monkeypatch.setattr(plan, "one_kernel", lambda *args, whole=whole: whole)
+        ours = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], dtype)
+        again = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], dtype)
+        for a, b, c, d in zip(ours, plain, exact, again, strict=True):
+            in_norm(a, b, c)
+            assert torch.equal(a, d)
+
+
+def plain_stored(x, weight, affine, ids, sizes, target_bias, activations):
+    layers = mlp_ops._stored(weight, affine, sizes, target_bias, activations, x.dtype)
+    for w, b, layer in layers:
+        x = layer.activate(reference.task_linear(x, w, b, ids))
+    return x
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_stored_networks(dtype, rows, monkeypatch):
+    sizes, activations = (64, 64, 10), "silu,identity"
+    x, weight, ids = stored(sizes, 300, rows, ragged=True)
+    weight, affine = weight / 8, None
+    if dtype == torch.int8:
+        weight, affine = Format(hyperfast.MLPSpec(sizes), dtype).encode(weight)
+    kind = torch.float32 if affine is not None else dtype
+    x, ids = x.to("cuda", kind), ids.cuda()
+    weight, affine = weight.to("cuda", dtype), None if affine is None else affine.cuda()
+    options = ids, sizes, True, activations
+    plain = plain_stored(x, weight, affine, *options)
+    exact = [t if t is None or t.dtype == torch.int8 else t.double() for t in (weight, affine)]
+    exact = plain_stored(x.double(), *exact, *options)
+    for whole in (False, True):
+        monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes, whole=whole: whole)
+        in_norm(torch.ops.hyperfast.task_mlp(x, weight, affine, *options), plain, exact)
 
 
 @pytest.mark.parametrize("sizes", FEW, ids=lambda s: "x".join(map(str, s)))
