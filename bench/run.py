@@ -64,9 +64,11 @@ def parser() -> argparse.ArgumentParser:
         "--calibrate",
         action="store_true",
         help="time every plan of single layers instead, fit the rates of hyperfast/plan.py, and "
-        "save the measurements as calibration.json, or where --json says; under 4 minutes",
+        "save the measurements as calibration.json, or where --json says; about 2 minutes",
     )
-    p.add_argument("--report", type=Path, metavar="FILE", help="show these results; run nothing")
+    p.add_argument(
+        "--report", type=Path, metavar="FILE", help="show (or fit) these results; run nothing"
+    )
     p.add_argument("--markdown", action="store_true", help="tables as Markdown")
     p.add_argument(
         "--compare",
@@ -118,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     if args.calibrate:
-        calibrate.run(args.threads, args.json or calibrate.FILE)
+        if not args.report:
+            calibrate.save(args.threads, args.json or calibrate.FILE)
+        print(calibrate.report(results.read(args.report or args.json or calibrate.FILE)["results"]))
         return 0
     old = results.read(args.compare) if args.compare else None
     status = 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hyperfast import backend, checks, ops, reference
-from hyperfast.plan import PLANS
+from hyperfast.plan import PLANS, Layer, choose
 
 __all__ = ["hyper_linear", "task_linear"]
 
@@ -99,7 +99,24 @@ def hyper_linear(
     if bias is not None and bias.shape != (params,):
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     checks.rows(x, ins, h.shape[0], task_ids, "h")
-    return _run("hyper_linear", x, (h, weight, bias), task_ids, (bool(target_bias), plan or ""))
+    if plan is None:
+        layer = h.shape[0], x.shape[:-1].numel(), ins, params // per_out, h.shape[1]
+        plan = _plan(x, Layer(*layer, task_ids is not None, bool(target_bias)))
+    return _run("hyper_linear", x, (h, weight, bias), task_ids, (bool(target_bias), plan))
+
+
+def _plan(x: Tensor, layer: Layer) -> str:
+    """The plan for the C++ kernels. Empty, which leaves it to the op, where others may run, and
+    where the sizes are symbols or, under a transform, those of a part of the work."""
+    if (
+        ops.EXTENSION_ERROR
+        or x.device.type != "cpu"
+        or backend.forced not in (None, "cpp")
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return ""
+    return choose(layer, x.element_size(), "cpp")
 
 
 def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options: tuple) -> Tensor:

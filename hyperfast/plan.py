@@ -57,6 +57,7 @@ class Work(NamedTuple):
     products: float = 0  # begun: one a block or, in C++, one an entry of the weight's longer side
     head: float = 0  # entries of the head's weight, as often as they are read
     steps: float = 0  # of these products over all tasks and features, in C++
+    outputs: float = 0  # of one row of every task
     generated: float = 0  # multiply-adds with features
     stored: float = 0  # entries of temporaries
     applied: float = 0  # multiply-adds of rows with weights
@@ -72,9 +73,25 @@ BLOCK = 1 << 18
 # Bytes from which on a temporary is mapped anew in every call: malloc's most, and what C++ keeps.
 MAPPED = {"cpu": 32 << 20, "cpp": 8 << 20}
 
-# Seconds, by device and plan: "cpu" is plain PyTorch, "cpp" the C++ kernels, as measured in fp32 and
-# fitted by `python -m hyperfast bench --calibrate`
-RATES: dict[str, dict[str, Work]] = {}
+# Seconds of one of each, by device and plan: "cpu" is plain PyTorch, "cpp" the C++ kernels. Fitted
+# by `python -m hyperfast bench --calibrate`: fp32, 2 cores of an Intel Xeon, family 6 model 167.
+RATES: dict[str, dict[str, Work]] = {
+    "cpu": {
+        "contract": Work(2.64e-05, 1.06e-05, 8.55e-11, 0, 0, 4.58e-12, 3.18e-10, 0, 0),
+        "tile": Work(2.16e-05, 2.49e-06, 2.07e-10, 0, 3.29e-09, 6.34e-12, 1.45e-10, 2.47e-11, 0),
+        "materialize": Work(
+            6.11e-06, 8.06e-06, 5.49e-11, 0, 1.23e-09, 4.26e-12, 1.85e-10, 1.26e-11, 1.78e-10
+        ),
+    },
+    "cpp": {
+        "tile": Work(
+            7.33e-06, 5.08e-08, 4.18e-10, 3.17e-11, 1.02e-09, 4.99e-12, 1.45e-10, 1.47e-11, 0
+        ),
+        "materialize": Work(
+            8.32e-06, 4.44e-08, 6.56e-11, 7.36e-11, 1.33e-08, 3.78e-12, 4.34e-11, 1.6e-11, 7.29e-11
+        ),
+    },
+}
 
 # A GPU without fused kernels, or any other device, guessed: 400 TFLOP/s, 3 TB/s, 10 us a block.
 UNKNOWN = Work(products=1e-5, generated=5e-15, applied=5e-15, spilled=7e-13)
@@ -112,20 +129,21 @@ class Cost:
 
 
 def work(layer: Layer, itemsize: int, device: str) -> dict[str, Work]:
-    """What every plan does, by name, where no fused GPU kernels run."""
+    """What every plan does, by name, where no fused GPU kernels run. In C++ ``contract`` is another
+    name of ``tile``, and left out."""
     b, r, i, o, k, ragged, _ = layer
     p, longer = layer.params, max(i, o)
-    if device == "cpp":  # one kernel is contract and tile
-        whole = Work(1, longer, p * k, b * longer * k, b * p * k, b * p, r * p)
-        table = dict.fromkeys(PLANS, whole)
+    if device == "cpp":
+        whole = Work(1, longer, p * k, b * longer * k, b * o, b * p * k, b * p, r * p)
+        table = {"tile": whole, "materialize": whole}
     else:
         pairs = r * min(i * k, o * k, i * o)  # see eager._trilinear
         weights = b * p + ragged * r * p  # mixed rows gather theirs, a copy each
         cuts = {name: max(-(-n // BLOCK), 1) for name, n in (("r", pairs), ("b", b * p))}
         table = {
-            "contract": Work(1, cuts["r"], cuts["r"] * p * k, 0, r * p * k, pairs, 0),
-            "tile": Work(1, cuts["b"], cuts["b"] * p * k, 0, b * p * k, weights, r * p),
-            "materialize": Work(1, 1, p * k, 0, b * p * k, weights, r * p),
+            "contract": Work(1, cuts["r"], cuts["r"] * p * k, 0, 0, r * p * k, pairs, 0),
+            "tile": Work(1, cuts["b"], cuts["b"] * p * k, 0, b * o, b * p * k, weights, r * p),
+            "materialize": Work(1, 1, p * k, 0, b * o, b * p * k, weights, r * p),
         }
     whole = table["materialize"]
     if whole.stored * itemsize > MAPPED.get(device, 0):
@@ -135,7 +153,7 @@ def work(layer: Layer, itemsize: int, device: str) -> dict[str, Work]:
 
 @lru_cache(maxsize=4096)
 def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
-    """The cost of every plan, by name; ``device`` is a :func:`device_key`."""
+    """The cost of every plan of :func:`work`, by name; ``device`` is a :func:`device_key`."""
     if device in GPU:
         return _gpu_costs(layer, itemsize, GPU[device])
     io = layer.tasks * layer.features + layer.rows * (layer.in_features + layer.out_features)

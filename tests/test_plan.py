@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import hyperfast
-from hyperfast import plan
+from hyperfast import eager, ops, plan
+from hyperfast.functional import hyper_linear
 from hyperfast.plan import PLANS, Layer
 
 LAYERS = [
@@ -47,8 +48,7 @@ def test_flops_of_materialize():
     assert plan.costs(Layer(b, b * n, i, o, k), 4)["materialize"].flops == 2 * b * p * (k + n)
 
 
-def test_one_row_a_task_contracts_and_many_rows_do_not():
-    assert plan.choose(Layer(512, 512, 128, 128, 128), 4) != "materialize"
+def test_many_rows_a_task_do_not_contract():
     assert plan.choose(Layer(512, 512 * 256, 128, 128, 128), 4) != "contract"
 
 
@@ -96,25 +96,48 @@ def test_explain_sees_dtype(model):
     assert table.layers[0][1] == plan.costs(sizes, 8, DEVICE)[plan.choose(sizes, 8, DEVICE)]
 
 
-@pytest.mark.skipif(DEVICE == "cpp", reason="the C++ kernels choose for themselves")
-def test_explain_is_what_runs(model, monkeypatch):
-    """The eager plan chosen for a forward pass is the one explained."""
-    chosen = []
+def test_explain_is_what_runs(monkeypatch):
+    """The C++ kernels are told the plan; in plain PyTorch the op chooses it."""
+    op, choose, ran = ops.hyper_linear, plan.choose, []
 
-    def record(layer, itemsize, device="cpu"):
-        chosen.append(plan.choose(layer, itemsize, device))
-        return chosen[-1]
+    def told(*args):
+        ran.append(args[-1])
+        return op(*args)
 
-    monkeypatch.setattr("hyperfast.eager.choose", record)
-    x, z = torch.randn(64, 10, 4), torch.randn(64, 5)
-    h = model.hyper.features(z)
-    numels = [layer.numel for layer in model.hyper.spec.layers]
-    for weight, bias in zip(
-        model.hyper.head.weight.split(numels), model.hyper.head.bias.split(numels), strict=True
-    ):
-        x = hyperfast.eager.hyper_linear(x, h, weight, bias, None, True, "")
-    explained = hyperfast.explain(model, (64, 10, 4), (64, 5))
-    assert chosen == [cost.plan for _, cost in explained.layers]
+    def chosen(*args):
+        ran.append(choose(*args))
+        return ran[-1]
+
+    if DEVICE == "cpp":
+        monkeypatch.setattr(ops, "hyper_linear", told)
+    else:
+        monkeypatch.setattr(eager, "choose", chosen)
+    model = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, (64, 3), 3))
+    explained = []
+    for tasks in (1, 1024):
+        model(torch.randn(tasks, 64), torch.randn(tasks, 5))
+        table = hyperfast.explain(model, (tasks, 64), (tasks, 5))
+        explained += [cost.plan for _, cost in table.layers]
+    assert ran == explained
+    assert DEVICE == "cpu" or set(ran) == {"tile", "materialize"}
+
+
+def test_the_plan_is_left_to_the_op_where_sizes_are_not_the_whole(monkeypatch, dynamo):
+    """A transform sees one call of many, a compiler symbols."""
+    op, plans = ops.hyper_linear, []
+
+    def record(*args):
+        plans.append(args[-1])
+        return op(*args)
+
+    monkeypatch.setattr(ops, "hyper_linear", record)
+    x, h, weight = torch.randn(7, 2, 3, 4), torch.randn(2, 5), torch.randn(6 * 5, 5)
+    hyper_linear(x[0], h, weight, None)
+    assert bool(plans.pop()) == (DEVICE == "cpp")
+    torch.vmap(lambda x: hyper_linear(x, h, weight, None))(x)
+    assert plans.pop() == ""
+    torch.compile(hyper_linear, backend="eager", dynamic=True)(x[0], h, weight, None)
+    assert plans == [""]
 
 
 @pytest.mark.parametrize("tasks", [0, 1, 7, 64])
@@ -144,14 +167,3 @@ def test_model_without_gradients_runs_by_blocks(monkeypatch):
         by_blocks = model(x, z)
     assert calls == [7, 2, 2, 2, 1]
     torch.testing.assert_close(by_blocks, whole, rtol=0, atol=1e-12)
-
-
-def test_explain_shows_what_the_cpu_runs():
-    model = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, 64, 10))
-    assert (DEVICE == "cpp") == hyperfast.backend.has_kernel("cpp", "hyper_linear")
-    if DEVICE == "cpu":
-        pytest.skip("no extension")
-    plans = {
-        b: {c.plan for _, c in hyperfast.explain(model, (b, 64), (b, 5)).layers} for b in (4, 5)
-    }
-    assert plans == {4: {"materialize"}, 5: {"tile"}}
