@@ -100,12 +100,11 @@ def hyper_linear(
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     checks.rows(x, ins, h.shape[0], task_ids, "h")
     if plan is None:
-        layer = h.shape[0], x.shape[:-1].numel(), ins, params // per_out, h.shape[1]
-        plan = _plan(x, Layer(*layer, task_ids is not None, bool(target_bias)))
+        plan = _plan(x, h, params // per_out, task_ids is not None, bool(target_bias))
     return _run("hyper_linear", x, (h, weight, bias), task_ids, (bool(target_bias), plan))
 
 
-def _plan(x: Tensor, layer: Layer) -> str:
+def _plan(x: Tensor, h: Tensor, outs: int, ragged: bool, target_bias: bool) -> str:
     """The plan for the C++ kernels. Empty, which leaves it to the op, where others may run, and
     where the sizes are symbols or, under a transform, those of a part of the work."""
     if (
@@ -116,6 +115,8 @@ def _plan(x: Tensor, layer: Layer) -> str:
         or torch._C._are_functorch_transforms_active()
     ):
         return ""
+    rows, ins = x.shape[:-1].numel(), x.shape[-1]
+    layer = Layer(h.shape[0], rows, ins, outs, h.shape[1], ragged, target_bias)
     return choose(layer, x.element_size(), "cpp")
 
 
