@@ -20,7 +20,7 @@ from bench import calibrate, ceilings, memory, plots, race, report, results, run
 from bench.contest import as_tensors, hold  # noqa: E402
 from bench.load import ForeignLoad  # noqa: E402
 from bench.problem import CORNER, Judge, _corner_distance, answer, make_problem  # noqa: E402
-from bench.rival import Rival, Unavailable, torch_rival  # noqa: E402
+from bench.rival import Rival, Unavailable, on_one_thread, torch_rival  # noqa: E402
 from bench.rivals import OURS, RIVALS, entry  # noqa: E402
 from bench.torch_rivals import bmm  # noqa: E402
 from bench.workloads import MODES, WORKLOADS, BankWorkload, Workload  # noqa: E402
@@ -149,6 +149,22 @@ def test_judge_rejects_an_error_in_any_output(output):
     assert judge.share(tuple(outputs)) <= 1
     outputs[output] = outputs[output].bfloat16().float()
     assert judge.share(tuple(outputs)) > 10
+
+
+def test_one_thread_is_one_thread_for_that_call_alone():
+    threads = []
+
+    def build(problem, mode):
+        return lambda: (threads.append(torch.get_num_threads()),)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        on_one_thread(Rival("a", "", build)).build(None, "forward")()
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_judge_rejects_nan_wrong_shapes_and_missing_outputs():
