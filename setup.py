@@ -1,6 +1,6 @@
 """Builds hyperfast._C, the CPU kernels, through the LibTorch Stable ABI: one abi3 wheel for every
 Python >= 3.10 and torch >= 2.11. HYPERFAST_NO_EXT=1 leaves it out; otherwise a failed compile fails
-the install.
+the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize.
 """
 
 import os
@@ -16,6 +16,11 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # gcc 12: in its own AVX-512 headers
+LINK = ["-Wl,--strip-all"] if platform.system() == "Linux" else []
+if os.environ.get("HYPERFAST_SANITIZE") == "1":
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]  # of two -O the last one counts
+    LINK = SANITIZE
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 
@@ -70,7 +75,7 @@ def extension():
             *([("HF_X86", None)] if X86 else []),
         ],
         extra_compile_args=[*FLAGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
-        extra_link_args=["-Wl,--strip-all"] if platform.system() == "Linux" else [],
+        extra_link_args=LINK,
         py_limited_api=True,
         language="c++",
     )

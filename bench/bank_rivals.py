@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .problem import ACTIVATIONS, BankProblem, target_weights
-from .rival import Call, Rival, require
+from .rival import Call, Rival, on_one_thread, require
 from .torch_rivals import apply_bmm
 from .workloads import BankWorkload
 
@@ -117,10 +117,12 @@ def jax_build(problem: BankProblem, mode: str) -> Call:
     return call
 
 
+OURS = bank_rival("hyperfast", "TargetNet with task_ids", fused)
 BANK_RIVALS = {
     r.name: r
     for r in (
-        bank_rival("hyperfast", "TargetNet with task_ids", fused),
+        OURS,
+        on_one_thread(OURS),
         bank_rival("hyperfast bf16", "the same on a bank in bfloat16", fused, torch.bfloat16),
         bank_rival("hyperfast TaskBank", "TaskBank.from_weights", task_bank),
         bank_rival("loop", "rows sorted, then a Python loop over tasks", loop),

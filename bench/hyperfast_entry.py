@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
-from .rival import Call, Network, Rival, Unavailable, load_linears, torch_rival
+from .rival import Call, Network, Rival, Unavailable, load_linears, on_one_thread, torch_rival
 from .torch_rivals import compiled
 
 
@@ -42,8 +42,10 @@ def _no_bank(problem: Problem, mode: str) -> Call:
     raise Unavailable("serves stored weights; here they are generated")
 
 
+OURS = torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp)
 HYPERFAST = (
-    torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp),
+    OURS,
+    on_one_thread(OURS),
     Rival("hyperfast bf16", "the same in bfloat16, forward", _bf16, torch.bfloat16),
     Rival("hyperfast TaskBank", "TaskBank, for given weights", _no_bank),
     torch_rival("hyperfast compiled", "the same under torch.compile", compiled(hyper_mlp)),

@@ -61,6 +61,25 @@ def torch_rival(
     return Rival(name, about, build, dtype)
 
 
+def on_one_thread(rival: Rival) -> Rival:
+    """The same in the same race without torch's other threads: its ratio is how the work scales."""
+
+    def build(problem: Any, mode: str) -> Call:
+        call = rival.build(problem, mode)
+
+        def alone() -> tuple[Any, ...]:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return call()
+            finally:
+                torch.set_num_threads(threads)
+
+        return alone
+
+    return Rival(f"{rival.name} 1 thread", "the same on one thread", build, rival.dtype)
+
+
 def load_linears(module: nn.Module, problem: Problem) -> tuple[Tensor, ...]:
     """Copies the problem's parameters into the trunk's and the head's nn.Linear; returns them."""
     leaves = [p for m in module.modules() if isinstance(m, nn.Linear) for p in (m.weight, m.bias)]

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import machine, plots, report, results
+from . import calibrate, machine, plots, report, results
 from .rivals import OURS, RIVALS
 from .workloads import WORKLOADS
 
@@ -60,7 +60,15 @@ def parser() -> argparse.ArgumentParser:
         "bench/results/ under the machine's name, where --only replaces those workloads alone. "
         "--quick, --rivals, --rounds and --scale save nothing unless told where",
     )
-    p.add_argument("--report", type=Path, metavar="FILE", help="show these results; run nothing")
+    p.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="time every plan of single layers instead, fit the rates of hyperfast/plan.py, and "
+        "save the measurements as calibration.json, or where --json says; about 2 minutes",
+    )
+    p.add_argument(
+        "--report", type=Path, metavar="FILE", help="show (or fit) these results; run nothing"
+    )
     p.add_argument("--markdown", action="store_true", help="tables as Markdown")
     p.add_argument(
         "--compare",
@@ -111,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 fine, 1 a rival was wrong or failed, 2 wrong usage, 3 slower than before."""
     p = parser()
     args = p.parse_args(argv)
+    if args.calibrate:
+        if not args.report:
+            calibrate.save(args.threads, args.json or calibrate.FILE)
+        print(calibrate.report(results.read(args.report or args.json or calibrate.FILE)["results"]))
+        return 0
     old = results.read(args.compare) if args.compare else None
     status = 0
     if args.report:

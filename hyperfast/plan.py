@@ -1,8 +1,8 @@
 """The choice of plan for a generated layer, and its explanation: pure functions of sizes.
 
-A plan's time is modelled as its FLOPs at the device's rate, plus the memory traffic of what does
-not fit its last-level cache, plus a fixed cost a block. The model orders the plans; it does not
-predict seconds.
+A plan's time is modelled as a sum of what it does, each at a rate of its own: products begun, their
+steps, entries of the head read, weights stored, rows applied, memory beyond the cache. The model
+orders the plans; it does not predict seconds.
 """
 
 from __future__ import annotations
@@ -41,28 +41,51 @@ class Layer(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What plain PyTorch reaches: FLOP/s, bytes/s on new memory, seconds a block, cache bytes."""
+    """What plain PyTorch reaches: FLOP/s, and bytes/s on new memory."""
 
     flops: float
     bandwidth: float
-    overhead: float
-    cache: int
 
 
-# The CPU's figures order the plans as measured in fp32 on two Zen 5 cores with 32 MB of L3: in
-# plain PyTorch ("cpu") and in C++ ("cpp").
-DEVICES = {
-    "cpu": Device(flops=2e11, bandwidth=1e10, overhead=2e-5, cache=24 << 20),
-    "cpp": Device(flops=4e11, bandwidth=1e10, overhead=1e-6, cache=24 << 20),
-    "cuda": Device(flops=4e14, bandwidth=3e12, overhead=1e-5, cache=32 << 20),
-}
+DEVICES = {"cpu": Device(2e11, 1e10), "cuda": Device(4e14, 3e12)}
+
+
+class Work(NamedTuple):
+    """How much of each thing a plan does; or how many seconds one of each takes."""
+
+    calls: float = 0  # one
+    products: float = 0  # begun, one a block
+    head: float = 0  # entries of the head's weight, as often as they are read
+    outputs: float = 0  # of one row of every task
+    generated: float = 0  # multiply-adds with features
+    stored: float = 0  # entries of temporaries
+    applied: float = 0  # multiply-adds of rows with weights
+    spilled: float = 0  # bytes of temporaries that memory is mapped anew for
+
+    def seconds(self, rates: Work) -> float:
+        return sum(a * b for a, b in zip(self, rates, strict=True))
+
 
 # Elements of the temporaries of one block: 1 MB in fp32, half of a usual L2 cache.
 BLOCK = 1 << 18
 
-# Up to so many tasks the C++ kernels read the head's weight as it lies: to pack it for `tile` costs
-# more than it saves (choose_plan in csrc/ops.cpp).
-FEW_TASKS = 4
+# Bytes from which on a temporary is mapped anew in every call: malloc's most.
+MAPPED = {"cpu": 32 << 20}
+
+# Seconds of one of each, by device and plan, where plain PyTorch runs. Fitted by
+# `python -m hyperfast bench --calibrate`: fp32, 2 cores of an Intel Xeon, family 6 model 167.
+RATES: dict[str, dict[str, Work]] = {
+    "cpu": {
+        "contract": Work(2.64e-05, 1.06e-05, 8.55e-11, 0, 4.58e-12, 3.18e-10, 0, 0),
+        "tile": Work(2.16e-05, 2.49e-06, 2.07e-10, 3.29e-09, 6.34e-12, 1.45e-10, 2.47e-11, 0),
+        "materialize": Work(
+            6.11e-06, 8.06e-06, 5.49e-11, 1.23e-09, 4.26e-12, 1.85e-10, 1.26e-11, 1.78e-10
+        ),
+    },
+}
+
+# A GPU without fused kernels, or any other device, guessed: 400 TFLOP/s, 3 TB/s, 10 us a block.
+UNKNOWN = Work(products=1e-5, generated=5e-15, applied=5e-15, spilled=7e-13)
 
 
 class Gpu(NamedTuple):
@@ -104,35 +127,46 @@ class Cost:
     seconds: float
 
 
-@lru_cache(maxsize=4096)
-def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
-    """The cost of every plan, by name; ``device`` is a :func:`device_key`."""
-    if device in GPU:
-        return _gpu_costs(layer, itemsize, GPU[device])
-    machine = DEVICES.get(device, DEVICES["cuda"])
+def work(layer: Layer, itemsize: int, device: str) -> dict[str, Work]:
+    """What every plan does, by name, where no fused GPU kernels run."""
     b, r, i, o, k, ragged, _ = layer
     p = layer.params
-    generated = 2 * b * p * k + 2 * r * p
-    pair = min(i * k, o * k, i * o)  # the smallest temporary of a row, see eager._trilinear
-    # FLOPs, elements of the largest temporary, blocks, extra reads of the head's weight. Mixed
-    # rows gather their weights, a copy each.
-    table = {
-        "contract": (2 * r * p * k, r * pair, -(-r * pair // BLOCK), -(-r * pair // BLOCK)),
-        "tile": (generated, b * p + ragged * r * p, 2 * -(-b * p // BLOCK), -(-b * p // BLOCK)),
-        "materialize": (generated, b * p + ragged * r * p, 1, 0),
+    if device == "cpp":  # blocks of 64 tasks, or of as many rows as name their tasks
+        units = r if ragged else b
+        generated = Work(1, 1, p * k, b * o, b * p * k, b * p, r * p)
+        reads = max(-(-units // 64), 1)
+        contract = Work(1, reads, reads * p * k, b * o, units * p * k, 0, r * p)
+        return {"contract": contract, "tile": generated, "materialize": generated}
+    pairs = r * min(i * k, o * k, i * o)  # see eager._trilinear
+    weights = b * p + ragged * r * p  # mixed rows gather theirs, a copy each
+    cuts = {name: max(-(-n // BLOCK), 1) for name, n in (("r", pairs), ("b", b * p))}
+    whole = Work(1, 1, p * k, b * o, b * p * k, weights, r * p)
+    if weights * itemsize > MAPPED.get(device, 0):
+        whole = whole._replace(spilled=weights * itemsize)
+    return {
+        "contract": Work(1, cuts["r"], cuts["r"] * p * k, 0, r * p * k, pairs, 0),
+        "tile": Work(1, cuts["b"], cuts["b"] * p * k, b * o, b * p * k, weights, r * p),
+        "materialize": whole,
     }
-    if device == "cpp":  # one kernel does both, and no row needs a copy of its weights
-        table["contract"] = table["tile"] = (generated, b * p, 2 * -(-b * p // BLOCK), 0)
-        table["materialize"] = (generated, b * p, 1, 0)
-    io = p * k + b * k + r * (i + o)
+
+
+@lru_cache(maxsize=4096)
+def costs(layer: Layer, itemsize: int, device: str = "cpu") -> dict[str, Cost]:
+    """The cost of every plan of :func:`work`, by name; ``device`` is a :func:`device_key`."""
+    if device in GPU:
+        return _gpu_costs(layer, itemsize, GPU[device])
+    io = layer.tasks * layer.features + layer.rows * (layer.in_features + layer.out_features)
     result = {}
-    for name, (flops, temporary, blocks, reads) in table.items():
-        extra = temporary if name == "materialize" else min(temporary, BLOCK)
-        spills = extra * itemsize > machine.cache
-        moved = (io + reads * p * k + 2 * extra * spills) * itemsize
-        seconds = flops / machine.flops + blocks * machine.overhead
-        seconds += 2 * extra * itemsize * spills / machine.bandwidth
-        result[name] = Cost(name, flops, moved, extra * itemsize, seconds)
+    for name, amounts in work(layer, itemsize, device).items():
+        rates = RATES[device][name] if device in RATES else UNKNOWN
+        extra = amounts.stored if name == "materialize" else min(amounts.stored, BLOCK)
+        result[name] = Cost(
+            name,
+            flops=int(2 * (amounts.generated + amounts.applied)),
+            bytes=int((io + amounts.head) * itemsize + 2 * amounts.spilled),
+            extra_bytes=int(extra * itemsize),
+            seconds=amounts.seconds(rates),
+        )
     return result
 
 
@@ -215,7 +249,7 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 
 def device_key(device: str, dtype: torch.dtype) -> str:
-    """What the choice of plan depends on besides sizes: a key of :data:`DEVICES`, or of
+    """What the choice of plan depends on besides sizes: a key of :data:`RATES`, or of
     :data:`GPU` where fused kernels run."""
     if device == "cuda" and HAS_TRITON:
         return arithmetic(dtype)
@@ -223,23 +257,41 @@ def device_key(device: str, dtype: torch.dtype) -> str:
     return "cpp" if device == "cpu" and compiled else device
 
 
-@lru_cache(maxsize=4096)
-def choose(layer: Layer, itemsize: int, device: str = "cpu") -> str:
-    """The name of the plan that runs: the one of least cost, and in C++ that of a simple rule."""
-    if device == "cpp":
-        return "materialize" if min(layer.tasks, layer.rows) <= FEW_TASKS else "tile"
-    return min(costs(layer, itemsize, device).values(), key=lambda c: c.seconds).plan
+# The rule by which the C++ kernels choose (csrc/groups.cpp says why), which
+# `python -m hyperfast bench --calibrate` holds against measurement.
+FEW_TASKS, FEW_ROWS, MANY_ROWS, LARGE_NETWORK = 4, 8, 48, 256 << 10
 
 
-# Where so many rows share a task, computing their hidden layers again in the backward pass takes
-# less than writing them to new memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms).
-MANY_ROWS = 48
+def _cpp_plan(layer: Layer, itemsize: int) -> str:
+    tasks, rows = layer.tasks, layer.rows
+    if layer.ragged:
+        tasks = min(tasks, rows)
+    if tasks <= FEW_TASKS:
+        return "materialize"
+    few = 4 * rows <= 5 * tasks if layer.ragged else rows <= FEW_ROWS * tasks
+    return "contract" if few and itemsize >= 4 else "tile"
+
+
+def by_network(tasks: int, rows: int, params: int, itemsize: int) -> bool:
+    """Whether the C++ kernels take a network as a whole: the weights of a block of tasks, then all
+    layers for some of their rows at a time."""
+    fits = params * max(itemsize, 4) <= LARGE_NETWORK
+    return fits and (tasks <= FEW_TASKS or rows >= MANY_ROWS * tasks)
 
 
 def recomputes(tasks: int, rows: int, params: int, itemsize: int) -> bool:
     """Whether the backward pass of a network computes its pre-activations again, rather than the
-    forward pass keeping them. Networks of more than 256 KiB run layer by layer, and keep them."""
-    return rows >= MANY_ROWS * tasks and params * itemsize <= 256 << 10
+    forward pass keeping them: with many rows a task that takes less than to write them to new
+    memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms)."""
+    return rows >= MANY_ROWS * tasks and by_network(tasks, rows, params, itemsize)
+
+
+@lru_cache(maxsize=4096)
+def choose(layer: Layer, itemsize: int, device: str = "cpu") -> str:
+    """The name of the plan that runs: the one of least cost, and in C++ that of a simple rule."""
+    if device == "cpp":
+        return _cpp_plan(layer, itemsize)
+    return min(costs(layer, itemsize, device).values(), key=lambda c: c.seconds).plan
 
 
 @dataclass(frozen=True)

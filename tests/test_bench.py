@@ -16,14 +16,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # bench/ is no part of the installed package
 
-from bench import ceilings, memory, plots, race, report, results, run  # noqa: E402
+from bench import calibrate, ceilings, memory, plots, race, report, results, run  # noqa: E402
 from bench.contest import as_tensors, hold  # noqa: E402
 from bench.load import ForeignLoad  # noqa: E402
 from bench.problem import CORNER, Judge, _corner_distance, answer, make_problem  # noqa: E402
-from bench.rival import Rival, Unavailable, torch_rival  # noqa: E402
+from bench.rival import Rival, Unavailable, on_one_thread, torch_rival  # noqa: E402
 from bench.rivals import OURS, RIVALS, entry  # noqa: E402
 from bench.torch_rivals import bmm  # noqa: E402
 from bench.workloads import MODES, WORKLOADS, BankWorkload, Workload  # noqa: E402
+from hyperfast import plan  # noqa: E402
+from hyperfast.plan import PLANS  # noqa: E402
 
 TINY = Workload("tiny", B=3, N=5, z_dim=4, H=6, sizes=(3, 7, 2))
 TINY_SINE = Workload("tiny_sine", B=2, N=3, z_dim=4, H=5, sizes=(2, 4, 3, 1), activation="sin")
@@ -147,6 +149,22 @@ def test_judge_rejects_an_error_in_any_output(output):
     assert judge.share(tuple(outputs)) <= 1
     outputs[output] = outputs[output].bfloat16().float()
     assert judge.share(tuple(outputs)) > 10
+
+
+def test_one_thread_is_one_thread_for_that_call_alone():
+    threads = []
+
+    def build(problem, mode):
+        return lambda: (threads.append(torch.get_num_threads()),)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        on_one_thread(Rival("a", "", build)).build(None, "forward")()
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_judge_rejects_nan_wrong_shapes_and_missing_outputs():
@@ -397,3 +415,64 @@ def test_unknown_names_are_told(argv, capsys):
 def test_registry_has_unique_described_entries():
     assert OURS in RIVALS
     assert all(isinstance(r, Rival) and r.about for r in RIVALS.values())
+
+
+# calibration -------------------------------------------------------------------------------------
+
+CALIBRATION = results.read(calibrate.FILE)["results"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpp"])
+def test_the_chosen_plan_is_near_the_fastest_of_the_calibration(device):
+    """At most 15% slower, in every case that was measured; the whole bench table is among them."""
+    rows = [row for row in CALIBRATION if row["device"] == device]
+    assert {tuple(layer[:5]) for layer in calibrate.grid()} == {tuple(r["layer"]) for r in rows}
+    for row in rows:
+        seconds = row["seconds"]
+        assert len(seconds) >= 2
+        chosen = plan.choose(plan.Layer(*row["layer"]), 4, device)
+        assert seconds.get(chosen, math.inf) <= 1.15 * min(seconds.values()), (row, chosen)
+
+
+def test_the_table_is_in_the_grid():
+    layers = [(l.tasks, l.rows, l.in_features, l.out_features) for l in calibrate.grid()]
+    for w in WORKLOADS.values():
+        if isinstance(w, Workload):
+            assert {(w.B, w.B * w.N, i, o) for i, o in w.layers} <= set(layers)
+
+
+def test_every_plan_that_is_not_hopeless_is_timed():
+    rows = calibrate.time_all([plan.Layer(2, 2, 3, 4, 5), plan.Layer(2, 200, 3, 4, 50)], "cpu")
+    assert [row["layer"] for row in rows] == [(2, 2, 3, 4, 5), (2, 200, 3, 4, 50)]
+    assert [set(row["seconds"]) for row in rows] == [set(PLANS), {"tile", "materialize"}]
+    assert all(t > 0 for row in rows for t in row["seconds"].values())
+
+
+def test_a_fit_finds_the_plans_of_a_machine_that_is_as_modelled():
+    """Made-up rates, far from where the fit begins, under which each plan wins somewhere."""
+    rates = {
+        "tile": plan.Work(calls=1e-5, head=5e-10, generated=4e-12),
+        "materialize": plan.Work(calls=2e-5, head=2e-11, generated=4e-12, stored=5e-10),
+    }
+    rows = []
+    for layer in calibrate.grid()[::4]:
+        work = plan.work(layer, 4, "cpu")
+        seconds = {name: work[name].seconds(rates[name]) for name in rates}
+        rows.append({"device": "cpu", "layer": layer[:5], "seconds": seconds})
+    assert {min(row["seconds"], key=row["seconds"].get) for row in rows} == set(rates)
+    fitted = calibrate.fit(rows, "cpu", steps=300)
+    assert max(calibrate.regret(row, fitted)[0] for row in rows) < 1.05
+
+
+def test_the_report_tells_what_a_wrong_rate_costs(monkeypatch):
+    row = {
+        "device": "cpu",
+        "layer": [1, 1, 2, 3, 4],
+        "seconds": {"tile": 4e-6, "materialize": 1e-6},
+    }
+    monkeypatch.setattr(calibrate, "fit", lambda rows, device: {
+        "tile": plan.Work(calls=1), "materialize": plan.Work(calls=2)
+    })  # fmt: skip
+    text = calibrate.report([row])
+    assert "cpu, fitted: regret 4.00 at worst, 4.000 in the mean, above 1.15 in 1 of 1" in text
+    assert '"tile": Work(1, 0, 0, 0, 0, 0, 0, 0)' in text

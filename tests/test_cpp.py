@@ -368,7 +368,7 @@ def test_every_instruction_set(isa):
     if isa == _C.isa():
         return  # the tests above ran it
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not bad")
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_unknown_instruction_set():

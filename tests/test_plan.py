@@ -49,8 +49,7 @@ def test_flops_of_materialize():
     assert plan.costs(Layer(b, b * n, i, o, k), 4)["materialize"].flops == 2 * b * p * (k + n)
 
 
-def test_one_row_a_task_contracts_and_many_rows_do_not():
-    assert plan.choose(Layer(512, 512, 128, 128, 128), 4) != "materialize"
+def test_many_rows_a_task_do_not_contract():
     assert plan.choose(Layer(512, 512 * 256, 128, 128, 128), 4) != "contract"
 
 
@@ -98,25 +97,34 @@ def test_explain_sees_dtype(model):
     assert table.layers[0][1] == plan.costs(sizes, 8, DEVICE)[plan.choose(sizes, 8, DEVICE)]
 
 
-@pytest.mark.skipif(DEVICE == "cpp", reason="the C++ kernels choose for themselves")
-def test_explain_is_what_runs(model, monkeypatch):
-    """The eager plan chosen for a forward pass is the one explained."""
-    chosen = []
+RULE = [  # tasks, rows, ragged, and the plan in fp32
+    (4, 4, False, "materialize"),
+    (5, 5, False, "contract"),
+    (5, 40, False, "contract"),
+    (5, 45, False, "tile"),
+    (40, 50, True, "contract"),
+    (40, 51, True, "tile"),
+    (40, 4, True, "materialize"),
+]
 
-    def record(layer, itemsize, device="cpu"):
-        chosen.append(plan.choose(layer, itemsize, device))
-        return chosen[-1]
 
-    monkeypatch.setattr("hyperfast.eager.choose", record)
-    x, z = torch.randn(64, 10, 4), torch.randn(64, 5)
-    h = model.hyper.features(z)
-    numels = [layer.numel for layer in model.hyper.spec.layers]
-    for weight, bias in zip(
-        model.hyper.head.weight.split(numels), model.hyper.head.bias.split(numels), strict=True
-    ):
-        x = hyperfast.eager.hyper_linear(x, h, weight, bias, None, True, "")
-    explained = hyperfast.explain(model, (64, 10, 4), (64, 5))
-    assert chosen == [cost.plan for _, cost in explained.layers]
+@pytest.mark.skipif(DEVICE != "cpp", reason="no extension")
+@pytest.mark.parametrize(("tasks", "rows", "ragged", "name"), RULE)
+def test_the_rule_is_what_the_kernels_do(tasks, rows, ragged, name):
+    """Left to itself, the op gives the bits of the plan that is explained, and of no other."""
+    h, weight = torch.randn(tasks, 65), torch.randn(17 * 34, 65)
+    x = torch.randn(rows, 33) if ragged else torch.randn(tasks, rows // tasks, 33)
+    ids = torch.arange(rows) % min(tasks, rows) if ragged else None
+    op = torch.ops.hyperfast.hyper_linear
+    layer = Layer(tasks, rows, 33, 17, 65, ragged)
+    assert plan.choose(layer, 4, "cpp") == name
+    y = op(x, h, weight, None, ids, True, "")
+    same = [p for p in PLANS if torch.equal(op(x, h, weight, None, ids, True, p), y)]
+    assert same == [name]
+
+
+def test_16_bit_heads_do_not_contract():
+    assert plan.choose(Layer(64, 64, 8, 8, 8), 2, "cpp") == "tile"
 
 
 def test_explain_shows_what_the_cpu_runs():
@@ -127,7 +135,7 @@ def test_explain_shows_what_the_cpu_runs():
     plans = {
         b: {c.plan for _, c in hyperfast.explain(model, (b, 64), (b, 5)).layers} for b in (4, 5)
     }
-    assert plans == {4: {"materialize"}, 5: {"tile"}}
+    assert plans == {4: {"materialize"}, 5: {"contract"}}
 
 
 def network(sizes, tasks, rows, features=64):
