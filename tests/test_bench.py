@@ -387,6 +387,12 @@ def test_report_shows_ratios_absence_and_load(markdown):
     assert ("| qmix1024" in text) == markdown
 
 
+def test_over_the_floor_is_against_the_nearer_ceiling():
+    ceilings = {"gflops": 400.0, "read_gbytes": 40.0}
+    assert report.over_floor({"gflops": 100.0, "gbytes": 1.0}, ceilings) == 4
+    assert report.over_floor({"gflops": 1.0, "gbytes": 20.0}, ceilings) == 2
+
+
 @pytest.mark.parametrize("draw", [plots.speed, plots.roofline])
 def test_plots_are_reproducible(tmp_path, draw):
     pytest.importorskip("matplotlib")
