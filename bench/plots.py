@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .report import headline, rows_of
+from .report import headline, over_floor, rows_of
 from .results import Results, Row
 from .rivals import OURS
 from .workloads import MODES
@@ -123,10 +123,11 @@ def speed(results: Results, path: Path) -> None:
 
 def roofline(results: Results, path: Path) -> None:
     """FLOPs a byte of compulsory traffic against FLOPs a second, under the measured ceilings; the
-    stems lead down, or up, to the fastest rival."""
+    stems lead down, or up, to the fastest rival. The list says how many times over the floor, which
+    is the time at the nearer ceiling, the two modes take."""
     pyplot = _pyplot()
     peak, read = (results["ceilings"][name] for name in ("gflops", "read_gbytes"))
-    figure, axes = pyplot.subplots(1, len(MODES), figsize=(11.5, 4.9), sharey=True, sharex=True)
+    figure, axes = pyplot.subplots(1, len(MODES), figsize=(12.5, 4.9), sharey=True, sharex=True)
     facts = results["workloads"]
     work = {
         (name, mode): fact["flops"][mode] / fact["bytes"][mode]
@@ -134,6 +135,7 @@ def roofline(results: Results, path: Path) -> None:
         for mode in fact["flops"]
     }
     left, right = min(work.values()) / 2, max(*work.values(), peak / read) * 4
+    floors: dict[str, list[str]] = {name: [] for name in facts}
     for mode, axis in zip(MODES, axes, strict=True):
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -151,6 +153,7 @@ def roofline(results: Results, path: Path) -> None:
             by_rival = rows_of(results, mode).get(name, {})
             if OURS not in by_rival:
                 continue
+            floors[name].append(f"{over_floor(by_rival[OURS], results['ceilings']):.1f}x")
             x, y = work[name, mode], by_rival[OURS]["gflops"]
             rival = fastest(by_rival, [n for _, _, names in FAMILIES.values() for n in names])
             if rival:
@@ -173,9 +176,12 @@ def roofline(results: Results, path: Path) -> None:
     ]
     figure.legend(handles=marks, loc="upper center", ncols=2, frameon=False)
     figure.text(0.5, 0.012, headline(results), ha="center", fontsize=7, color="#777777")
+    lines = ["    over the floor", *(
+        f"{number:>2}  {name:<13}{''.join(f'{times:>6}' for times in floors[name])}"
+        for number, name in enumerate(facts, 1)
+    )]  # fmt: skip
     figure.text(
-        0.885, 0.88, "\n".join(f"{number:>2}  {name}" for number, name in enumerate(facts, 1)),
-        va="top", linespacing=1.7, family="monospace", fontsize=8,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.03, 0.88, 0.95))
+        0.815, 0.9, "\n".join(lines), va="top", linespacing=1.7, family="monospace", fontsize=8
+    )
+    figure.tight_layout(rect=(0, 0.03, 0.81, 0.95))
     _save(pyplot, figure, path)

@@ -43,15 +43,26 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
   return g;
 }
 
-Plan default_plan(Makes makes, Dtype dtype, const Groups& groups) {
-  // Packing the head for so few tasks costs more than it saves.
-  if (groups.pieces <= 4) return Plan::materialize;
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features) {
+  // Held against measurement by `python -m hyperfast bench --calibrate`; plan.py has the same rule.
+  const Index tasks = groups.ragged ? std::min(groups.pieces, groups.tasks) : groups.tasks;
+  const Index rows = groups.ragged ? groups.rows : groups.tasks * groups.rows;
+  // Packing the head for so few tasks costs more than it saves, the more the larger the layer.
+  if (tasks <= 4) {
+    const bool tiny = makes == Makes::weights && tasks > 1 && params * features < 8192;
+    return tiny ? Plan::tile : Plan::materialize;
+  }
+  const bool many = rows >= 48 * tasks;
+  if (makes == Makes::weights) {
+    if (tasks <= 16 && params >= (many ? 512 : 1024)) return Plan::materialize;
+    if (many && tasks <= 64 && params >= 1024) return Plan::materialize;
+  }
   // `contract` neither packs the head nor stores a weight, but every strip reads the rows of its lanes
   // again, and gradients are formed row by row; with task_ids it generates weights anew for each row.
   // 16-bit heads are packed all the same: lanes widen them, and multiply pairs of bf16.
   const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;
   const Index most = makes == Makes::weights ? 8 : 2;
-  const bool few = groups.ragged ? 4 * groups.rows <= 5 * groups.pieces : groups.rows <= most;
+  const bool few = groups.ragged ? 4 * rows <= 5 * tasks : groups.rows <= most;
   return wide && few ? Plan::contract : Plan::tile;
 }
 

@@ -87,7 +87,7 @@ enum class Plan { contract, tile, materialize };
 
 // How an op runs best (groups.cpp): one that makes weights, and one that makes gradients of weights.
 enum class Makes { weights, gradients };
-Plan default_plan(Makes makes, Dtype dtype, const Groups& groups);
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features);
 
 // y[r] = M_b x[r] + v_b, both generated.
 struct HyperLinear {

@@ -80,8 +80,9 @@ struct Head {
 };
 
 // How to run a layer: the plan that was asked for, else the best one.
-Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Groups& groups) {
-  if (wanted.empty()) return default_plan(makes, dtype, groups);
+Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Groups& groups,
+                 Index params, Index features) {
+  if (wanted.empty()) return default_plan(makes, dtype, groups, params, features);
   if (wanted == "contract") return Plan::contract;
   if (wanted == "tile") return Plan::tile;
   if (wanted == "materialize") return Plan::materialize;
@@ -107,7 +108,7 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
   const Head head(weight, bias, out, in, target_bias);
   const Tensor y = x.like_rows(out);
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, choose_plan(plan.value, Makes::weights, dtype, groups.view()), groups.view(), out, in, features,
+  kernels().hyper_linear({dtype, choose_plan(plan.value, Makes::weights, dtype, groups.view(), out * (in + target_bias), features), groups.view(), out, in, features,
                           x.rows(), {h.data(), h.stride(0), h.stride(1)}, head.matrix, head.vector,
                           Arg("y", y).rows()});
   trim_scratch();
@@ -134,7 +135,7 @@ Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& 
   const HeadMatrix matrix = Head(weight, bias, out, in, false).matrix.transposed();
   const Tensor y = grad.like_rows(in);
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, choose_plan(plan.value, Makes::weights, dtype, groups.view()), groups.view(), in, out, features,
+  kernels().hyper_linear({dtype, choose_plan(plan.value, Makes::weights, dtype, groups.view(), out * in, features), groups.view(), in, out, features,
                           grad.rows(), {h.data(), h.stride(0), h.stride(1)}, matrix, {},
                           Arg("y", y).rows()});
   trim_scratch();
@@ -156,7 +157,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   countable(tasks, out, in, features);
   const Head head(weight, std::nullopt, out, in, target_bias);
   const Tensor y = x.empty({tasks, features});
-  kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, Makes::gradients, dtype, groups.view()), groups.view(), out, in,
+  kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features), groups.view(), out, in,
                                  features, grad.rows(), x.rows(), head.matrix, head.vector,
                                  y.mutable_data_ptr()});
   trim_scratch();
@@ -176,7 +177,7 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
   countable(h.size(0), out, in, features);
   const Tensor y = x.empty({out * (in + target_bias), features});
-  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, Makes::gradients, dtype, groups.view()), groups.view(), out, in,
+  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features), groups.view(), out, in,
                                       features, target_bias, grad.rows(), x.rows(),
                                       {h.data(), h.stride(0), h.stride(1)}, y.mutable_data_ptr()});
   trim_scratch();

@@ -257,18 +257,25 @@ def device_key(device: str, dtype: torch.dtype) -> str:
     return "cpp" if device == "cpu" and compiled else device
 
 
-# The rule by which the C++ kernels choose (csrc/groups.cpp says why), which
-# `python -m hyperfast bench --calibrate` holds against measurement.
-FEW_TASKS, FEW_ROWS, MANY_ROWS, LARGE_NETWORK = 4, 8, 48, 256 << 10
+# Where the C++ kernels take few tasks, and many rows of a task, otherwise than the rest.
+FEW_TASKS, MANY_ROWS, LARGE_NETWORK = 4, 48, 256 << 10
 
 
 def _cpp_plan(layer: Layer, itemsize: int) -> str:
-    tasks, rows = layer.tasks, layer.rows
+    """The rule of the C++ kernels: csrc/groups.cpp says why, and measurement
+    (``python -m hyperfast bench --calibrate``) how well. Mixed rows are taken to name as many tasks
+    as they can."""
+    tasks, rows, params = layer.tasks, layer.rows, layer.params
     if layer.ragged:
         tasks = min(tasks, rows)
     if tasks <= FEW_TASKS:
+        return "tile" if tasks > 1 and params * layer.features < 8192 else "materialize"
+    many = rows >= MANY_ROWS * tasks
+    if tasks <= 16 and params >= (512 if many else 1024):
         return "materialize"
-    few = 4 * rows <= 5 * tasks if layer.ragged else rows <= FEW_ROWS * tasks
+    if many and tasks <= 64 and params >= 1024:
+        return "materialize"
+    few = 4 * rows <= 5 * tasks if layer.ragged else rows <= 8 * tasks
     return "contract" if few and itemsize >= 4 else "tile"
 
 

@@ -114,14 +114,34 @@ def _variants():
 
 VARIANTS = list(_variants())
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+# For kernels that compile anew for every combination: both biases or none, and weights not stored.
+PAIRED = [v for v in VARIANTS if v.bias == v.target_bias or v.name != "hyper_linear"]
+FUSED = [v for v in PAIRED if v.plan == "contract" or v.name.startswith("task")]
+every_fused = pytest.mark.parametrize("variant", FUSED, ids=str)
 unplanned = pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.plan], ids=str)
 every_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 
 
+def is_float(a):
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
 def floats(args):
     """The tensors among ``args`` that can have a gradient."""
-    return [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    return [a for a in args if is_float(a)]
 
 
 def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def value_and_gradients(variant, sizes):
+    """Checks the op against the specification; returns the arguments and the expected value."""
+    args = variant.random(sizes, grad=True)
+    expected = variant.expected(*args)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, floats(args), weight)
+    y = variant.op(*args)
+    close(y, expected)
+    close(torch.autograd.grad(y, floats(args), weight), gradients)
+    return args, expected

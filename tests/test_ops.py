@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import Sizes, close, every_size, every_variant, floats, unplanned
+from cases import (
+    Sizes,
+    close,
+    every_size,
+    every_variant,
+    floats,
+    unplanned,
+    value_and_gradients,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
 from hyperfast import eager
@@ -13,13 +21,7 @@ SMALL = Sizes(3, 2, 2, 3, 2)
 @every_size
 @every_variant
 def test_value_and_gradients(variant, sizes):
-    args = variant.random(sizes, grad=True)
-    expected = variant.expected(*args)
-    weight = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, floats(args), weight)
-    y = variant.op(*args)
-    close(y, expected)
-    close(torch.autograd.grad(y, floats(args), weight), gradients)
+    args, expected = value_and_gradients(variant, sizes)
     with torch.no_grad():
         close(variant.eager(*args), expected)
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import VARIANTS, Sizes, Variant, close
+from cases import FUSED, PAIRED, Sizes, Variant, close, every_fused, is_float
 from test_mlp_ops import expected, random, stored
 
 import hyperfast
@@ -31,15 +31,8 @@ LARGE = [
     Sizes(64, 16, 2, 32, 128),
 ]
 FEW = [Sizes(), Sizes(63, 1, 3, 3, 1), Sizes(tasks=0), Sizes(rows=0)]
-# Both biases or none. Each size and dtype is a compilation, a third of a second: hence no more.
-PAIRED = [v for v in VARIANTS if v.bias == v.target_bias or v.name != "hyper_linear"]
-FUSED = [v for v in PAIRED if v.plan == "contract" or v.name.startswith("task")]
+# Each size and dtype is a compilation, a third of a second: hence no more.
 STORED = [v for v in PAIRED if v.plan in ("tile", "materialize")]
-every_fused = pytest.mark.parametrize("variant", FUSED, ids=str)
-
-
-def is_float(a):
-    return isinstance(a, torch.Tensor) and a.is_floating_point()
 
 
 def to(args, device="cuda", dtype=None):

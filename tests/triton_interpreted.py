@@ -8,7 +8,18 @@ from itertools import product
 
 import pytest
 import torch
-from cases import SIZES, VARIANTS, Sizes, Variant, close, floats
+from cases import (
+    FUSED,
+    VARIANTS,
+    Sizes,
+    Variant,
+    close,
+    every_fused,
+    every_size,
+    floats,
+    is_float,
+    value_and_gradients,
+)
 from test_mlp_ops import apply_stored, expected, random, stored, text
 from torch.autograd import gradcheck
 
@@ -28,11 +39,7 @@ LARGE = [
     (Sizes(1, 63, 3, 17, 63), FP64),
     (Sizes(5, 3, 17, 33, 17), FP32),
 ]
-# The two biases are on or off together.
-FUSED = [v for v in VARIANTS if v.bias == v.target_bias or v.name != "hyper_linear"]
-FUSED = [v for v in FUSED if v.plan == "contract" or v.name.startswith("task")]
 STORED = [v for v in VARIANTS if v.plan in ("tile", "materialize") and v.bias and v.target_bias]
-every_fused = pytest.mark.parametrize("variant", FUSED, ids=str)
 
 # What computes each op when the weights are not stored; a library does where rows are many.
 KERNELS = {
@@ -60,20 +67,10 @@ def launched(monkeypatch, nan_poison):
         yield count
 
 
-def is_float(a):
-    return isinstance(a, torch.Tensor) and a.is_floating_point()
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
+@every_size
 @every_fused
 def test_value_and_gradients(variant, sizes):
-    args = variant.random(sizes, grad=True)
-    expected = variant.expected(*args)
-    weight = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, floats(args), weight)
-    y = variant.op(*args)
-    close(y, expected)
-    close(torch.autograd.grad(y, floats(args), weight), gradients)
+    value_and_gradients(variant, sizes)
 
 
 @pytest.mark.parametrize(("sizes", "dtype"), LARGE, ids=str)

@@ -87,14 +87,15 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
     T* a = l + 1 == p.net.count ? static_cast<T*>(p.y.data)
                                 : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     T* z = hidden && is_kept(p.net, l) ? hidden : a;
-    hyper_linear_typed<T>({p.dtype, default_plan(Makes::weights, p.dtype, p.groups), p.groups, layer.out, layer.in,
+    const Index params = layer.out * (layer.in + p.net.bias);
+    hyper_linear_typed<T>({p.dtype, default_plan(Makes::weights, p.dtype, p.groups, params, p.features), p.groups, layer.out, layer.in,
                            p.features, x, p.h, matrix_of<T>(p.head, layer, first),
                            vector_of<T>(p.head, layer, first, p.net.bias),
                            dense_rows(z, p.groups, layer.out)});
     each_stretch<T>(rows * layer.out, [&](Index at, Index n) { activate<T>(layer, n, z + at, a + at); });
     if (z != a) hidden += rows * layer.out;
     x = dense_rows(a, p.groups, layer.out);
-    first += layer.out * (layer.in + p.net.bias);
+    first += params;
   }
 }
 
@@ -109,8 +110,6 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     p.y = dense_rows(scratch<T>(Slot::hidden_c, max(rows * widest(p.net), 1)), p.groups, out);
     hyper_mlp_by_layers<T>(p);
   }
-  const Plan plan = default_plan(Makes::weights, p.dtype, p.groups);
-  const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups);
   const Index rows = total_rows(p.groups), most = widest(p.net), sums = p.groups.tasks * p.features;
   const T* z = static_cast<const T*>(p.hidden) + rows * kept_width(p.net);  // read backwards
   T* grad = static_cast<T*>(b.grad.data);
@@ -131,6 +130,9 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     const Layer& layer = p.net.layers[l];
     const Index params = layer.out * (layer.in + p.net.bias);
     first -= params;
+    const Plan plan =
+        default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in, p.features);
+    const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups, params, p.features);
     const HeadMatrix matrix = matrix_of<T>(p.head, layer, first);
     const HeadMatrix vector = vector_of<T>(p.head, layer, first, p.net.bias);
     const Rows g = dense_rows(grad, p.groups, layer.out);
