@@ -45,7 +45,7 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
 
 Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features) {
   // Held against measurement by `python -m hyperfast bench --calibrate`; plan.py has the same rule.
-  const Index tasks = groups.ragged ? std::min(groups.pieces, groups.tasks) : groups.tasks;
+  const Index tasks = groups.pieces;  // what has its weights made: a task of very many rows several times
   const Index rows = groups.ragged ? groups.rows : groups.tasks * groups.rows;
   // Packing the head for so few tasks costs more than it saves, the more the larger the layer.
   if (tasks <= 4) {

@@ -2,7 +2,8 @@
 // are in hyperfast/mlp_ops.py.
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
+#include <cstdio>
+#include <locale>
 #include <tuple>
 #include <vector>
 
@@ -61,9 +62,10 @@ class Network {
       if (entry.compare(0, colon, k.name) != 0) continue;
       layer.act = k.act;
       if (colon + 1 >= entry.size()) return;
-      char* rest;
-      layer.parameter = std::strtod(entry.c_str() + colon + 1, &rest);
-      if (*rest) fail("activations must be names or name:number, got \"", entry, "\"");
+      std::istringstream number(entry.substr(colon + 1));
+      number.imbue(std::locale::classic());  // whatever the process writes for a decimal point
+      if (!(number >> layer.parameter) || number.peek() != EOF)
+        fail("activations must be names or name:number, got \"", entry, "\"");
       return;
     }
     fail("activations must be identity, relu, leaky_relu, elu, sigmoid, silu, sin or tanh, got \"",
@@ -199,6 +201,7 @@ Tensor task_mlp(const Tensor& x_, const Tensor& weight_, const OptionalTensor& a
   const Tensor y = x.like_rows(network.out());
   p.y = Arg("y", y).rows();
   kernels().task_mlp(p);
+  trim_scratch();
   return y;
 }
 

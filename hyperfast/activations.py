@@ -110,7 +110,7 @@ def _silu_slope(z: Tensor, _: float) -> Tensor:
 # Kernels of every backend know these by name; the parameter is written behind a colon, "sin:30.0".
 FORMULAS: dict[str, Formula] = {
     "identity": Formula(lambda z, _: z, lambda z, _: torch.ones_like(z)),
-    "relu": Formula(lambda z, _: torch.relu(z), lambda z, _: (z > 0).to(z.dtype)),
+    "relu": Formula(lambda z, _: torch.relu(z), lambda z, _: (~(z <= 0)).to(z.dtype)),
     "leaky_relu": Formula(
         F.leaky_relu, lambda z, slope: torch.where(z > 0, z.new_ones(()), z.new_full((), slope))
     ),

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.activations import encode
-from hyperfast.functional import task_linear
-from hyperfast.mlp_ops import task_mlp
+from hyperfast.functional import task_linear, task_mlp
 from hyperfast.plan import BLOCK
 from hyperfast.rows import blocks
 from hyperfast.spec import MLPSpec, ParamSpec

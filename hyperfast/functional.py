@@ -167,6 +167,28 @@ def hyper_mlp(
     return y.squeeze(1) if single else y
 
 
+def task_mlp(
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor | None,
+    task_ids: Tensor | None,
+    sizes: Sequence[int],
+    target_bias: bool,
+    activations: str,
+) -> Tensor:
+    """The op ``task_mlp`` (:mod:`hyperfast.mlp_ops`), or what :func:`hyperfast.use_backend` insists
+    on; the caller has checked the arguments."""
+    if backend.forced == "reference":
+        checks.in_range(task_ids, len(weight))
+        stored = mlp_ops.stored_layers(weight, affine, sizes, target_bias, activations, x.dtype)
+        for w, b, layer in stored:
+            x = layer.activate(reference.task_linear(x, w, b, task_ids))
+        return x
+    if backend.forced is not None:
+        backend.insist(backend.forced, "task_mlp", x.device.type)
+    return mlp_ops.task_mlp(x, weight, affine, task_ids, sizes, target_bias, activations)
+
+
 def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options: tuple) -> Tensor:
     """Calls the op, or what :func:`hyperfast.use_backend` insists on; ``(B, in)`` is one row."""
     single = task_ids is None and x.ndim == 2

@@ -126,7 +126,7 @@ def _hyper_mlp_backward(
     layers = _check([grad, x], [h], task_ids, weight, bias, sizes, target_bias, activations)
     rows = x.shape[:-1]
     widths = kept(sizes, activations)
-    if not hidden.numel():  # it was not kept
+    if widths and not hidden.numel():  # it was not kept
         hidden = _hyper_mlp(x, h, weight, bias, task_ids, sizes, target_bias, activations, True)[1]
     if hidden.shape != (rows.numel() * sum(widths),):
         raise ValueError(
@@ -138,7 +138,8 @@ def _hyper_mlp_backward(
         x,
         *(layer.activate(v) for layer, v in zip(layers, z[: len(layers) - 1], strict=False)),
     ]
-    grad_h = torch.zeros_like(h)
+    # Lest 16-bit sums over the layers be rounded after each.
+    grad_h = torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     weights, biases = [], []
     for n, layer in reversed(list(enumerate(layers))):
         if n < len(z):
@@ -158,7 +159,7 @@ def _hyper_mlp_backward(
             grad = ops.hyper_linear_grad_x(grad, h, w[:m], shared, task_ids, "")
     return (
         grad if output_mask[0] else x.new_empty(0),
-        grad_h if output_mask[1] else x.new_empty(0),
+        grad_h.to(h.dtype) if output_mask[1] else x.new_empty(0),
         torch.cat(weights[::-1]) if output_mask[2] else x.new_empty(0),
         torch.cat(biases[::-1]) if output_mask[3] else x.new_empty(0),
     )
@@ -171,9 +172,10 @@ def _hyper_mlp_fake(x, h, weight, bias, task_ids, sizes, target_bias, activation
 
 
 def _hyper_mlp_backward_fake(grad, x, h, weight, bias, *rest):
-    like = (x, h, weight, weight[:, 0])
+    shapes = (x.shape, h.shape, weight.shape, weight.shape[:1])
     return tuple(
-        t.new_empty(t.shape if wanted else (0,)) for t, wanted in zip(like, rest[-1], strict=True)
+        x.new_empty(shape if wanted else (0,))
+        for shape, wanted in zip(shapes, rest[-1], strict=True)
     )
 
 
@@ -188,6 +190,12 @@ def _hyper_mlp_autograd(ctx, grad, _):
     return *_gradients(ctx, grad), *[None] * 5
 
 
+def _apart(tensors):
+    """Views, so that a gradient with respect to one argument does not run through another that was
+    computed from it: the engine adds that path itself."""
+    return [None if t is None else t.view_as(t) for t in tensors]
+
+
 def _gradients(ctx, grad):
     """Gradients of x, h, weight and bias."""
     *tensors, hidden = ctx.saved_tensors
@@ -195,8 +203,9 @@ def _gradients(ctx, grad):
     if grad is None:
         return [None] * 4
     if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-        y = by_layers(*tensors, *ctx.options)
-        wanted = [t for t, n in zip(tensors, need, strict=False) if n]
+        own = _apart(tensors)
+        y = by_layers(*own, *ctx.options)
+        wanted = [t for t, n in zip(own, need, strict=False) if n]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return [next(found) if n else None for n in need]
     grads = hyper_mlp_backward(grad, *tensors, hidden, *ctx.options, need)
@@ -221,7 +230,7 @@ class _HyperMlp(torch.autograd.Function):
         return *_gradients(ctx, grad), *[None] * 4
 
 
-def _stored(weight, affine, sizes, target_bias, activations, dtype):
+def stored_layers(weight, affine, sizes, target_bias, activations, dtype):
     """Weight, bias and :class:`Layer` of each layer of given networks."""
     begin = first = 0
     for layer in layers_of(sizes, target_bias, activations):
@@ -241,7 +250,7 @@ def _stored(weight, affine, sizes, target_bias, activations, dtype):
 
 def by_task_layers(x, weight, affine, task_ids, sizes, target_bias, activations) -> Tensor:
     """What ``task_mlp`` means: layer after layer, differentiable to any order."""
-    for w, b, layer in _stored(weight, affine, sizes, target_bias, activations, x.dtype):
+    for w, b, layer in stored_layers(weight, affine, sizes, target_bias, activations, x.dtype):
         x = layer.activate(ops.task_linear(x, w, b, task_ids))
     return x
 
@@ -275,9 +284,10 @@ def _task_mlp_setup(ctx, inputs, output):
 
 
 def _task_mlp_autograd(ctx, grad):
-    tensors, need = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    need = ctx.needs_input_grad[:3]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        tensors = _apart(ctx.saved_tensors)
         y = by_task_layers(*tensors, *ctx.options)
     wanted = [t for t, n in zip(tensors, need, strict=False) if n]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))

@@ -1,7 +1,8 @@
 """The registered ops: schemas, kernels, fakes, and the rules of autograd, vmap and jvp.
 
 PyTorch's dispatcher is the registry: a backend registers its kernels for its device's key, and
-where it has none the eager plans run. This is the only file that names ``torch.library``.
+where it has none the eager plans run. Only this file and :mod:`hyperfast.mlp_ops` name
+``torch.library``.
 
 The two families are closed under differentiation: ``hyper_linear`` is linear in ``x``, in ``h`` and
 in the head's weight, and the gradient with respect to each is linear in the others again, so that

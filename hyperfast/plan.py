@@ -258,7 +258,8 @@ def device_key(device: str, dtype: torch.dtype) -> str:
 
 
 # Where the C++ kernels take few tasks, and many rows of a task, otherwise than the rest.
-FEW_TASKS, MANY_ROWS, LARGE_NETWORK = 4, 48, 256 << 10
+# A task of more than so many rows counts as several.
+FEW_TASKS, MANY_ROWS, LARGE_NETWORK, CUT_ROWS = 4, 48, 256 << 10, 2048
 
 
 def _cpp_plan(layer: Layer, itemsize: int) -> str:
@@ -268,6 +269,8 @@ def _cpp_plan(layer: Layer, itemsize: int) -> str:
     tasks, rows, params = layer.tasks, layer.rows, layer.params
     if layer.ragged:
         tasks = min(tasks, rows)
+    elif tasks:
+        tasks *= max(-(-rows // (tasks * CUT_ROWS)), 1)
     if tasks <= FEW_TASKS:
         return "tile" if tasks > 1 and params * layer.features < 8192 else "materialize"
     many = rows >= MANY_ROWS * tasks

@@ -13,8 +13,7 @@ from torch.autograd import forward_ad
 
 from hyperfast import backend, checks
 from hyperfast.activations import Activation, encode, resolve
-from hyperfast.functional import task_linear
-from hyperfast.mlp_ops import task_mlp
+from hyperfast.functional import task_linear, task_mlp
 
 Transform: TypeAlias = str | Callable[[Tensor], Tensor]
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,6 +98,7 @@ class TargetNet(nn.Module):
         if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
             sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
             tensors = checks.floating(x=x, weight=flat)
+            checks.dense(x=x)
             checks.rows(x, sizes[0], len(flat), task_ids, "weight")
             return task_mlp(*tensors, None, task_ids, sizes, layers[0][1] is not None, text)
         for (w, b), activation in zip(layers, activations, strict=True):

@@ -147,3 +147,20 @@ def test_the_model_obeys():
     with use_backend("reference"):
         y = model(torch.randn(2, 7, 4), torch.randn(2, 5))
     assert not any("hyperfast" in n for n in graph(y))
+
+
+def test_the_reference_serves_banks_too():
+    bank = hyperfast.TaskBank.from_weights(hyperfast.MLPSpec((3, 4, 2)), torch.randn(5, 26))
+    x, ids = torch.randn(7, 3), torch.tensor([4, 0, 1, 1, 3, 2, 0])
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    y = bank(x, ids)
+    with hyperfast.use_backend("reference"), Spy():
+        specified = bank(x, ids)
+    assert "hyperfast" not in seen
+    torch.testing.assert_close(specified, y)

@@ -115,6 +115,17 @@ def test_result_does_not_depend_on_threads():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_many_pieces_of_a_task_do_not_drown_in_a_16_bit_sum():
+    """200,000 rows in pieces of 2,048: a bf16 total would stop growing."""
+    x, h = torch.ones(1, 200_000, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    head = torch.ones(1, 1, dtype=torch.bfloat16)
+    args = (x, h, head, None, None)
+    _, grad_h, *_ = op.hyper_mlp_backward(
+        x, *args, x.new_empty(0), (1, 1), False, "identity", [True] * 4
+    )
+    torch.testing.assert_close(grad_h.float().item(), 200_000.0, rtol=0.005, atol=0)
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)

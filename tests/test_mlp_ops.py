@@ -100,6 +100,58 @@ def test_derivatives_of_derivatives(ragged):
     assert gradgradcheck(f, args)
 
 
+def test_gradients_where_one_argument_comes_of_another():
+    """The output of a network fed to it again: both orders count each path once."""
+    args = random((3, 4, 3), 3, 2, 3)
+    ids = args.pop()
+    options = ((3, 4, 3), True, "sin:2.0,tanh")
+    flat = torch.randn(3, 31, dtype=torch.float64, requires_grad=True)
+
+    def twice(f, x, *rest):
+        return f(f(x, *rest), *rest).square().sum()
+
+    def generated(x, *rest):
+        return ops.hyper_mlp(x, *rest, ids, *options, True)[0]
+
+    def plain(x, *rest):
+        return expected(x, *rest, ids, *options)
+
+    def stored_op(x, w):
+        return ops.task_mlp(x, w, None, None, *options)
+
+    def stored_layers(x, w):
+        return mlp_ops.by_task_layers(x, w, None, None, *options)
+
+    for ours, theirs, tensors in (
+        (generated, plain, args),
+        (stored_op, stored_layers, [args[0], flat]),
+    ):
+        results = []
+        for f in (ours, theirs):
+            first = torch.autograd.grad(twice(f, *tensors), tensors, create_graph=True)
+            penalty = sum(g.square().sum() for g in first)
+            second = torch.autograd.grad(penalty, tensors)
+            alone = torch.autograd.grad(twice(f, *tensors), tensors)
+            results.append((first, second, alone))
+        close(*results)
+
+
+def test_a_gradient_passes_a_nan_as_in_pytorch():
+    args = random((3, 4, 2), 5, 1, 3)
+    with torch.no_grad():
+        args[0][1] = torch.nan
+    options = ((3, 4, 2), True, "relu,identity")
+    y = ops.hyper_mlp(*args, *options, True)[0]
+    want = expected(*args, *options)
+    tensors = args[:2]
+    for one, other in zip(
+        torch.autograd.grad(y.nansum(), tensors),
+        torch.autograd.grad(want.nansum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
 def test_opcheck(grad, dynamo):
     args = random((3, 4, 2), 3, 2, 3, grad=grad)

@@ -1,6 +1,6 @@
-// Activations and their slopes. In float: polynomials after range reduction, within 2 units in the last
-// place (tests/test_cpp_activations.py); the coefficients are those of Moshier's Cephes library. In
-// double: the C library's functions.
+// Activations and their slopes. In float: polynomials after range reduction, within 3 units in the last
+// place (tests/test_cpp_mlp.py); the coefficients are those of Moshier's Cephes library. In double: the C
+// library's functions.
 #pragma once
 
 #include <cmath>
@@ -118,7 +118,7 @@ template <Act kind>
 static inline Both<float> activation(VecF x, float parameter) {
   const VecF zero{}, one = all(1);
   if constexpr (kind == Act::relu) {
-    return {select(x <= 0.f, zero, x), select(x > 0.f, one, zero)};  // NaN stays
+    return {select(x <= 0.f, zero, x), select(x <= 0.f, zero, one)};  // NaN passes, as in PyTorch
   } else if constexpr (kind == Act::leaky_relu) {
     return {select(x > 0.f, x, x * parameter), select(x > 0.f, one, all(parameter))};
   } else if constexpr (kind == Act::elu) {
@@ -154,7 +154,7 @@ static inline Both<double> activation(Vec<double> x, double parameter) {
     double f = v, d = 1;
     if constexpr (kind == Act::relu) {
       f = v <= 0 ? 0 : v;
-      d = v > 0;
+      d = !(v <= 0);
     } else if constexpr (kind == Act::leaky_relu) {
       f = v > 0 ? v : v * parameter;
       d = v > 0 ? 1 : parameter;

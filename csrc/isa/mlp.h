@@ -103,7 +103,7 @@ template <class T>
 static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   using C = Acc<T>;
   HyperMlp p = b.forward;
-  if (!p.hidden) {  // not kept: computed again
+  if (!p.hidden && kept_width(p.net) > 0) {  // not kept: computed again
     const Index rows = total_rows(p.groups);
     p.hidden = scratch<T>(Slot::again, max(rows * kept_width(p.net), 1));
     const Index out = p.net.layers[p.net.count - 1].out;
@@ -487,6 +487,8 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   C* g = scratch<C>(Slot::gradients, block * params);
   C* h = scratch<C>(Slot::hidden_a, max(block * features, 1));
   C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
+  C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
+  Index task = -1;
   // Sums over the blocks, in the accumulation type.
   C *sum_weight = nullptr, *sum_bias = nullptr;
   if constexpr (std::is_same_v<C, T>) {
@@ -523,9 +525,12 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
                                 {grad_h + u * features, features, 1});
                });
       for (Index u = 0; u < n; ++u) {  // pieces of a task are next to each other
-        T* row = to_h + piece(p.groups, u0 + u).task * features;
-        for (Index k = 0; k < features; ++k)
-          row[k] = narrow<T>(widen(row[k]) + grad_h[u * features + k]);
+        const bool first = piece(p.groups, u0 + u).task != task;
+        task = piece(p.groups, u0 + u).task;
+        for (Index k = 0; k < features; ++k) {
+          task_h[k] = first ? grad_h[u * features + k] : task_h[k] + grad_h[u * features + k];
+          to_h[task * features + k] = narrow<T>(task_h[k]);
+        }
       }
     }
     const Index run = round_up(ceil_div(params, 4 * thread_count()), tile_rows);

@@ -59,7 +59,7 @@ def slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
         or NAME == "silu" or NAME == "sin" or NAME == "tanh"
     )  # fmt: skip
     if NAME == "relu":
-        z = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
+        z = tl.where(z <= 0, 0.0, 1.0).to(z.dtype)
     elif NAME == "leaky_relu":
         z = tl.where(z > 0, tl.full(z.shape, 1.0, z.dtype), PARAMETER)
     elif NAME == "elu":

@@ -185,7 +185,7 @@ def hyper_mlp_backward(
     layers = layers_of(sizes, target_bias, activations)
     rows = _checked([grad, x], h, weight, bias, task_ids, layers)
     widths = kept(sizes, activations)
-    if not hidden.numel():  # it was not kept
+    if widths and not hidden.numel():  # it was not kept
         hidden = hyper_mlp(x, h, weight, bias, task_ids, sizes, target_bias, activations, True)[1]
     agree(x=x, grad=grad, hidden=hidden)
     expect(grad, "grad", (*x.shape[:-1], sizes[-1]))
@@ -202,7 +202,9 @@ def hyper_mlp_backward(
     for n, layer in reversed(list(enumerate(layers))):
         w, b = weight[layer.begin : layer.end], _bias(bias, layer)
         if of_h:
+            # Lest 16-bit sums over the layers be rounded after each.
             part = generated.grad_h(grad, inputs[n], w, rows, target_bias)
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
             grad_h = grad_h.add_(part) if grad_h.numel() else part
         if of_weight:
             weights.append(generated.grad_weight(grad, inputs[n], h, rows, target_bias))
@@ -214,7 +216,7 @@ def hyper_mlp_backward(
             grad = generated.grad_x(grad, h, w[:m], None if b is None else b[:m], rows, then=before)
     return (
         grad.view(x.shape) if of_x else nothing,
-        grad_h,
+        grad_h.to(x.dtype),
         torch.cat(weights[::-1]) if of_weight else nothing,
         torch.cat(biases[::-1]) if of_bias else nothing,
     )
