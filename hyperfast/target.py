@@ -97,10 +97,11 @@ class TargetNet(nn.Module):
         text = None if flat is None else encode(activations)
         if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
             sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
-            tensors = checks.floating(x=x, weight=flat)
+            x, flat = checks.floating(x=x, weight=flat)
             checks.dense(x=x)
             checks.rows(x, sizes[0], len(flat), task_ids, "weight")
-            return task_mlp(*tensors, None, task_ids, sizes, layers[0][1] is not None, text)
+            bias = layers[0][1] is not None
+            return task_mlp(x, flat, None, task_ids, sizes, bias, text)
         for (w, b), activation in zip(layers, activations, strict=True):
             x = task_linear(x, w, b, task_ids)
             if activation is not None:
