@@ -185,7 +185,10 @@ class TaskBank:
 
         Raises:
             KeyError: no task has the key.
+            TypeError: one key instead of several.
         """
+        if isinstance(keys, str):  # which is iterable, too
+            raise TypeError(f"keys must hold keys, got the single key {keys!r}")
         return self._table.ids(keys)
 
     @torch.inference_mode(False)

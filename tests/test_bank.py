@@ -391,3 +391,10 @@ def test_ids_that_are_no_ints_touch_nothing(ids):
     with pytest.raises(TypeError, match=r"ids must be ints or an int64 tensor"):
         bank.remove(ids)
     assert bank.ids().tolist() == list(range(6))
+
+
+def test_one_key_is_no_list_of_keys():
+    bank = TaskBank.from_latents(make_hyper(), torch.randn(3, 4), keys=["1", "2", "12"])
+    assert bank.ids(["12"]).tolist() == [2]
+    with pytest.raises(TypeError, match="keys must hold keys, got the single key '12'"):
+        bank.ids("12")

@@ -57,7 +57,9 @@ def _task_linear(
         for i0 in range(0, I, BK):
             i = i0 + tl.arange(0, BK)
             x_tile = tl.load(
-                x + r[:, None] * x_r + i[None, :] * x_i, mine[:, None] & (i < I)[None, :], 0.0
+                x + r[:, None] * x_r + i[None, :].to(tl.int64) * x_i,
+                mine[:, None] & (i < I)[None, :],
+                0.0,
             )
             w_tile = tl.load(
                 w_row[:, None] + i[None, :] * w_i, inside[:, None] & (i < I)[None, :], 0.0
@@ -105,10 +107,14 @@ def _task_outer(
         live = p < last
         r = tl.load(order + p, live, 0) if RAGGED else p.to(tl.int64)
         g_tile = tl.load(
-            g + r[None, :] * g_r + o[:, None] * g_o, (o < O)[:, None] & live[None, :], 0.0
+            g + r[None, :] * g_r + o[:, None].to(tl.int64) * g_o,
+            (o < O)[:, None] & live[None, :],
+            0.0,
         )
         x_tile = tl.load(
-            x + r[:, None] * x_r + i[None, :] * x_i, live[:, None] & (i < I)[None, :], 0.0
+            x + r[:, None] * x_r + i[None, :].to(tl.int64) * x_i,
+            live[:, None] & (i < I)[None, :],
+            0.0,
         )
         if BK == 1:  # few rows a task: no padding to the matrix unit's depth
             total += g_tile.to(SUM) * x_tile.to(SUM)

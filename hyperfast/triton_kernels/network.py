@@ -65,7 +65,9 @@ def _layer(
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
             h_tile = tl.load(
-                h_row[:, None] + k[None, :] * h_k, live[:, None] & (k < K)[None, :], 0.0
+                h_row[:, None] + k[None, :].to(tl.int64) * h_k,
+                live[:, None] & (k < K)[None, :],
+                0.0,
             )
             into = (k < K)[:, None] & (o < O)[None, :]
             if LOOP == "input":
@@ -110,7 +112,9 @@ def _hyper_mlp(
     h_row = h + entry(r, keys, per_task, live, True, RAGGED) * h_t
     x_row = x + r * x_r
     i = tl.arange(0, TILES[0])
-    v = tl.load(x_row[:, None] + i[None, :] * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0)
+    v = tl.load(
+        x_row[:, None] + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0
+    )
     for n in tl.static_range(len(LOOPS)):
         total = _layer(
             v, x_row, h_row, weight, by_feature, bias, live, K, step,

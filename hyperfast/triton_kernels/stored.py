@@ -52,12 +52,12 @@ def _task_mlp(
     turn = tl.min(task)
     while turn < NONE:
         mine = (task == turn)[:, None]
-        v = tl.load(x + r[:, None] * x_r + first[None, :] * x_i, mine & inside, 0.0)
+        v = tl.load(x + r[:, None] * x_r + first[None, :].to(tl.int64) * x_i, mine & inside, 0.0)
         matrices = weight + tl.multiple_of(turn * w_t, ALIGNED)
         vectors = affine + turn * a_t
         for n in tl.static_range(LAST):
             i, o = tl.arange(0, TILES[n]), tl.arange(0, TILES[n + 1])
-            at = matrices + (WEIGHTS[n] + o[:, None] * SIZES[n] + i[None, :]) * w_p
+            at = matrices + (WEIGHTS[n] + o[:, None] * SIZES[n] + i[None, :]).to(tl.int64) * w_p
             w = tl.load(at, (o < SIZES[n + 1])[:, None] & (i < SIZES[n])[None, :], 0.0)
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
@@ -65,10 +65,10 @@ def _task_mlp(
                 w = tl.trans(w.to(v.dtype))
                 total = tl.dot(v, w, input_precision=PRECISION, out_dtype=SUM)
             if HAS_AFFINE:
-                scale = tl.load(vectors + (SCALES[n] + o) * a_p, o < SIZES[n + 1], 0.0)
+                scale = tl.load(vectors + (SCALES[n] + o).to(tl.int64) * a_p, o < SIZES[n + 1], 0.0)
                 total *= scale.to(SUM)[None, :]
             if TARGET_BIAS:
-                bias = tl.load(vectors + (BIASES[n] + o) * a_p, o < SIZES[n + 1], 0.0)
+                bias = tl.load(vectors + (BIASES[n] + o).to(tl.int64) * a_p, o < SIZES[n + 1], 0.0)
                 total += bias.to(SUM)[None, :]
             v = activate(total, ACTIVATIONS[n], PARAMETERS[n]).to(y.dtype.element_ty)
         result = tl.where(mine, v, result)
