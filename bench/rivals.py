@@ -16,7 +16,7 @@ RIVALS = {r.name: r for r in (*HYPERFAST, *TORCH_RIVALS, JAX_RIVAL, *PACKAGES)}
 OURS = "hyperfast"
 
 NO_BANK = {
-    "hyperfast compiled": "the eager entry is one op a layer: nothing is left to fuse",
+    "hyperfast compiled": "the eager entry is one op: nothing is left to fuse",
     "vmap": "takes the gathered weights of every row, as bmm does, and calls the same bmm",
     "bmm by layer compiled": "no weights are generated here: the same as bmm compiled",
     "hypnettorch": "keeps no bank: its target takes the weights of one task a call",

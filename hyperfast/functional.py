@@ -139,11 +139,9 @@ def hyper_mlp(
     text = encode(activations)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if text is None or transformed or backend.forced == "reference":
-        parts = None if bias is None else bias.split([v.numel for v in spec.layers])
-        for n, (w, activation) in enumerate(
-            zip(weight.split([v.numel for v in spec.layers]), activations, strict=True)
-        ):
-            b = None if parts is None else parts[n]
+        numels = [layer.numel for layer in spec.layers]
+        biases = [None] * len(numels) if bias is None else bias.split(numels)
+        for w, b, activation in zip(weight.split(numels), biases, activations, strict=True):
             x = hyper_linear(x, h, w, b, task_ids, target_bias=spec.bias)
             if activation is not None:
                 x = activation(x)
@@ -180,10 +178,9 @@ def task_mlp(
     on; the caller has checked the arguments."""
     if backend.forced == "reference":
         checks.in_range(task_ids, len(weight))
-        stored = mlp_ops.stored_layers(weight, affine, sizes, target_bias, activations, x.dtype)
-        for w, b, layer in stored:
-            x = layer.activate(reference.task_linear(x, w, b, task_ids))
-        return x
+        options = sizes, target_bias, activations
+        linear = reference.task_linear
+        return mlp_ops.by_task_layers(x, weight, affine, task_ids, *options, linear)
     if backend.forced is not None:
         backend.insist(backend.forced, "task_mlp", x.device.type)
     return mlp_ops.task_mlp(x, weight, affine, task_ids, sizes, target_bias, activations)

@@ -230,7 +230,7 @@ class _HyperMlp(torch.autograd.Function):
         return *_gradients(ctx, grad), *[None] * 4
 
 
-def stored_layers(weight, affine, sizes, target_bias, activations, dtype):
+def _stored(weight, affine, sizes, target_bias, activations, dtype):
     """Weight, bias and :class:`Layer` of each layer of given networks."""
     begin = first = 0
     for layer in layers_of(sizes, target_bias, activations):
@@ -248,10 +248,12 @@ def stored_layers(weight, affine, sizes, target_bias, activations, dtype):
         yield w, bias, layer
 
 
-def by_task_layers(x, weight, affine, task_ids, sizes, target_bias, activations) -> Tensor:
+def by_task_layers(
+    x, weight, affine, task_ids, sizes, target_bias, activations, linear=ops.task_linear
+) -> Tensor:
     """What ``task_mlp`` means: layer after layer, differentiable to any order."""
-    for w, b, layer in stored_layers(weight, affine, sizes, target_bias, activations, x.dtype):
-        x = layer.activate(ops.task_linear(x, w, b, task_ids))
+    for w, b, layer in _stored(weight, affine, sizes, target_bias, activations, x.dtype):
+        x = layer.activate(linear(x, w, b, task_ids))
     return x
 
 

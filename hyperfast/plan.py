@@ -282,18 +282,12 @@ def _cpp_plan(layer: Layer, itemsize: int) -> str:
     return "contract" if few and itemsize >= 4 else "tile"
 
 
-def by_network(tasks: int, rows: int, params: int, itemsize: int) -> bool:
-    """Whether the C++ kernels take a network as a whole: the weights of a block of tasks, then all
-    layers for some of their rows at a time."""
-    fits = params * max(itemsize, 4) <= LARGE_NETWORK
-    return fits and (tasks <= FEW_TASKS or rows >= MANY_ROWS * tasks)
-
-
 def recomputes(tasks: int, rows: int, params: int, itemsize: int) -> bool:
     """Whether the backward pass of a network computes its pre-activations again, rather than the
     forward pass keeping them: with many rows a task that takes less than to write them to new
-    memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms)."""
-    return rows >= MANY_ROWS * tasks and by_network(tasks, rows, params, itemsize)
+    memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms). Larger networks run layer by
+    layer, and would generate all weights again."""
+    return rows >= MANY_ROWS * tasks and params * max(itemsize, 4) <= LARGE_NETWORK
 
 
 @lru_cache(maxsize=4096)

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from test_mlp_ops import expected
 
-from hyperfast import mlp_ops, ops, reference
+from hyperfast import mlp_ops, ops
 
 if ops.EXTENSION_ERROR:  # importing hyperfast._C here would register its kernels for all tests
     pytest.skip(ops.EXTENSION_ERROR, allow_module_level=True)
@@ -56,12 +57,8 @@ def wide(args):
 def specification(args, options, grad):
     """Output and gradients of the layers by the specification, differentiated by PyTorch."""
     tensors = [a.detach().clone().requires_grad_() for a in args[:4]]
-    x, h, weight, bias = tensors
-    for layer in mlp_ops.layers_of(*options):
-        part = slice(layer.begin, layer.end)
-        x = reference.hyper_linear(x, h, weight[part], bias[part], args[4])
-        x = layer.activate(x)
-    return [x.detach(), *torch.autograd.grad(x, tensors, grad)]
+    y = expected(*tensors, args[4], *options)
+    return [y.detach(), *torch.autograd.grad(y, tensors, grad)]
 
 
 def within(result, exact, theirs):

@@ -195,7 +195,7 @@ static inline void with_activation(Act kind, const F& body) {
   }
 }
 
-// Calls body(i, count, load, store) for each vector of n elements; the last may be a part.
+// Calls body(first, count) for each vector of n elements; the last may be a part.
 template <class T, class F>
 static inline void each_vector(Index n, const F& body) {
   constexpr int w = width<Acc<T>>;

@@ -5,12 +5,12 @@
 
 namespace hyperfast::HF_ISA {
 
-// Tasks whose weights are alive at once: at most so many share a panel from the first-level cache, at
-// least so many one that comes from the third.
-constexpr Index task_block = 8 * tile_rows, least_block = 8 * tile_rows;
+// Tasks whose weights are alive at once. So many use a panel from the third-level cache before the next:
+// with 12, streaming the panels took longer than multiplying with them.
+constexpr Index task_block = 8 * tile_rows;
 
 // Elements of a block's generated weights (or of their gradient): 400 KiB, less than half of the second
-// level, and enough for 12 tasks of 64 outputs and 129 inputs.
+// level, and enough for 48 tasks of 64 outputs and 33 inputs.
 template <class C>
 constexpr Index block_elements = (400 << 10) / Index(sizeof(C));
 

@@ -35,7 +35,7 @@ struct Slices {
     inputs = p.in + (p.vector.weight != nullptr);
     by_output = p.out <= few_outputs;
     no = max(min(p.out, lanes<C>), 1);
-    ni = max(min(inputs, block_elements<C> / (least_block * no)), 1);
+    ni = max(min(inputs, block_elements<C> / (task_block * no)), 1);
     down = ceil_div(p.out, no);
     across = ceil_div(max(inputs, 1), ni);
     count = down * across;

@@ -11,12 +11,6 @@ namespace hyperfast::HF_ISA {
 
 // ---- the layout of a network ----
 
-// One layer's place among the parameters, and among the kept pre-activations of a row.
-struct Place {
-  Index weight, bias, end;  // of the parameters
-  bool kept;
-};
-
 static inline Index params_of(const Net& net) {
   Index n = 0;
   for (Index l = 0; l < net.count; ++l) n += net.layers[l].out * (net.layers[l].in + net.bias);
@@ -71,7 +65,7 @@ static HeadMatrix vector_of(const NetHead& head, const Layer& l, Index first, bo
   return m;
 }
 
-template <class T, class F>
+template <class F>
 static void each_stretch(Index n, const F& body) {
   parallel(n, parallel_work / 8, [&](Index begin, Index end) { body(begin, end - begin); });
 }
@@ -88,11 +82,12 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
                                 : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     T* z = hidden && is_kept(p.net, l) ? hidden : a;
     const Index params = layer.out * (layer.in + p.net.bias);
-    hyper_linear_typed<T>({p.dtype, default_plan(Makes::weights, p.dtype, p.groups, params, p.features), p.groups, layer.out, layer.in,
-                           p.features, x, p.h, matrix_of<T>(p.head, layer, first),
+    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, params, p.features);
+    hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
+                           matrix_of<T>(p.head, layer, first),
                            vector_of<T>(p.head, layer, first, p.net.bias),
                            dense_rows(z, p.groups, layer.out)});
-    each_stretch<T>(rows * layer.out, [&](Index at, Index n) { activate<T>(layer, n, z + at, a + at); });
+    each_stretch(rows * layer.out, [&](Index at, Index n) { activate<T>(layer, n, z + at, a + at); });
     if (z != a) hidden += rows * layer.out;
     x = dense_rows(a, p.groups, layer.out);
     first += params;
@@ -103,19 +98,19 @@ template <class T>
 static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   using C = Acc<T>;
   HyperMlp p = b.forward;
-  if (!p.hidden && kept_width(p.net) > 0) {  // not kept: computed again
-    const Index rows = total_rows(p.groups);
-    p.hidden = scratch<T>(Slot::again, max(rows * kept_width(p.net), 1));
+  const Index rows = total_rows(p.groups), most = widest(p.net), sums = p.groups.tasks * p.features;
+  const Index kept = rows * kept_width(p.net);
+  if (!p.hidden && kept > 0) {  // computed again
+    p.hidden = scratch<T>(Slot::again, kept);
     const Index out = p.net.layers[p.net.count - 1].out;
-    p.y = dense_rows(scratch<T>(Slot::hidden_c, max(rows * widest(p.net), 1)), p.groups, out);
+    p.y = dense_rows(scratch<T>(Slot::hidden_c, max(rows * most, 1)), p.groups, out);
     hyper_mlp_by_layers<T>(p);
   }
-  const Index rows = total_rows(p.groups), most = widest(p.net), sums = p.groups.tasks * p.features;
-  const T* z = static_cast<const T*>(p.hidden) + rows * kept_width(p.net);  // read backwards
+  const T* z = static_cast<const T*>(p.hidden) + kept;  // read backwards
   T* grad = static_cast<T*>(b.grad.data);
   const auto back_through = [&](const Layer& layer, T* g, T* a) {
     z -= rows * layer.out;
-    each_stretch<T>(rows * layer.out, [&](Index at, Index n) {
+    each_stretch(rows * layer.out, [&](Index at, Index n) {
       slope<T>(layer, n, z + at, g + at, a ? a + at : nullptr);
     });
   };
@@ -148,7 +143,7 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
       hyper_linear_grad_h_typed<T>(
           {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, g, x, matrix, vector, part});
       const bool start = l + 1 == p.net.count;
-      each_stretch<T>(sums, [&](Index at, Index n) {
+      each_stretch(sums, [&](Index at, Index n) {
         for (Index j = at; j < at + n; ++j) total[j] = start ? widen(part[j]) : total[j] + widen(part[j]);
       });
     }
@@ -164,7 +159,7 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     grad = next;
   }
   if (b.grad_h)
-    each_stretch<T>(sums, [&](Index at, Index n) {
+    each_stretch(sums, [&](Index at, Index n) {
       for (Index j = at; j < at + n; ++j) static_cast<T*>(b.grad_h)[j] = narrow<T>(total[j]);
     });
 }
@@ -283,17 +278,18 @@ static void apply_matrix(const Layer& l, Index m, View<const C> x, const W* w, c
   }
 }
 
-// The layers of one network for m rows, the last one's output in y; `spare` is for two hidden layers.
-// `keep(l, z)` sees the pre-activations (m, out) of layer l, and says whether what follows is wanted.
+// The layers of one network for m rows, the last one's output in y (m, out); `spare` is for two hidden
+// layers. `keep(l, z)` sees the pre-activations (m, out) of layer l, and says whether what follows is
+// wanted. Rows of a layer lie one behind another.
 template <class W, class C, class F>
 static void run_layers(const Net& net, const Network<W, C>& network, Index m, View<const C> x, C* spare,
-                       Index spare_each, View<C> y, const F& keep) {
+                       Index spare_each, C* y, const F& keep) {
   const W* w = network.weights;
   const float* affine = network.affine;
   const C* turned = network.turned;
   for (Index l = 0; l < net.count; ++l) {
     const Layer& layer = net.layers[l];
-    const View<C> to = l + 1 == net.count ? y : View<C>{spare + l % 2 * spare_each, layer.out, 1};
+    C* to = l + 1 == net.count ? y : spare + l % 2 * spare_each;
     const Index matrix = layer.out * layer.in;
     View<const C> init{};
     if (net.bias && !affine) {
@@ -305,24 +301,21 @@ static void run_layers(const Net& net, const Network<W, C>& network, Index m, Vi
         init = {bias, 0, 1};
       }
     }
-    apply_matrix<W, C>(layer, m, x, w, network.turned ? turned : nullptr, network.ahead, init, to);
+    apply_matrix<W, C>(layer, m, x, w, network.turned ? turned : nullptr, network.ahead, init,
+                       {to, layer.out, 1});
     if (affine) {
-      const float* scale = affine;
       for (Index r = 0; r < m; ++r)
         for (Index o = 0; o < layer.out; ++o) {
-          C& v = to.data[r * to.row + o * to.col];
-          v = v * scale[o] + (net.bias ? scale[layer.out + o] : 0);
+          C& v = to[r * layer.out + o];
+          v = v * affine[o] + (net.bias ? affine[layer.out + o] : 0);
         }
       affine += layer.out * (1 + net.bias);
     }
-    if (!keep(l, View<const C>{to.data, to.row, 1})) return;
-    if (to.row == layer.out)
-      activate<C>(layer, m * layer.out, to.data, to.data);
-    else
-      for (Index r = 0; r < m; ++r) activate<C>(layer, layer.out, to.data + r * to.row, to.data + r * to.row);
+    if (!keep(l, to)) return;
+    activate<C>(layer, m * layer.out, to, to);
     w += matrix + (affine ? 0 : layer.out * net.bias);
     if (is_turned(layer)) turned += layer.in * round_up(layer.out, width<C>);
-    x = {to.data, to.row, 1};
+    x = {to, layer.out, 1};
   }
 }
 
@@ -330,16 +323,6 @@ static void run_layers(const Net& net, const Network<W, C>& network, Index m, Vi
 template <class C>
 static Index chunk_rows(const Net& net) {
   return min(max((64 << 10) / Index(sizeof(C)) / widest(net) / tile_rows * tile_rows, tile_rows), 512);
-}
-
-// Copies rows (m, columns) to (or from) those of a piece; where they go is contiguous along a row.
-template <class T>
-static void put_rows(const Rows& rows, const Groups& g, const Piece& q, View<const Acc<T>> from, Index columns) {
-  for (Index j = q.begin; j < q.end; ++j) {
-    T* to = row_data<T>(rows, g, q, j);
-    const Acc<T>* row = from.data + (j - q.begin) * from.row;
-    for (Index i = 0; i < columns; ++i) to[i] = narrow<T>(row[i]);
-  }
 }
 
 // The rows of one piece through its network, a chunk at a time.
@@ -355,18 +338,17 @@ static void run_piece(const Net& net, const Groups& groups, const Piece& q, cons
     const Piece part{q.task, r, min(r + chunk, q.end)};
     const View<const C> inputs = gather<T>(x, groups, part, net.layers[0].in, Slot::local_a);
     const bool direct = in_place<T>(groups);
-    const View<C> to = direct ? View<C>{reinterpret_cast<C*>(row_data<T>(y, groups, part, r)), y.row, 1}
-                              : View<C>{spare + 2 * most, out, 1};
+    C* to = direct ? reinterpret_cast<C*>(row_data<T>(y, groups, part, r)) : spare + 2 * most;
     T* z = static_cast<T*>(hidden);
     run_layers<W, C>(net, network, part.end - part.begin, inputs, spare, most, to,
-                     [&](Index l, View<const C> from) {
+                     [&](Index l, const C* from) {
                        if (!z || !is_kept(net, l)) return true;
-                       put_rows<T>(dense_rows(z, groups, net.layers[l].out), groups, part, from,
-                                   net.layers[l].out);
-                       z += rows * net.layers[l].out;
+                       const Index width = net.layers[l].out;
+                       scatter<T>(dense_rows(z, groups, width), groups, part, width, from, nullptr, 0);
+                       z += rows * width;
                        return true;
                      });
-    if (!direct) put_rows<T>(y, groups, part, {to.data, out, 1}, out);
+    if (!direct) scatter<T>(y, groups, part, out, to, nullptr, 0);
   }
 }
 
@@ -398,11 +380,11 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
   const Net& net = p.net;
   const Index params = params_of(net), rows = total_rows(p.groups), outputs = outputs_of(net);
   const Index chunk = chunk_rows<C>(net), most = chunk * widest(net);
-  C* spare = scratch<C>(Slot::block, 3 * most + (p.hidden ? 0 : chunk * outputs));
+  const bool again = !p.hidden && kept_width(net) > 0;
+  C* spare = scratch<C>(Slot::block, 3 * most + (again ? chunk * outputs : 0));
   C* inputs = spare + 2 * most;
-  C* again = inputs + most;
   Network<C, C> network{w, nullptr, nullptr, 0};
-  if (!p.hidden) network.turned = turn_network<C, C>(net, w, net.bias, q.end - q.begin);
+  if (again) network.turned = turn_network<C, C>(net, w, net.bias, q.end - q.begin);
   for (Index j = 0; j < params; ++j) g[j] = 0;
   for (Index r = q.begin; r < q.end; r += chunk) {
     const Piece part{q.task, r, min(r + chunk, q.end)};
@@ -410,21 +392,17 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
     View<const C> x0 = gather<T>(p.x, p.groups, part, net.layers[0].in, Slot::local_d);
     if (x0.col != 1) x0 = compact(x0, m, net.layers[0].in, Slot::local_d);
     const T* kept = static_cast<const T*>(p.hidden) + (p.hidden ? rows * kept_width(net) : 0);
-    C* computed = again;
-    if (!p.hidden) {
-      const Layer& last = net.layers[net.count - 1];
-      run_layers<C, C>(net, network, m, x0, spare, most, {inputs, last.out, 1},
-                       [&](Index l, View<const C> from) {
-                         if (!is_kept(net, l)) return false;
-                         const Index n = m * net.layers[l].out;
-                         for (Index j = 0; j < n; ++j) computed[j] = from.data[j];
-                         computed += n;
-                         return l + 1 < net.count;
-                       });
-    }
+    C* computed = inputs + most;
+    if (again)
+      run_layers<C, C>(net, network, m, x0, spare, most, inputs, [&](Index l, const C* from) {
+        const Index n = m * net.layers[l].out;
+        for (Index j = 0; j < n; ++j) computed[j] = from[j];
+        computed += n;
+        return l + 1 < net.count && is_kept(net, l + 1);
+      });
     // g *= f'(z), a = f(z) for the rows of a layer, which are (m, out), one behind another.
     const auto back_through = [&](const Layer& layer, C* to, C* a) {
-      if (!p.hidden) {
+      if (again) {
         computed -= m * layer.out;
         return slope<C>(layer, m * layer.out, computed, to, a);
       }
@@ -458,7 +436,7 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
         x = {inputs, layer.in, 1};
       } else {
         if (wanted)
-          put_rows<T>(dense_rows(b.grad_x, p.groups, layer.in), p.groups, part, {next, layer.in, 1}, layer.in);
+          scatter<T>(dense_rows(b.grad_x, p.groups, layer.in), p.groups, part, layer.in, next, nullptr, 0);
         x = x0;
       }
       C* to = g + first;
@@ -501,7 +479,8 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   }
   // Without a gradient of x the first layer's weights are not needed, unless it is computed again.
   const Layer& inputs = p.net.layers[0];
-  const Index used = b.grad_x || !p.hidden ? 0 : inputs.out * (inputs.in + p.net.bias);
+  const bool again = !p.hidden && kept_width(p.net) > 0;
+  const Index used = b.grad_x || again ? 0 : inputs.out * (inputs.in + p.net.bias);
   T* to_h = static_cast<T*>(b.grad_h);
   if (to_h)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);

@@ -18,6 +18,20 @@ from hyperfast.triton_kernels import launch
 from hyperfast.triton_kernels.activation import NOTHING, Finish, finish
 from hyperfast.triton_kernels.launch import Config, Rows, deep, power, up
 
+NONE = tl.constexpr(2147483647)  # the task of no row: behind all others
+
+
+@triton.jit
+def owners(p, live, keys, order, per_task, RAGGED: tl.constexpr):
+    """The rows at positions ``p`` of the order of their tasks, and these tasks."""
+    if RAGGED:
+        r = tl.load(order + p, live, 0)
+        task = tl.load(keys + p, live, NONE).to(tl.int64)
+    else:
+        r = p
+        task = tl.where(live, p // per_task, NONE)
+    return r, task
+
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _task_linear(
@@ -39,13 +53,7 @@ def _task_linear(
     p = (pid // blocks).to(tl.int64) * BM + tl.arange(0, BM)
     o = (pid % blocks) * BN + tl.arange(0, BN)
     live, inside = p < rows, o < O
-    NONE: tl.constexpr = 2147483647
-    if RAGGED:
-        r = tl.load(order + p, live, 0)
-        task = tl.load(keys + p, live, NONE).to(tl.int64)
-    else:
-        r = p
-        task = tl.where(live, p // per_task, NONE)
+    r, task = owners(p, live, keys, order, per_task, RAGGED)
     total = tl.zeros((BM, BN), SUM)
     turn = tl.min(task)
     while turn < NONE:

@@ -19,6 +19,7 @@ from hyperfast import plan as plans
 from hyperfast.mlp_ops import layers_of
 from hyperfast.triton_kernels import grouped, launch
 from hyperfast.triton_kernels.activation import Finish, activate, decoded
+from hyperfast.triton_kernels.grouped import NONE, owners
 from hyperfast.triton_kernels.launch import Rows, agree, expect, power, rows_of, tile, up
 
 
@@ -37,13 +38,7 @@ def _task_mlp(
     """
     p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = p < rows
-    NONE: tl.constexpr = 2147483647
-    if RAGGED:
-        r = tl.load(order + p, live, 0)
-        task = tl.load(keys + p, live, NONE).to(tl.int64)
-    else:
-        r = p
-        task = tl.where(live, p // per_task, NONE)
+    r, task = owners(p, live, keys, order, per_task, RAGGED)
     LAST: tl.constexpr = len(ACTIVATIONS)
     WIDTH: tl.constexpr = TILES[LAST]
     result = tl.zeros((BM, WIDTH), y.dtype.element_ty)
