@@ -139,7 +139,7 @@ static void grad_weight_contract(const HyperLinearGradWeight& p, const Turned<Ac
   // Units at a time, so that their features stay in the first-level cache (32 KiB), with G of so many
   // parameters (at most 12 KiB). Sums of a run of parameters stay in the second level. They do not run
   // along it, so the number of threads does not show in the result.
-  const Index together = max(min(8192 / (panels * lanes<C>), 128), 32);
+  const Index together = max(min(8192 / (panels * lanes<C>), 128) / 32, 1) * 32;  // whole vectors
   constexpr Index few = 4 * tile_rows;
   const Index most = max(block_elements<C> / max(p.features, 1) / few, 1) * few;
   const Index run = min(most, round_up(ceil_div(params, 4 * thread_count()), few));
