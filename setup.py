@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AMX = X86 and platform.system() == "Linux"  # where a process has to ask for it
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # gcc 12: in its own AVX-512 headers
@@ -24,10 +25,14 @@ if os.environ.get("HYPERFAST_SANITIZE") == "1":
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 
+BF16 = [*AVX512, "-mavx512bf16"]
+
 # csrc/isa/table.cpp is compiled once for each, into its own namespace; the CPU chooses at run time.
 ISAS = {"portable": []}
 if X86:
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": BF16}
+if AMX:
+    ISAS |= {"amx": [*BF16, "-mamx-tile", "-mamx-bf16"]}
 
 
 class BuildKernels(build_ext):
@@ -73,6 +78,7 @@ def extension():
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),
             ("Py_LIMITED_API", "0x030a0000"),
             *([("HF_X86", None)] if X86 else []),
+            *([("HF_AMX", None)] if AMX else []),
         ],
         extra_compile_args=[*FLAGS, *(f"-isystem{path}" for path in cpp_extension.include_paths())],
         extra_link_args=LINK,

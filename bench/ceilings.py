@@ -2,7 +2,8 @@
 
 The best of several ways counts, for a ceiling that a kernel exceeds is none: a matrix product
 through torch, a convolution (oneDNN, where torch's product is another library's), and, where there
-is a C compiler, multiply-adds from registers; a sum through torch, and a plain loop of loads.
+is a C compiler, multiply-adds from registers and, on a matrix unit that multiplies bf16, the six
+products that a product of floats takes there; a sum through torch, and a plain loop of loads.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ def _library(folder: str) -> ctypes.CDLL | None:
     library.multiply_add.argtypes = [ctypes.c_size_t, ctypes.c_float]
     library.multiply_add.restype = ctypes.c_float
     library.flops_per_round.restype = ctypes.c_size_t
+    library.flops_per_tiles.restype = ctypes.c_size_t
+    library.multiply_tiles.argtypes = [ctypes.c_size_t]
+    library.multiply_tiles.restype = None
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.read_all.restype = ctypes.c_float
     return library
@@ -72,9 +76,14 @@ def measure(threads: int) -> dict[str, float]:
             def multiply_add() -> None:
                 list(pool.map(lambda _: library.multiply_add(rounds, 0.5), range(threads)))
 
+            def multiply_tiles() -> None:
+                list(pool.map(lambda _: library.multiply_tiles(rounds // 32), range(threads)))
+
             def read() -> None:
                 list(pool.map(lambda start: library.read_all(start, count), starts))
 
             flops.append(best(multiply_add, threads * rounds * library.flops_per_round()))
+            if per_round := library.flops_per_tiles():
+                flops.append(best(multiply_tiles, threads * (rounds // 32) * per_round))
             reads.append(best(read, 4 * count * threads))
     return {"gflops": max(flops) / 1e9, "read_gbytes": max(reads) / 1e9}

@@ -5,12 +5,23 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef HF_X86
+#include <cpuid.h>
+#endif
+#ifdef HF_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace hyperfast {
 
 #define HF_DECLARE(isa) \
   namespace isa {       \
   extern const Kernels table; \
   }
+#ifdef HF_AMX
+HF_DECLARE(amx)
+#endif
 #ifdef HF_X86
 HF_DECLARE(avx512_bf16)
 HF_DECLARE(avx512)
@@ -26,6 +37,18 @@ struct Candidate {
   bool present;
 };
 
+#ifdef HF_AMX
+// Whether the CPU has the matrix unit with bf16, and the kernel lets this process use it: its registers are
+// 8 KiB a thread, which Linux (5.16 and later) sets aside only for those that ask.
+bool matrix_unit() {
+  unsigned a, b, c, d;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 const Kernels& choose() {
 #ifdef HF_X86
   __builtin_cpu_init();
@@ -37,6 +60,9 @@ const Kernels& choose() {
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   const Candidate candidates[] = {  // best first
+#ifdef HF_AMX
+      {&amx::table, bf16 && matrix_unit()},
+#endif
 #ifdef HF_X86
       {&avx512_bf16::table, bf16},
       {&avx512::table, avx512},

@@ -43,7 +43,15 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
   return g;
 }
 
-Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features) {
+bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features) {
+  // The head, or the rows' gradients, are split into parts for so many units, and features for so many
+  // parameters; of fewer features, the unit would multiply zeros.
+  const Index units = groups.ragged ? groups.rows : groups.tasks;
+  return dtype != Dtype::f64 && features >= 32 && params >= 96 && units >= (makes == Makes::weights ? 32 : 96);
+}
+
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
+                  bool matrix_unit) {
   // Held against measurement by `python -m hyperfast bench --calibrate`; plan.py has the same rule.
   const Index tasks = groups.pieces;  // what has its weights made: a task of very many rows several times
   const Index rows = groups.ragged ? groups.rows : groups.tasks * groups.rows;
@@ -59,9 +67,11 @@ Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, 
   }
   // `contract` neither packs the head nor stores a weight, but every strip reads the rows of its lanes
   // again, and gradients are formed row by row; with task_ids it generates weights anew for each row.
-  // 16-bit heads are packed all the same: lanes widen them, and multiply pairs of bf16.
-  const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;
-  const Index most = makes == Makes::weights ? 8 : 2;
+  // 16-bit heads are packed all the same: lanes widen them, and multiply pairs of bf16. The matrix unit
+  // leaves the vector units time for rows, and takes numbers of 16 bits as they are.
+  const bool unit = matrix_unit && suits_matrix_unit(makes, dtype, groups, params, features);
+  const bool wide = unit || dtype == Dtype::f32 || dtype == Dtype::f64;
+  const Index most = unit || makes == Makes::weights ? 8 : 2;
   const bool few = groups.ragged ? 4 * rows <= 5 * tasks : groups.rows <= most;
   return wide && few ? Plan::contract : Plan::tile;
 }

@@ -87,7 +87,11 @@ enum class Plan { contract, tile, materialize };
 
 // How an op runs best (groups.cpp): one that makes weights, and one that makes gradients of weights.
 enum class Makes { weights, gradients };
-Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features);
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
+                  bool matrix_unit);
+
+// Whether the matrix unit, where there is one, is faster at `contract` than the vector units.
+bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features);
 
 // y[r] = M_b x[r] + v_b, both generated.
 struct HyperLinear {
@@ -190,6 +194,7 @@ struct TaskMlp {
 // One entry per op; each instruction set fills in its own table.
 struct Kernels {
   const char* isa;
+  bool matrix_unit;
   void (*task_linear)(const TaskLinear&);
   void (*task_linear_grad_weight)(const TaskLinearGradWeight&);
   void (*hyper_linear)(const HyperLinear&);

@@ -82,7 +82,7 @@ struct Head {
 // How to run a layer: the plan that was asked for, else the best one.
 Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Groups& groups,
                  Index params, Index features) {
-  if (wanted.empty()) return default_plan(makes, dtype, groups, params, features);
+  if (wanted.empty()) return default_plan(makes, dtype, groups, params, features, kernels().matrix_unit);
   if (wanted == "contract") return Plan::contract;
   if (wanted == "tile") return Plan::tile;
   if (wanted == "materialize") return Plan::materialize;

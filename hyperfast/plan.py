@@ -279,7 +279,16 @@ def _cpp_plan(layer: Layer, itemsize: int) -> str:
     if many and tasks <= 64 and params >= 1024:
         return "materialize"
     few = 4 * rows <= 5 * tasks if layer.ragged else rows <= 8 * tasks
-    return "contract" if few and itemsize >= 4 else "tile"
+    units = rows if layer.ragged else tasks
+    unit = _has_matrix_unit() and layer.features >= 32 and units >= 32 and params >= 96
+    return "contract" if few and (itemsize >= 4 or unit) else "tile"
+
+
+@lru_cache(maxsize=1)
+def _has_matrix_unit() -> bool:
+    from hyperfast import _C  # type: ignore[attr-defined,unused-ignore]
+
+    return _C.isa() == "amx"
 
 
 def recomputes(tasks: int, rows: int, params: int, itemsize: int) -> bool:

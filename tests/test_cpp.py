@@ -17,7 +17,7 @@ op = torch.ops.hyperfast
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
+ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
 
 def rand(*shape, dtype, seed=0):
@@ -127,6 +127,11 @@ HYPER_SIZES = [  # B, N, in, out, features
     (13, 3, 300, 70, 5),
     (3, 2, 5000, 1, 3),
     (7, 2, 3, 4, 200),
+    (97, 1, 33, 5, 33),  # from here to 500 tasks, so many that a matrix unit pays
+    (130, 2, 12, 13, 64),
+    (110, 8, 64, 3, 47),
+    (300, 1, 16, 40, 130),
+    (500, 1, 1, 99, 32),
     (0, 3, 4, 5, 6),
     (3, 0, 4, 5, 6),
     (3, 2, 0, 5, 6),
@@ -194,6 +199,93 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
     assert_within(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
     gv = op.hyper_linear_grad_weight(gs, xs, hs, ids, target_bias, plan)
     assert_within(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
+
+
+MANY = (120, 2, 20, 9, 40)  # B, N, in, out, features: enough for a matrix unit
+
+
+def many(dtype=torch.float32):
+    b, n, i, o, k = MANY
+    sizes = (b, n, i), (b, n, o), (b, k), (o * i + o, k)
+    return [rand(*size, dtype=dtype, seed=seed) for seed, size in enumerate(sizes)]
+
+
+def hyper_ops(x, g, h, v, plan="contract"):
+    """The forward pass and the gradients of a layer without a bias of the head."""
+    m = g.shape[-1] * x.shape[-1]
+    return (
+        op.hyper_linear(x, h, v, None, None, True, plan),
+        op.hyper_linear_grad_x(g, h, v[:m], None, None, plan),
+        op.hyper_linear_grad_h(g, x, v, None, len(x), True, plan),
+        op.hyper_linear_grad_weight(g, x, h, None, True, plan),
+    )
+
+
+def exact_ops(x, g, h, v):
+    """The same in fp64, and the sums of the absolute values of their terms."""
+
+    def compute(x, g, h, v):
+        m, b = g.shape[-1] * x.shape[-1], len(x)
+        p, w = h @ v.mT, (h @ v[:m].mT).view(b, g.shape[-1], x.shape[-1])
+        flat = torch.cat([outer(g, x).flatten(1), g.sum(1)], 1)
+        y = torch.einsum("boi,bni->bno", w, x) + p[:, None, m:]
+        return y, torch.einsum("boi,bno->bni", w, g), flat @ v, flat.mT @ h
+
+    args = [t.double() for t in (x, g, h, v)]
+    return zip(compute(*args), compute(*(t.abs() for t in args)), strict=True)
+
+
+@pytest.mark.parametrize("exponent", [-140, -120, -90, -60, -30, 30, 60, 90])
+def test_numbers_far_from_one(exponent):
+    smallest = 2.0**-149
+    for which in range(4):
+        args = many()
+        args[which] *= 2.0**exponent
+        largest = max(t.abs().max().item() for t in args)
+        for result, (exact, size) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
+            error = (result.double() - exact).abs()
+            bound = 300 * (2.0**-24 * size + smallest * max(largest, 1) ** 2)
+            assert bool((error <= bound).all()), (which, (error / bound).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e37])
+def test_numbers_at_the_end_of_the_range(dtype, value):
+    """What is not finite, and what is near that, shows where it belongs and nowhere else."""
+    for which in range(4):
+        args = many(dtype)
+        args[which].view(-1)[7] = value
+        for result, (exact, size) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
+            finite = size.isfinite()
+            error = (result.double() - exact).abs()[finite]
+            eps = torch.finfo(dtype).eps
+            assert bool((error <= 300 * 2.0**-24 * size[finite] + eps * exact[finite].abs()).all())
+            assert not result[~finite].isfinite().any()
+            assert torch.equal(result.isnan(), exact.isnan())
+
+
+def test_a_nan_of_any_bits():
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    half = torch.tensor([0x7FFF, -1, 0x7F81], dtype=torch.int16)
+    for nan in (*bits.view(torch.float32), *half.view(torch.bfloat16)):
+        for which in range(4):
+            args = many(nan.dtype)
+            args[which].view(-1)[7] = nan
+            for result, (exact, _) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
+                assert torch.equal(result.isnan(), exact.isnan())
+
+
+def test_results_do_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(hyper_ops(*many()))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
 
 
 @pytest.mark.parametrize("tasks", [2, 30])

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "contract_grad.h"
+#include "contract_grad_amx.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -156,6 +157,10 @@ static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
   const auto compute = [&](C* parts) {
     if (!any) return;
     if (!contract) return hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<C, float>)
+      if (grad_h_on_matrix_unit<T>(p, grad, x, parts)) return;
+#endif
     const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
     grad_h_contract<T>(p, turned_grad, turn<C>(x, p.groups, p.in, Slot::turned_b), parts);
   };
@@ -228,14 +233,20 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
     if (all_grad.data && all_x.data) return grad_of_shared_features<T>(p, all_grad, all_x);
   }
   if (p.plan == Plan::contract && p.features >= width<C>) {
-    const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
-    const Turned<C> turned_x = turn<C>(x, p.groups, p.in, Slot::turned_b);
+    const auto compute = [&](C* y) {
+#ifdef __AMX_BF16__
+      if constexpr (std::is_same_v<C, float>)
+        if (grad_weight_on_matrix_unit<T>(p, grad, x, y)) return;
+#endif
+      const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
+      grad_weight_contract<T>(p, turned_grad, turn<C>(x, p.groups, p.in, Slot::turned_b), y);
+    };
     if constexpr (std::is_same_v<C, T>) {
-      return grad_weight_contract<T>(p, turned_grad, turned_x, static_cast<T*>(p.y));
+      return compute(static_cast<T*>(p.y));
     } else {
       const Index count = p.out * (p.in + p.target_bias) * p.features;
       C* sums = scratch<C>(Slot::sums, max(count, 1));
-      grad_weight_contract<T>(p, turned_grad, turned_x, sums);
+      compute(sums);
       for (Index j = 0; j < count; ++j) static_cast<T*>(p.y)[j] = narrow<T>(sums[j]);
       return;
     }

@@ -5,7 +5,7 @@
 // an input 1, the first of them.
 #pragma once
 
-#include "contract.h"
+#include "contract_amx.h"
 #include "task_linear.h"
 
 namespace hyperfast::HF_ISA {
@@ -247,6 +247,12 @@ template <class T>
 static void hyper_linear_typed(const HyperLinear& p) {
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_a);
   const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<Acc<T>, float>)
+    if (p.plan == Plan::contract && suits_matrix_unit(Makes::weights, p.dtype, p.groups, p.out * p.in, p.features) &&
+        hyper_linear_contract_amx<T>(p, x, y))
+      return unstage<T>(y, p.y, p.groups, p.out);
+#endif
   (p.plan == Plan::materialize ? hyper_linear_whole<T>
    : p.plan == Plan::contract  ? hyper_linear_contract<T>
                                : hyper_linear_tile<T>)(p, x, y);

@@ -82,7 +82,7 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
                                 : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     T* z = hidden && is_kept(p.net, l) ? hidden : a;
     const Index params = layer.out * (layer.in + p.net.bias);
-    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, params, p.features);
+    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, params, p.features, has_matrix_unit);
     hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
                            matrix_of<T>(p.head, layer, first),
                            vector_of<T>(p.head, layer, first, p.net.bias),
@@ -126,8 +126,8 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     const Index params = layer.out * (layer.in + p.net.bias);
     first -= params;
     const Plan plan =
-        default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in, p.features);
-    const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups, params, p.features);
+        default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in, p.features, has_matrix_unit);
+    const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups, params, p.features, has_matrix_unit);
     const HeadMatrix matrix = matrix_of<T>(p.head, layer, first);
     const HeadMatrix vector = vector_of<T>(p.head, layer, first, p.net.bias);
     const Rows g = dense_rows(grad, p.groups, layer.out);

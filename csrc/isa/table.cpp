@@ -10,6 +10,7 @@ namespace hyperfast::HF_ISA {
 extern const Kernels table;
 const Kernels table = {
     HF_NAME(HF_ISA),
+    has_matrix_unit,
     task_linear,
     task_linear_grad_weight,
     hyper_linear,

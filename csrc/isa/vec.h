@@ -22,6 +22,12 @@
 
 namespace hyperfast::HF_ISA {
 
+#ifdef __AMX_BF16__
+constexpr bool has_matrix_unit = true;
+#else
+constexpr bool has_matrix_unit = false;
+#endif
+
 // ---- storage types: how elements lie in memory; arithmetic is in Acc<T> ----
 
 struct bf16 {

@@ -1,0 +1,335 @@
+// Matrix products on the CPU's matrix unit (AMX), which multiplies bf16 and adds up in float.
+//
+// A float is the exact sum of three bf16 (8 + 8 + 8 bits). Of the nine products of two such sums, the three
+// smallest come to less than 2^-25 of the whole and are left out; the other six run at 2.7 times the rate of
+// float multiply-adds, and round less often: the result is no less accurate than theirs. The unit takes
+// subnormal numbers for zero. Operands for which that, an infinity or a NaN could show in the result are
+// found while they are packed (`Range`), and go to the vector units instead.
+#pragma once
+
+#include "head.h"
+
+#ifdef __AMX_BF16__
+
+namespace hyperfast::HF_ISA {
+
+// A tile of C holds 16 x 16 floats; one of A 16 rows of 32 bf16; one of B 16 lines, of which line j holds
+// rows j and j + 16 of B in turns. A's columns lie in the same order, hence also in lines of 16 pairs.
+constexpr Index tile_side = 16, tile_depth = 32, tile_elements = tile_side * tile_depth;
+constexpr Index tile_line = 64;        // bytes
+constexpr Index both = 2 * tile_side;  // rows or columns of two tiles, which are multiplied together
+
+// Bytes of the second-level cache for what a thread holds of its tasks.
+constexpr Index unit_bytes = 1 << 20;
+
+// How many bf16 an element is: all there is to a bf16; three of what is computed in float.
+template <class T>
+constexpr int parts_of = std::is_same_v<T, bf16> ? 1 : 3;
+
+// The tile registers of this thread, for as long as it lives.
+struct TileRegisters {
+  TileRegisters() {
+    struct alignas(64) {
+      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      std::uint16_t bytes[16] = {};
+      std::uint8_t rows[16] = {};
+    } shapes;
+    for (int i = 0; i < 8; ++i) shapes.bytes[i] = tile_line, shapes.rows[i] = tile_side;
+    _tile_loadconfig(&shapes);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+};
+
+// The compiler does not see that tile loads read memory.
+static inline void written() { __asm__ volatile("" ::: "memory"); }
+
+// The largest magnitude among packed elements, rounded to the upper half of a float: of a NaN, or infinity,
+// above all others.
+struct Range {
+  std::uint32_t bits = 0;
+
+  float largest() const { return bit_cast<float>(bits << 16); }
+
+  // Other threads may do the same.
+  void include(Range other) {
+    std::uint32_t known = __atomic_load_n(&bits, __ATOMIC_RELAXED);
+    while (known < other.bits &&
+           !__atomic_compare_exchange_n(&bits, &known, other.bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+
+  // Whether products with `other` are the unit's business. What it loses is then below 2^-46 of the largest.
+  bool suits(Range other) const {
+    if (!bits || !other.bits) return bits < 0x7f80u && other.bits < 0x7f80u;
+    const auto moderate = [](float v) { return v >= 0x1p-80f && v <= 0x1p60f; };  // false for a NaN
+    return moderate(largest()) && moderate(other.largest()) && largest() * other.largest() >= 0x1p-80f;
+  }
+};
+
+using Bits = std::uint32_t __attribute__((vector_size(64)));
+
+struct Largest {
+  __m512i bits = _mm512_setzero_si512();
+  Bits any = {};
+
+  void include(__m512i leading, Bits first, Bits second) {
+    bits = _mm512_max_epu16(bits, _mm512_and_si512(leading, _mm512_set1_epi16(0x7fff)));
+    any |= first | second;
+  }
+  Range range() const {
+    std::uint16_t lanes_of[32], most = 0;
+    std::memcpy(lanes_of, &bits, sizeof bits);
+    for (const std::uint16_t lane : lanes_of) most = lane > most ? lane : most;
+    bool zero = most == 0;
+    for (int i = 0; zero && i < tile_side; ++i) zero = (any[i] & 0x7fffffffu) == 0;
+    return {most == 0 && !zero ? 1u : most};
+  }
+};
+
+// A line of a tile, and of the tiles of the parts behind it: lanes of a and b in turns. All parts but the last are
+// rounded to nearest; of three the last is exact. Where that turns a NaN of many bits into zero, the last stays one.
+template <int Parts>
+static inline void put_line(bf16* to, Vec<float> a, Vec<float> b, Largest& most) {
+#pragma GCC unroll 3
+  for (int part = 0; part < Parts; ++part, to += tile_elements) {
+    Bits first = Bits(a), second = Bits(b);
+    if (part + 1 < Parts) first += 0x8000u, second += 0x8000u;  // to nearest
+    const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaau, __m512i(first >> 16), __m512i(second));
+    if (part == 0) most.include(pairs, Bits(a), Bits(b));
+    std::memcpy(to, &pairs, sizeof pairs);
+    if (part + 1 < Parts) {
+      a -= Vec<float>(first & 0xffff0000u);
+      b -= Vec<float>(second & 0xffff0000u);
+    }
+  }
+}
+
+// block[i][j] = src(i, j) for i < n, j < m, zeros elsewhere.
+template <class T>
+static inline void load_block(Index n, Index m, View<const T> src, Vec<float> (&block)[tile_side]) {
+  if (src.col == 1 && m >= tile_side) {
+    for (Index i = 0; i < tile_side; ++i) block[i] = i < n ? load_wide(src.data + i * src.row) : Vec<float>{};
+  } else if (src.row == 1 && n >= tile_side) {
+    for (Index j = 0; j < tile_side; ++j) block[j] = j < m ? load_wide(src.data + j * src.col) : Vec<float>{};
+    transpose<float>(block);
+  } else {
+    for (Index i = 0; i < tile_side; ++i) {
+      block[i] = Vec<float>{};
+      for (Index j = 0; i < n && j < min(m, tile_side); ++j) block[i][j] = widen(src.data[i * src.row + j * src.col]);
+    }
+  }
+}
+
+// Where the tiles of an operand are: blocks of 16 rows of A (or columns of B), each `steps` tiles deep.
+template <int Parts>
+struct Packed {
+  bf16* data;
+  Index steps;
+
+  Packed(bf16* data, Index depth) : data(data), steps(ceil_div(depth, tile_depth)) {}
+  bf16* tile(Index block, Index step) const { return data + (block * steps + step) * Parts * tile_elements; }
+
+  static Index elements(Index rows, Index depth) {
+    return ceil_div(rows, tile_side) * ceil_div(depth, tile_depth) * Parts * tile_elements;
+  }
+};
+
+// One tile (and its parts) of A: n rows, of each at most 32 elements from number k on, `step` apart.
+template <int Parts, class T>
+static inline void pack_a_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Largest& most) {
+  if (n >= tile_side && m >= tile_depth && step == 1) {
+#pragma GCC unroll 4
+    for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+      const Vec<float> low = load_wide(rows[i] + k), high = load_wide(rows[i] + k + tile_side);
+        put_line<Parts>(to, low, high, most);
+    }
+    return;
+  }
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+    float line[tile_depth] = {};
+    for (Index j = 0; i < n && j < min(m, tile_depth); ++j) line[j] = widen(rows[i][(k + j) * step]);
+    const Vec<float> low = load(line), high = load(line + tile_side);
+    put_line<Parts>(to, low, high, most);
+  }
+}
+
+// One tile (and its parts) of B: n <= 32 rows, of each at most 16 elements from number k on, `step` apart.
+template <int Parts, class T>
+static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Largest& most) {
+  const auto line = [&](Index row) -> Vec<float> {
+    if (row >= n) return Vec<float>{};
+    if (step == 1 && m >= tile_side) return load_wide(rows[row] + k);
+    float v[tile_side] = {};
+    for (Index j = 0; j < min(m, tile_side); ++j) v[j] = widen(rows[row][(k + j) * step]);
+    return load(v);
+  };
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+    const Vec<float> low = line(i), high = line(i + tile_side);
+    put_line<Parts>(to, low, high, most);
+  }
+}
+
+// One tile (and its parts) of A, from src (n, m): at most 16 rows and 32 columns.
+template <int Parts, class T>
+static inline void pack_a_tile(Index n, Index m, View<const T> src, bf16* to, Largest& most) {
+  if (src.col == 1 && n >= tile_side && m >= tile_depth) {
+    for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+      const T* row = src.data + i * src.row;
+      put_line<Parts>(to, load_wide(row), load_wide(row + tile_side), most);
+    }
+    return;
+  }
+  Vec<float> low[tile_side], high[tile_side];
+  load_block<T>(n, m, src, low);
+  load_block<T>(n, max(m - tile_side, 0), src.at(0, tile_side), high);
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+    put_line<Parts>(to, low[i], high[i], most);
+  }
+}
+
+// One tile of B, from src (n, m): at most 32 rows and 16 columns.
+template <int Parts, class T>
+static inline void pack_b_tile(Index n, Index m, View<const T> src, bf16* to, Largest& most) {
+  if (src.col == 1 && n >= tile_depth && m >= tile_side) {
+    for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+      const T* row = src.data + i * src.row;
+      put_line<Parts>(to, load_wide(row), load_wide(row + tile_side * src.row), most);
+    }
+    return;
+  }
+  Vec<float> low[tile_side], high[tile_side];
+  load_block<T>(n, m, src, low);
+  load_block<T>(max(n - tile_side, 0), m, src.at(tile_side, 0), high);
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
+    put_line<Parts>(to, low[i], high[i], most);
+  }
+}
+
+// A block of A, of 16 rows or fewer, and one of B of as many columns: their elements along the depth are `step`
+// apart.
+template <int Parts, class T>
+static void pack_a_block(const T* const* rows, Index n, Index depth, Index step, Packed<Parts> to, Index block,
+                         Largest& most) {
+  for (Index k = 0; k < depth; k += tile_depth)
+    pack_a_rows<Parts, T>(rows, n, depth - k, k, step, to.tile(block, k / tile_depth), most);
+}
+template <int Parts, class T>
+static void pack_b_block(const T* const* columns, Index n, Index depth, Index step, Packed<Parts> to, Index block,
+                         Largest& most) {
+  float turned[tile_depth * tile_side];
+  for (Index k = 0; k < depth; k += tile_depth) {
+    const Index some = min(depth - k, tile_depth);
+    const T* from[tile_side];
+    for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
+    pack_lanes<float, T>(from, n, some, step, turned, tile_side, tile_side);
+    pack_b_tile<Parts, float>(some, tile_side, {turned, tile_side, 1}, to.tile(block, k / tile_depth), most);
+  }
+}
+
+template <int Parts, class T>
+static Range pack_a(Index m, Index depth, View<const T> a, Packed<Parts> to) {
+  Largest most;
+  for (Index i = 0; i < m; i += tile_side)
+    for (Index k = 0; k < depth; k += tile_depth)
+      pack_a_tile<Parts, T>(min(m - i, tile_side), depth - k, a.at(i, k), to.tile(i / tile_side, k / tile_depth), most);
+  return most.range();
+}
+
+template <int Parts, class T>
+static Range pack_b(Index depth, Index n, View<const T> b, Packed<Parts> to) {
+  Largest most;
+  for (Index j = 0; j < n; j += tile_side)
+    for (Index k = 0; k < depth; k += tile_depth)
+      pack_b_tile<Parts, T>(depth - k, min(n - j, tile_side), b.at(k, j), to.tile(j / tile_side, k / tile_depth), most);
+  return most.range();
+}
+
+// What sums start from: a tile's rows are `row` floats apart, the next tiles `down` and `right`; or null, zero.
+struct Start {
+  const float* data = nullptr;
+  Index row = 0, down = 0, right = 0;
+};
+
+// Up to 2 x 2 tiles of C = start + A B; rows of C are `row` floats apart. The products of parts run from small
+// to large, in an order in which two successive ones share an operand.
+template <int PartsA, int PartsB, int M, int N>
+static inline void multiply_tiles(Index steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1,
+                                  Start start, float* c, Index row) {
+  const auto load_a = [&](Index step, int part) {
+    const Index at = (step * PartsA + part) * tile_elements;
+    _tile_loadd(4, a0 + at, tile_line);
+    if constexpr (M > 1) _tile_loadd(5, a1 + at, tile_line);
+  };
+  const auto load_b = [&](Index step, int part) {
+    const Index at = (step * PartsB + part) * tile_elements;
+    _tile_loadd(6, b0 + at, tile_line);
+    if constexpr (N > 1) _tile_loadd(7, b1 + at, tile_line);
+  };
+  const auto dot = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+  };
+  written();
+  if (start.data) {
+    const Index bytes = start.row * Index(sizeof(float));
+    _tile_loadd(0, start.data, bytes);
+    if constexpr (N > 1) _tile_loadd(1, start.data + start.right, bytes);
+    if constexpr (M > 1) _tile_loadd(2, start.data + start.down, bytes);
+    if constexpr (M > 1 && N > 1) _tile_loadd(3, start.data + start.down + start.right, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (Index s = 0; s < steps; ++s) {
+    if constexpr (PartsB == 1) {
+      load_b(s, 0);
+      for (int part = PartsA - 1; part >= 0; --part) load_a(s, part), dot();
+    } else if constexpr (PartsA == 1) {
+      load_a(s, 0);
+      for (int part = PartsB - 1; part >= 0; --part) load_b(s, part), dot();
+    } else {
+      static_assert(PartsA == 3 && PartsB == 3);
+      load_a(s, 2), load_b(s, 0), dot();
+      load_a(s, 1), dot();
+      load_b(s, 1), dot();
+      load_a(s, 0), dot();
+      load_b(s, 2), dot();
+      load_b(s, 0), dot();
+    }
+  }
+  const Index bytes = row * Index(sizeof(float));
+  _tile_stored(0, c, bytes);
+  if constexpr (N > 1) _tile_stored(1, c + tile_side, bytes);
+  if constexpr (M > 1) _tile_stored(2, c + tile_side * row, bytes);
+  if constexpr (M > 1 && N > 1) _tile_stored(3, c + tile_side * row + tile_side, bytes);
+}
+
+// `m` blocks of A's rows from a on, as the next lies a_next steps on, times `n` blocks of B's columns; m and n
+// are 1 or 2.
+template <int PartsA, int PartsB>
+static inline void multiply_blocks(Index steps, const bf16* a, Index m, Index a_next, const bf16* b, Index n,
+                                   Index b_next, Start start, float* c, Index row) {
+  const bf16 *a1 = a + a_next * PartsA * tile_elements, *b1 = b + b_next * PartsB * tile_elements;
+  if (m > 1)
+    (n > 1 ? multiply_tiles<PartsA, PartsB, 2, 2> : multiply_tiles<PartsA, PartsB, 2, 1>)(
+        steps, a, a1, b, b1, start, c, row);
+  else
+    (n > 1 ? multiply_tiles<PartsA, PartsB, 1, 2> : multiply_tiles<PartsA, PartsB, 1, 1>)(
+        steps, a, a1, b, b1, start, c, row);
+}
+
+// The same where both are packed whole: blocks from i on of A, and from j on of B.
+template <int PartsA, int PartsB>
+static inline void multiply_blocks(Packed<PartsA> a, Index i, Index m, Packed<PartsB> b, Index j, Index n,
+                                   Start start, float* c, Index row) {
+  multiply_blocks<PartsA, PartsB>(a.steps, a.tile(i, 0), m, a.steps, b.tile(j, 0), n, b.steps, start, c, row);
+}
+
+}  // namespace hyperfast::HF_ISA
+
+#endif
