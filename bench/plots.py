@@ -142,7 +142,7 @@ def roofline(results: Results, path: Path) -> None:
         corner = peak / read
         axis.plot([left, corner, right], [left * read, peak, peak], color=INK, lw=1.5)
         axis.text(
-            right, peak * 1.06, f"{peak:.0f} GFLOP/s multiply-add", ha="right", va="bottom",
+            right, peak * 1.06, f"{peak:.0f} GFLOP/s in products of floats", ha="right", va="bottom",
             fontsize=8,
         )  # fmt: skip
         axis.annotate(

@@ -119,7 +119,7 @@ def _limits(results: Results, markdown: bool) -> list[str]:
         if row["rival"] == OURS
     ]
     title = (
-        f"{OURS} against ceilings of the same machine: {peak:.0f} GFLOP/s in multiply-adds, "
+        f"{OURS} against ceilings of the same machine: {peak:.0f} GFLOP/s in products of floats, "
         f"{read:.1f} GB/s read; FLOPs of the textbook way, bytes that must be moved, and the time "
         "over what the nearer ceiling allows"
     )

@@ -47,7 +47,8 @@ bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index par
   // The head, or the rows' gradients, are split into parts for so many units, and features for so many
   // parameters; of fewer features, the unit would multiply zeros.
   const Index units = groups.ragged ? groups.rows : groups.tasks;
-  return dtype != Dtype::f64 && features >= 32 && params >= 96 && units >= (makes == Makes::weights ? 32 : 96);
+  return dtype != Dtype::f64 && features >= 32 && params >= 96 && groups.rows > 0 &&
+         units >= (makes == Makes::weights ? 32 : 96);
 }
 
 Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,

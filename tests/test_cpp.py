@@ -132,6 +132,7 @@ HYPER_SIZES = [  # B, N, in, out, features
     (110, 8, 64, 3, 47),
     (300, 1, 16, 40, 130),
     (500, 1, 1, 99, 32),
+    (120, 0, 12, 13, 40),
     (0, 3, 4, 5, 6),
     (3, 0, 4, 5, 6),
     (3, 2, 0, 5, 6),
@@ -286,6 +287,16 @@ def test_results_do_not_depend_on_threads():
         torch.set_num_threads(threads)
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
+
+
+def test_beside_another_user_of_the_matrix_unit():
+    """oneDNN multiplies bf16 on it too, in the same threads."""
+    a, b = rand(300, 300, dtype=torch.bfloat16), rand(300, 300, dtype=torch.bfloat16, seed=1)
+    args = many()
+    first, product = hyper_ops(*args), a @ b
+    for _ in range(5):
+        assert torch.equal(a @ b, product)
+        assert all(map(torch.equal, hyper_ops(*args), first))
 
 
 @pytest.mark.parametrize("tasks", [2, 30])

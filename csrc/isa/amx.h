@@ -16,8 +16,8 @@ namespace hyperfast::HF_ISA {
 // A tile of C holds 16 x 16 floats; one of A 16 rows of 32 bf16; one of B 16 lines, of which line j holds
 // rows j and j + 16 of B in turns. A's columns lie in the same order, hence also in lines of 16 pairs.
 constexpr Index tile_side = 16, tile_depth = 32, tile_elements = tile_side * tile_depth;
-constexpr Index tile_line = 64;        // bytes
-constexpr Index both = 2 * tile_side;  // rows or columns of two tiles, which are multiplied together
+constexpr Index tile_line = 64;  // bytes
+constexpr Index two_tiles = 2 * tile_side;
 
 // Bytes of the second-level cache for what a thread holds of its tasks.
 constexpr Index unit_bytes = 1 << 20;
@@ -50,14 +50,6 @@ struct Range {
   std::uint32_t bits = 0;
 
   float largest() const { return bit_cast<float>(bits << 16); }
-
-  // Other threads may do the same.
-  void include(Range other) {
-    std::uint32_t known = __atomic_load_n(&bits, __ATOMIC_RELAXED);
-    while (known < other.bits &&
-           !__atomic_compare_exchange_n(&bits, &known, other.bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-  }
 
   // Whether products with `other` are the unit's business. What it loses is then below 2^-46 of the largest.
   bool suits(Range other) const {
@@ -105,22 +97,6 @@ static inline void put_line(bf16* to, Vec<float> a, Vec<float> b, Largest& most)
   }
 }
 
-// block[i][j] = src(i, j) for i < n, j < m, zeros elsewhere.
-template <class T>
-static inline void load_block(Index n, Index m, View<const T> src, Vec<float> (&block)[tile_side]) {
-  if (src.col == 1 && m >= tile_side) {
-    for (Index i = 0; i < tile_side; ++i) block[i] = i < n ? load_wide(src.data + i * src.row) : Vec<float>{};
-  } else if (src.row == 1 && n >= tile_side) {
-    for (Index j = 0; j < tile_side; ++j) block[j] = j < m ? load_wide(src.data + j * src.col) : Vec<float>{};
-    transpose<float>(block);
-  } else {
-    for (Index i = 0; i < tile_side; ++i) {
-      block[i] = Vec<float>{};
-      for (Index j = 0; i < n && j < min(m, tile_side); ++j) block[i][j] = widen(src.data[i * src.row + j * src.col]);
-    }
-  }
-}
-
 // Where the tiles of an operand are: blocks of 16 rows of A (or columns of B), each `steps` tiles deep.
 template <int Parts>
 struct Packed {
@@ -135,26 +111,26 @@ struct Packed {
   }
 };
 
-// One tile (and its parts) of A: n rows, of each at most 32 elements from number k on, `step` apart.
+// The operands are given by pointers to vectors of theirs, whose elements are `step` apart: `n` of them, the first
+// `m` elements from number k on. Beyond either, tiles are filled with zeros.
+
+// One tile of A from rows of it (n <= 16).
 template <int Parts, class T>
 static inline void pack_a_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Largest& most) {
-  if (n >= tile_side && m >= tile_depth && step == 1) {
+  if (n == tile_side && m >= tile_depth && step == 1) {
 #pragma GCC unroll 4
-    for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
-      const Vec<float> low = load_wide(rows[i] + k), high = load_wide(rows[i] + k + tile_side);
-        put_line<Parts>(to, low, high, most);
-    }
+    for (Index i = 0; i < tile_side; ++i, to += tile_depth)
+      put_line<Parts>(to, load_wide(rows[i] + k), load_wide(rows[i] + k + tile_side), most);
     return;
   }
   for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
     float line[tile_depth] = {};
     for (Index j = 0; i < n && j < min(m, tile_depth); ++j) line[j] = widen(rows[i][(k + j) * step]);
-    const Vec<float> low = load(line), high = load(line + tile_side);
-    put_line<Parts>(to, low, high, most);
+    put_line<Parts>(to, load(line), load(line + tile_side), most);
   }
 }
 
-// One tile (and its parts) of B: n <= 32 rows, of each at most 16 elements from number k on, `step` apart.
+// One tile of B from rows of it (n <= 32).
 template <int Parts, class T>
 static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Largest& most) {
   const auto line = [&](Index row) -> Vec<float> {
@@ -164,85 +140,31 @@ static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, 
     for (Index j = 0; j < min(m, tile_side); ++j) v[j] = widen(rows[row][(k + j) * step]);
     return load(v);
   };
-  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
-    const Vec<float> low = line(i), high = line(i + tile_side);
-    put_line<Parts>(to, low, high, most);
-  }
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth) put_line<Parts>(to, line(i), line(i + tile_side), most);
 }
 
-// One tile (and its parts) of A, from src (n, m): at most 16 rows and 32 columns.
+// One tile of A from columns of it (n <= 32).
 template <int Parts, class T>
-static inline void pack_a_tile(Index n, Index m, View<const T> src, bf16* to, Largest& most) {
-  if (src.col == 1 && n >= tile_side && m >= tile_depth) {
-    for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
-      const T* row = src.data + i * src.row;
-      put_line<Parts>(to, load_wide(row), load_wide(row + tile_side), most);
-    }
-    return;
-  }
-  Vec<float> low[tile_side], high[tile_side];
-  load_block<T>(n, m, src, low);
-  load_block<T>(n, max(m - tile_side, 0), src.at(0, tile_side), high);
-  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
-    put_line<Parts>(to, low[i], high[i], most);
-  }
+static inline void pack_a_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
+                                  Largest& most) {
+  const T* from[tile_depth];
+  float turned[tile_side * tile_depth] = {};
+  for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
+  pack_lanes<float, T>(from, n, min(m, tile_side), step, turned, tile_depth, tile_depth);
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth)
+    put_line<Parts>(to, load(turned + i * tile_depth), load(turned + i * tile_depth + tile_side), most);
 }
 
-// One tile of B, from src (n, m): at most 32 rows and 16 columns.
+// One tile of B from columns of it (n <= 16).
 template <int Parts, class T>
-static inline void pack_b_tile(Index n, Index m, View<const T> src, bf16* to, Largest& most) {
-  if (src.col == 1 && n >= tile_depth && m >= tile_side) {
-    for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
-      const T* row = src.data + i * src.row;
-      put_line<Parts>(to, load_wide(row), load_wide(row + tile_side * src.row), most);
-    }
-    return;
-  }
-  Vec<float> low[tile_side], high[tile_side];
-  load_block<T>(n, m, src, low);
-  load_block<T>(max(n - tile_side, 0), m, src.at(tile_side, 0), high);
-  for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
-    put_line<Parts>(to, low[i], high[i], most);
-  }
-}
-
-// A block of A, of 16 rows or fewer, and one of B of as many columns: their elements along the depth are `step`
-// apart.
-template <int Parts, class T>
-static void pack_a_block(const T* const* rows, Index n, Index depth, Index step, Packed<Parts> to, Index block,
-                         Largest& most) {
-  for (Index k = 0; k < depth; k += tile_depth)
-    pack_a_rows<Parts, T>(rows, n, depth - k, k, step, to.tile(block, k / tile_depth), most);
-}
-template <int Parts, class T>
-static void pack_b_block(const T* const* columns, Index n, Index depth, Index step, Packed<Parts> to, Index block,
-                         Largest& most) {
-  float turned[tile_depth * tile_side];
-  for (Index k = 0; k < depth; k += tile_depth) {
-    const Index some = min(depth - k, tile_depth);
-    const T* from[tile_side];
-    for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
-    pack_lanes<float, T>(from, n, some, step, turned, tile_side, tile_side);
-    pack_b_tile<Parts, float>(some, tile_side, {turned, tile_side, 1}, to.tile(block, k / tile_depth), most);
-  }
-}
-
-template <int Parts, class T>
-static Range pack_a(Index m, Index depth, View<const T> a, Packed<Parts> to) {
-  Largest most;
-  for (Index i = 0; i < m; i += tile_side)
-    for (Index k = 0; k < depth; k += tile_depth)
-      pack_a_tile<Parts, T>(min(m - i, tile_side), depth - k, a.at(i, k), to.tile(i / tile_side, k / tile_depth), most);
-  return most.range();
-}
-
-template <int Parts, class T>
-static Range pack_b(Index depth, Index n, View<const T> b, Packed<Parts> to) {
-  Largest most;
-  for (Index j = 0; j < n; j += tile_side)
-    for (Index k = 0; k < depth; k += tile_depth)
-      pack_b_tile<Parts, T>(depth - k, min(n - j, tile_side), b.at(k, j), to.tile(j / tile_side, k / tile_depth), most);
-  return most.range();
+static inline void pack_b_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
+                                  Largest& most) {
+  const T* from[tile_side];
+  float turned[tile_depth * tile_side] = {};
+  for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
+  pack_lanes<float, T>(from, n, min(m, tile_depth), step, turned, tile_side, tile_side);
+  for (Index i = 0; i < tile_side; ++i, to += tile_depth)
+    put_line<Parts>(to, load(turned + i * tile_side), load(turned + (i + tile_side) * tile_side), most);
 }
 
 // What sums start from: a tile's rows are `row` floats apart, the next tiles `down` and `right`; or null, zero.

@@ -18,20 +18,20 @@ struct UnitLanes {
   Index rows, columns;
 
   C* at(Index block, Index row, Index column) const {
-    return data + ((block * rows + row) * columns + column) * both;
+    return data + ((block * rows + row) * columns + column) * two_tiles;
   }
-  static Index elements(Index units, Index rows, Index columns) { return ceil_div(units, both) * rows * columns * both; }
+  static Index elements(Index units, Index rows, Index columns) { return ceil_div(units, two_tiles) * rows * columns * two_tiles; }
 };
 
 // Columns of one block, zeros for lanes beyond the last of `n` units from `first` on.
 static inline void turn_block(const Units& units, const Staged<const float>& from, Index first, Index n, Index block,
                               const UnitLanes<float>& to) {
   for (Index r = 0; r < to.rows; ++r)
-    for (Index half = 0; half < both; half += tile_side) {
-      const Index unit = block * both + half, some = max(min(n - unit, tile_side), 0);
+    for (Index half = 0; half < two_tiles; half += tile_side) {
+      const Index unit = block * two_tiles + half, some = max(min(n - unit, tile_side), 0);
       const float* rows[tile_side];
       for (Index l = 0; l < some; ++l) rows[l] = units.row(from, first + unit + l, r);
-      pack_lanes<float, float>(rows, some, to.columns, from.col, to.at(block, r, 0) + half, both, tile_side);
+      pack_lanes<float, float>(rows, some, to.columns, from.col, to.at(block, r, 0) + half, two_tiles, tile_side);
     }
 }
 
@@ -69,7 +69,7 @@ static inline void use_run(const float* weights, const float* x, Index x_row, fl
   static_assert(w == tile_side);
   Vec<float> held[N][2];
 #pragma GCC unroll 8
-  for (Index j = 0; j < N; ++j) held[j][0] = load(weights + j * both), held[j][1] = load(weights + j * both + w);
+  for (Index j = 0; j < N; ++j) held[j][0] = load(weights + j * two_tiles), held[j][1] = load(weights + j * two_tiles + w);
   for (Index r = 0; r < rows; ++r, x += x_row, y += y_row) {
     Vec<float> first = load(y), second = load(y + w);
     if (x_row == 0) {  // the vector's input is 1
@@ -77,8 +77,8 @@ static inline void use_run(const float* weights, const float* x, Index x_row, fl
     } else {
 #pragma GCC unroll 8
       for (Index j = 0; j < N; ++j) {
-        first += held[j][0] * load(x + j * both);
-        second += held[j][1] * load(x + j * both + w);
+        first += held[j][0] * load(x + j * two_tiles);
+        second += held[j][1] * load(x + j * two_tiles + w);
       }
     }
     store(y, first);
@@ -89,7 +89,7 @@ static inline void use_run(const float* weights, const float* x, Index x_row, fl
 // y += weights times x for a block of 32 units.
 static inline void use_weights(const Parameters& p, const Made& made, const UnitLanes<float>& x,
                                const UnitLanes<float>& y, Index block) {
-  const Index matrix = p.outputs * p.in, y_row = y.columns * both;
+  const Index matrix = p.outputs * p.in, y_row = y.columns * two_tiles;
   const float* weights = made.weights;
   for (Index q = made.q, n = made.n; n > 0;) {
     const bool vector = q >= matrix;
@@ -100,8 +100,8 @@ static inline void use_weights(const Parameters& p, const Made& made, const Unit
     const float* inputs = x.at(block, 0, i);
     float* to = y.at(block, 0, o);
     const auto use = [&](auto f, Index some) {
-      for (; run >= some; run -= some, weights += some * both, inputs += some * both)
-        f(weights, inputs, vector ? 0 : x.columns * both, to, y_row, x.rows);
+      for (; run >= some; run -= some, weights += some * two_tiles, inputs += some * two_tiles)
+        f(weights, inputs, vector ? 0 : x.columns * two_tiles, to, y_row, x.rows);
     };
     use(use_run<8>, 8);
     use(use_run<4>, 4);
@@ -111,8 +111,8 @@ static inline void use_weights(const Parameters& p, const Made& made, const Unit
 
 // Where the head's rows of up to 32 parameters from q on start, and how many they are.
 template <class T>
-static Index rows_of(const HyperLinear& p, const Parameters& all, Index q, const T* (&rows)[both]) {
-  const Index matrix = all.outputs * all.in, n = min(all.count() - q, both);
+static Index rows_of(const HyperLinear& p, const Parameters& all, Index q, const T* (&rows)[two_tiles]) {
+  const Index matrix = all.outputs * all.in, n = min(all.count() - q, two_tiles);
   for (Index j = 0; j < n; ++j, ++q) {
     const bool vector = q >= matrix;
     const Index o = all.o0 + (vector ? q - matrix : q / all.in), i = vector ? 0 : q % all.in;
@@ -135,12 +135,12 @@ static void use_biases(const HyperLinear& p, const Parameters& all, Index blocks
       matrix[o * all.in + i] = widen(static_cast<const T*>(m.bias)[(all.o0 + o) * m.bias_out + i * m.bias_in]);
   }
   for (Index j = 0; j < blocks * y.rows; ++j) {
-    const View<float> to{y.at(0, j, 0), both, 1};
+    const View<float> to{y.at(0, j, 0), two_tiles, 1};
     for (Index o = 0; o < all.outputs; ++o)
-      for (Index l = 0; l < both; ++l) to.data[o * both + l] = vector[o];
+      for (Index l = 0; l < two_tiles; ++l) to.data[o * two_tiles + l] = vector[o];
     if (m.bias)
-      multiply<float, float>(all.outputs, both, all.in, {matrix, all.in, 1}, View<const float>{x.at(0, j, 0), both, 1},
-                             {to.data, both, 1}, to);
+      multiply<float, float>(all.outputs, two_tiles, all.in, {matrix, all.in, 1}, View<const float>{x.at(0, j, 0), two_tiles, 1},
+                             {to.data, two_tiles, 1}, to);
   }
 }
 
@@ -151,13 +151,13 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
   const Units all(p.groups);
   const Index steps = ceil_div(p.features, tile_depth), threads = thread_count();
   // Of the inputs of a unit those of one block of parameters count, as the blocks that use them follow one another.
-  const Index inputs = p.in % both ? p.in : both;
+  const Index inputs = p.in % two_tiles ? p.in : two_tiles;
   const Index each = steps * parts * tile_line + all.rows * (inputs + 8) * Index(sizeof(float));
-  const Index most = max(unit_bytes / each / both, 1) * both;
+  const Index most = max(unit_bytes / each / two_tiles, 1) * two_tiles;
   // Threads share what there is more of, units or parameters, as each prepares both of its own.
   const bool by_units = all.count > p.out * p.in;
-  const Index chunks = max(ceil_div(all.count, most), by_units ? min(2 * threads, ceil_div(all.count, 8 * both)) : 1);
-  const Index size = round_up(ceil_div(all.count, chunks), both);
+  const Index chunks = max(ceil_div(all.count, most), by_units ? min(2 * threads, ceil_div(all.count, 8 * two_tiles)) : 1);
+  const Index size = round_up(ceil_div(all.count, chunks), two_tiles);
   const Index slices = by_units ? 1 : max(min(ceil_div(2 * threads, chunks), p.out / 8), 1);
   const Index outputs = ceil_div(p.out, slices);
   const Index work = size * outputs * p.in * (p.features / 4 + all.rows);
@@ -167,15 +167,15 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
     Units units(p.groups);
     const Index x_size = UnitLanes<float>::elements(size, units.rows, p.in);
     const Index y_size = UnitLanes<float>::elements(size, units.rows, outputs);
-    float* weights = scratch<float>(Slot::block, 2 * both * both + x_size + y_size);
-    const UnitLanes<float> xs{weights + 2 * both * both, units.rows, p.in};
+    float* weights = scratch<float>(Slot::block, 2 * two_tiles * two_tiles + x_size + y_size);
+    const UnitLanes<float> xs{weights + 2 * two_tiles * two_tiles, units.rows, p.in};
     const Packed<parts> h(scratch<bf16>(Slot::local_a, Packed<parts>::elements(size, p.features)), p.features);
-    const Packed<parts> head(scratch<bf16>(Slot::local_b, Packed<parts>::elements(both, p.features)), p.features);
+    const Packed<parts> head(scratch<bf16>(Slot::local_b, Packed<parts>::elements(two_tiles, p.features)), p.features);
     Index held = -1;  // the chunk of units whose features and inputs are there
     Range h_range;
     for (Index item = begin; item < end; ++item) {
       const Index chunk = item / slices, first = chunk * size, n = min(size, units.count - first);
-      const Index blocks = ceil_div(n, both), halves = ceil_div(n, tile_side);
+      const Index blocks = ceil_div(n, two_tiles), halves = ceil_div(n, tile_side);
       if (chunk != held) {
         held = chunk;
         Largest largest;
@@ -184,7 +184,9 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
           const T* features[tile_side];
           for (Index l = 0; l < some; ++l)
             features[l] = static_cast<const T*>(p.h.data) + units.task(first + u + l) * p.h.task;
-          pack_b_block<parts, T>(features, some, p.features, p.h.col, h, u / tile_side, largest);
+          for (Index step = 0; step < steps; ++step)
+            pack_b_columns<parts, T>(features, some, p.features - step * tile_depth, step * tile_depth, p.h.col,
+                                     h.tile(u / tile_side, step), largest);
         }
         h_range = largest.range();
         for (Index block = 0; block < blocks; ++block) turn_block(units, x, first, n, block, xs);
@@ -193,8 +195,8 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
       const Parameters params{o0, min(outputs, p.out - o0), p.in, p.vector.weight != nullptr};
       const UnitLanes<float> ys{xs.data + x_size, units.rows, params.outputs};
       use_biases<T>(p, params, blocks, xs, ys);
-      const T *rows[both], *ahead[both];
-      const ParameterBlocks order(both, params.outputs, p.in, params.count());
+      const T *rows[two_tiles], *ahead[two_tiles];
+      const ParameterBlocks order(two_tiles, params.outputs, p.in, params.count());
       Index next = rows_of<T>(p, params, 0, ahead);
       for (Index i = 0; i < order.count(); ++i) {
         const Index q = order.first(i), some = next;
@@ -202,8 +204,9 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
         next = i + 1 < order.count() ? rows_of<T>(p, params, order.first(i + 1), ahead) : 0;
         Largest largest;
         for (Index j = 0; j < some; j += tile_side)
-          pack_a_block<parts, T>(rows + j, min(some - j, tile_side), p.features, p.matrix.feature, head, j / tile_side,
-                                 largest);
+          for (Index step = 0; step < steps; ++step)
+            pack_a_rows<parts, T>(rows + j, min(some - j, tile_side), p.features - step * tile_depth,
+                                  step * tile_depth, p.matrix.feature, head.tile(j / tile_side, step), largest);
         if (!largest.range().suits(h_range)) {
           __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
           return;
@@ -213,15 +216,15 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
           for (; fetched * blocks < next * (block + 1) && fetched < next; ++fetched)
             for (Index k = 0; k < p.features; k += tile_line / Index(sizeof(T))) prefetch(ahead[fetched] + k);
           // In turns: the vector units use the weights of one block while the next are made.
-          float* made = weights + block % 2 * both * both;
-          multiply_blocks(head, 0, ceil_div(some, tile_side), h, 2 * block, min(halves - 2 * block, 2), {}, made, both);
+          float* made = weights + block % 2 * two_tiles * two_tiles;
+          multiply_blocks(head, 0, ceil_div(some, tile_side), h, 2 * block, min(halves - 2 * block, 2), {}, made, two_tiles);
           use_weights(params, {made, q, some}, xs, ys, block);
         }
       }
       for (Index block = 0; block < blocks; ++block)
         for (Index r = 0; r < units.rows; ++r)
-          pack<float, float>(min(n - block * both, both), params.outputs, View<const float>{ys.at(block, r, 0), 1, both},
-                             y.data + ((first + block * both) * units.rows + r) * p.out + o0, units.rows * p.out,
+          pack<float, float>(min(n - block * two_tiles, two_tiles), params.outputs, View<const float>{ys.at(block, r, 0), 1, two_tiles},
+                             y.data + ((first + block * two_tiles) * units.rows + r) * p.out + o0, units.rows * p.out,
                              params.outputs);
     }
   });

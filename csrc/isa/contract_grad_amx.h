@@ -48,8 +48,8 @@ struct FactorsOf {
     const float *g = f.grad + block * grad_block() + lane, *factor = f.x ? f.x + block * x_block() + lane : nullptr;
     Vec<float> sum = factor ? load(g) * load(factor) : load(g);
     for (Index r = 1; r < grad.rows; ++r) {
-      g += grad.columns * both;
-      if (factor) factor += x.columns * both;
+      g += grad.columns * two_tiles;
+      if (factor) factor += x.columns * two_tiles;
       sum += factor ? load(g) * load(factor) : load(g);
     }
     return sum;
@@ -61,7 +61,7 @@ static inline UnitLanes<float> turn_units(const Staged<const float>& rows, const
   const Units units(g);
   const UnitLanes<float> to{scratch<float>(slot, max(UnitLanes<float>::elements(units.count, units.rows, columns), 1)),
                             units.rows, columns};
-  parallel(ceil_div(units.count, both), max(parallel_work / max(16 * both * units.rows * columns, 1), 1),
+  parallel(ceil_div(units.count, two_tiles), max(parallel_work / max(16 * two_tiles * units.rows * columns, 1), 1),
            [&](Index begin, Index end) {
              for (Index block = begin; block < end; ++block) turn_block(units, rows, 0, units.count, block, to);
            });
@@ -80,37 +80,45 @@ static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, floa
   constexpr Index most = panel_depth_amx;
   const Index count = Units(p.groups).count, params = p.out * (p.in + (p.vector.weight != nullptr));
   // Units of a thread share what it splits of the head; their sums stay in the second level.
-  const Index fit = max((unit_bytes / 2) / (max(p.features, 1) * Index(sizeof(float))) / both, 1) * both;
-  const Index blocks = max(ceil_div(count, fit), min(thread_count(), ceil_div(count, both)));
-  const Index size = round_up(ceil_div(count, blocks), both), row = size + tile_side;
+  const Index fit = max((unit_bytes / 2) / (max(p.features, 1) * Index(sizeof(float))) / two_tiles, 1) * two_tiles;
+  const Index blocks = max(ceil_div(count, fit), min(thread_count(), ceil_div(count, two_tiles)));
+  const Index size = round_up(ceil_div(count, blocks), two_tiles), row = size + tile_side;
   const T* weight = static_cast<const T*>(p.matrix.weight);  // the vector's rows follow those of the matrix
-  const Index step = p.matrix.in, feature_tiles = ceil_div(p.features, tile_side);
+  const Index feature_tiles = ceil_div(p.features, tile_side);
   const ParameterBlocks order(most, p.out, p.in, params);
   bool suits = true;
   parallel(ceil_div(count, size), max(parallel_work / max(size * params * p.features / 4, 1), 1),
            [&](Index begin, Index end) {
     const TileRegisters registers;
     float* sums = scratch<float>(Slot::block, feature_tiles * tile_side * row);
-    bf16* panel = scratch<bf16>(Slot::local_b, Packed<of_g>::elements(both, most));
+    bf16* panel = scratch<bf16>(Slot::local_b, Packed<of_g>::elements(two_tiles, most));
     bf16* head_tiles = scratch<bf16>(Slot::local_a, Packed<of_head>::elements(p.features, most));
     for (Index b = begin; b < end; ++b) {
       const Index first = b * size, n = min(size, count - first);
       for (Index i = 0; i < order.count(); ++i) {
         const Index q = order.first(i), depth = min(most, params - q);
         const Packed<of_head> head(head_tiles, depth);
-        const Range range =
-            pack_a<of_head, T>(p.features, depth, {weight + q * step, p.matrix.feature, step}, head);
+        Largest head_largest;
+        for (Index step = 0; step < head.steps; ++step) {
+          const Index some = min(depth - step * tile_depth, tile_depth);
+          const T* columns[tile_depth];
+          for (Index l = 0; l < some; ++l) columns[l] = weight + (q + step * tile_depth + l) * p.matrix.in;
+          for (Index k = 0; k < feature_tiles; ++k)
+            pack_a_columns<of_head, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
+                                       head.tile(k, step), head_largest);
+        }
+        const Range range = head_largest.range();
         const Packed<of_g> gradient(panel, depth);
         Factors of[most];
         factors.find(q, most, of);
-        for (Index u = 0; u < n; u += both) {
+        for (Index u = 0; u < n; u += two_tiles) {
           Largest largest;
           for (Index s = 0; s < gradient.steps; ++s)
             for (Index j = 0; j < tile_side; ++j) {
               const Factors *low = of + s * tile_depth + j, *high = low + tile_side;
               for (Index v = 0; v < 2; ++v)
-                put_line<of_g>(gradient.tile(v, s) + j * tile_depth, factors.form(*low, (first + u) / both, v * tile_side),
-                               factors.form(*high, (first + u) / both, v * tile_side), largest);
+                put_line<of_g>(gradient.tile(v, s) + j * tile_depth, factors.form(*low, (first + u) / two_tiles, v * tile_side),
+                               factors.form(*high, (first + u) / two_tiles, v * tile_side), largest);
             }
           if (!largest.range().suits(range)) {
             __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
@@ -140,13 +148,13 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
   // Units whose features are split at a time: at most 512 KiB of them, in the second level. Each thread splits
   // them for itself: to fetch what another has split takes longer.
   const Index most = max((512 << 10) / (feature_tiles * of_h * tile_elements * panel_steps * 2), 1) * panel_depth_amx;
-  const ParameterBlocks order(both, p.out, p.in, params);
+  const ParameterBlocks order(two_tiles, p.out, p.in, params);
   bool suits = true;
-  parallel(order.count(), max(parallel_work / max(both * count * p.features / 4, 1), 1), [&](Index begin, Index end) {
+  parallel(order.count(), max(parallel_work / max(two_tiles * count * p.features / 4, 1), 1), [&](Index begin, Index end) {
     const TileRegisters registers;
     Units units(p.groups);
-    float* sums = scratch<float>(Slot::block, both * row);
-    bf16* panel = scratch<bf16>(Slot::local_a, Packed<of_g>::elements(both, panel_depth_amx));
+    float* sums = scratch<float>(Slot::block, two_tiles * row);
+    bf16* panel = scratch<bf16>(Slot::local_a, Packed<of_g>::elements(two_tiles, panel_depth_amx));
     bf16* h_tiles = scratch<bf16>(Slot::local_b, Packed<of_h>::elements(p.features, min(most, count)));
     for (Index u = 0; u < count; u += most) {
       const Index n = min(most, count - u);
@@ -161,9 +169,9 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
       }
       const Range h_range = h_largest.range();
       for (Index i = begin; i < end; ++i) {
-        const Index q = order.first(i), some = min(both, params - q), down = ceil_div(some, tile_side);
-        Factors of[both];
-        factors.find(q, both, of);
+        const Index q = order.first(i), some = min(two_tiles, params - q), down = ceil_div(some, tile_side);
+        Factors of[two_tiles];
+        factors.find(q, two_tiles, of);
         if (u)
           for (Index j = 0; j < some; ++j)
             for (Index k = 0; k < p.features; ++k) sums[j * row + k] = y[(q + j) * p.features + k];
@@ -172,7 +180,7 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
           Largest largest;
           for (Index s = 0; s < gradient.steps; ++s)
             for (Index j = 0; j < down * tile_side; ++j) {
-              const Index block = (u + c) / both + s;
+              const Index block = (u + c) / two_tiles + s;
               put_line<of_g>(gradient.tile(j / tile_side, s) + j % tile_side * tile_depth,
                              factors.form(of[j], block, 0), factors.form(of[j], block, tile_side), largest);
             }
