@@ -142,8 +142,8 @@ def roofline(results: Results, path: Path) -> None:
         corner = peak / read
         axis.plot([left, corner, right], [left * read, peak, peak], color=INK, lw=1.5)
         axis.text(
-            right, peak * 1.06, f"{peak:.0f} GFLOP/s in products of floats", ha="right", va="bottom",
-            fontsize=8,
+            right, peak * 1.06, f"{peak:.0f} GFLOP/s in products of floats", fontsize=8,
+            ha="right", va="bottom",
         )  # fmt: skip
         axis.annotate(
             f"{read:.0f} GB/s read", (corner / 3, peak / 3), xytext=(-6, 4), ha="right",

@@ -25,6 +25,7 @@ CASES = [
     ((64, 64, 10), 1, 1, 64),
     ((8, 32, 1), 70, 1, 33),
     ((17, 65, 3), 40, 6, 16),
+    ((12, 32, 9), 130, 2, 40),
     ((5, 63, 66, 4), 9, 20, 7),
     ((2, 33, 1), 12, 70, 12),
     ((2, 64, 64, 1), 2, 700, 24),
@@ -98,7 +99,7 @@ def test_values_and_gradients(dtype, case, ragged):
 
 def test_result_does_not_depend_on_threads():
     before = torch.get_num_threads()
-    for case in CASES[:6]:
+    for case in CASES[:7]:
         args = random(case, torch.float32, False, False)
         options = (case[0], True, ",".join(["elu"] * (len(case[0]) - 1)))
         results = []
@@ -180,7 +181,7 @@ def test_activations_of_what_is_not_finite(name):
         )
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.skipif("HYPERFAST_ISA" in os.environ, reason="this is such a run")
 def test_every_instruction_set(isa):
     if isa == _C.isa():

@@ -1,5 +1,6 @@
 """The choice of plan: pure functions of sizes."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -134,8 +135,28 @@ def test_the_rule_is_what_the_kernels_do(tasks, rows, ins, ragged, name):
     assert len(same) < len(PLANS)
 
 
-def test_16_bit_heads_do_not_contract():
-    assert plan.choose(Layer(64, 64, 8, 8, 8), 2, "cpp") == "tile"
+@pytest.mark.skipif(DEVICE != "cpp", reason="no extension")
+@pytest.mark.parametrize(
+    ("tasks", "rows", "ins", "features"),
+    [(64, 64, 16, 33), (64, 64, 16, 31), (31, 31, 16, 33), (64, 64, 4, 33), (64, 576, 16, 33)],
+)
+def test_16_bit_heads_contract_where_a_matrix_unit_does_it(tasks, rows, ins, features):
+    from hyperfast import _C
+
+    layer = Layer(tasks, rows, ins, 16, features)
+    unit = _C.isa() == "amx" and (tasks, rows, ins, features) == (64, 64, 16, 33)
+    name = plan.choose(layer, 2, "cpp")
+    assert name == ("contract" if unit else "tile")
+    # What the first features add, the others take away: roundings in fp32 are left.
+    x, h = torch.randn(tasks, rows // tasks, ins), torch.randn(tasks, features // 2 + 1)
+    weight = torch.randn(layer.params, features // 2 + 1)
+    h, weight = torch.cat([h, -h], 1)[:, -features:], torch.cat([weight] * 2, 1)[:, -features:]
+    h[:, features // 2], weight[:, features // 2] = 0, 0
+    args = [t.bfloat16() for t in (x, h, weight)]
+    run = partial(torch.ops.hyperfast.hyper_linear, *args, None, None, True)
+    same = [p for p in PLANS if torch.equal(run(p), run(""))]
+    assert name in same
+    assert len(same) < len(PLANS)
 
 
 def test_explain_shows_what_the_cpu_runs():

@@ -203,22 +203,20 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
   return suits;
 }
 
-// What hyper_grad.h calls; false where the vector units have to do it.
-template <class P>
-static bool suits_gradients(const P& p) {
-  return suits_matrix_unit(Makes::gradients, p.dtype, p.groups, p.out * p.in, p.features);
-}
 template <class T>
 static bool grad_h_on_matrix_unit(const HyperLinearGradH& p, const Staged<const float>& grad,
                                   const Staged<const float>& x, float* parts) {
-  if (!suits_gradients(p)) return false;
+  const Index params = p.out * (p.in + (p.vector.weight != nullptr));
+  if (!suits_matrix_unit(Makes::gradients, p.dtype, p.groups, params, p.features)) return false;
   const FactorsOf factors = turn_factors(grad, p.out, x, p.in, p.groups);
   return with_parts_of_gradient<T>(factors.x.rows, [&](auto of_g) { return grad_h_amx<T, of_g>(p, factors, parts); });
 }
+
 template <class T>
 static bool grad_weight_on_matrix_unit(const HyperLinearGradWeight& p, const Staged<const float>& grad,
                                        const Staged<const float>& x, float* y) {
-  if (!suits_gradients(p)) return false;
+  const Index params = p.out * (p.in + p.target_bias);
+  if (!suits_matrix_unit(Makes::gradients, p.dtype, p.groups, params, p.features)) return false;
   const FactorsOf factors = turn_factors(grad, p.out, x, p.in, p.groups);
   return with_parts_of_gradient<T>(factors.x.rows, [&](auto of_g) { return grad_weight_amx<T, of_g>(p, factors, y); });
 }

@@ -249,8 +249,7 @@ static void hyper_linear_typed(const HyperLinear& p) {
   const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<Acc<T>, float>)
-    if (p.plan == Plan::contract && suits_matrix_unit(Makes::weights, p.dtype, p.groups, p.out * p.in, p.features) &&
-        hyper_linear_contract_amx<T>(p, x, y))
+    if (p.plan == Plan::contract && hyper_linear_on_matrix_unit<T>(p, x, y))
       return unstage<T>(y, p.y, p.groups, p.out);
 #endif
   (p.plan == Plan::materialize ? hyper_linear_whole<T>
