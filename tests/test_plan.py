@@ -156,7 +156,8 @@ def test_16_bit_heads_contract_where_a_matrix_unit_does_it(tasks, rows, ins, fea
     run = partial(torch.ops.hyperfast.hyper_linear, *args, None, None, True)
     same = [p for p in PLANS if torch.equal(run(p), run(""))]
     assert name in same
-    assert len(same) < len(PLANS)
+    if _C.isa() in ("amx", "avx512_bf16"):  # others add up the same floats in the same order
+        assert len(same) < len(PLANS)
 
 
 def test_explain_shows_what_the_cpu_runs():
