@@ -35,6 +35,7 @@ namespace {
 struct Candidate {
   const Kernels* table;
   bool present;
+  bool (*ask)() = nullptr;  // what else must be granted
 };
 
 #ifdef HF_AMX
@@ -61,7 +62,7 @@ const Kernels& choose() {
 #endif
   const Candidate candidates[] = {  // best first
 #ifdef HF_AMX
-      {&amx::table, bf16 && matrix_unit()},
+      {&amx::table, bf16, matrix_unit},
 #endif
 #ifdef HF_X86
       {&avx512_bf16::table, bf16},
@@ -74,13 +75,11 @@ const Kernels& choose() {
   const char* wanted = std::getenv("HYPERFAST_ISA");
   std::string known;
   for (const Candidate& c : candidates) {
-    if (!wanted || !*wanted) {
-      if (c.present) return *c.table;
-    } else if (c.table->isa == std::string(wanted)) {
-      if (c.present) return *c.table;
+    const bool any = !wanted || !*wanted, this_one = !any && c.table->isa == std::string(wanted);
+    if ((any || this_one) && c.present && (!c.ask || c.ask())) return *c.table;
+    if (this_one)
       throw std::invalid_argument(std::string("HYPERFAST_ISA=") + wanted +
                                   " is not available on this machine");
-    }
     known += (known.empty() ? "" : ", ") + std::string(c.table->isa);
   }
   throw std::invalid_argument("HYPERFAST_ISA must be one of " + known + ", got " + wanted);

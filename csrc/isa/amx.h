@@ -3,8 +3,8 @@
 // A float is the exact sum of three bf16 (8 + 8 + 8 bits). Of the nine products of two such sums, the three
 // smallest come to less than 2^-25 of the whole and are left out; the other six run at 2.7 times the rate of
 // float multiply-adds, and round less often: the result is no less accurate than theirs. The unit takes
-// subnormal numbers for zero. Operands for which that, an infinity or a NaN could show in the result are
-// found while they are packed (`Range`), and go to the vector units instead.
+// subnormal numbers for zero. Operands with numbers so large or small that this, an infinity or a NaN could show
+// are found while they are packed (`Range`), and go to the vector units instead.
 #pragma once
 
 #include "head.h"
@@ -35,6 +35,7 @@ struct TileRegisters {
       std::uint8_t rows[16] = {};
     } shapes;
     for (int i = 0; i < 8; ++i) shapes.bytes[i] = tile_line, shapes.rows[i] = tile_side;
+    __asm__ volatile("" ::"r"(&shapes) : "memory");  // gcc 12 takes 8 bytes of it for all that is read
     _tile_loadconfig(&shapes);
   }
   ~TileRegisters() { _tile_release(); }
@@ -44,45 +45,54 @@ struct TileRegisters {
 // The compiler does not see that tile loads read memory.
 static inline void written() { __asm__ volatile("" ::: "memory"); }
 
-// The largest magnitude among packed elements, rounded to the upper half of a float: of a NaN, or infinity,
-// above all others.
+// The largest and the smallest magnitude among packed elements that are not zero, rounded to the upper half of a
+// float; 0 where there are none. A NaN, or infinity, is above all others.
 struct Range {
-  std::uint32_t bits = 0;
+  std::uint32_t largest = 0, smallest = 0;
 
-  float largest() const { return bit_cast<float>(bits << 16); }
-
-  // Whether products with `other` are the unit's business. What it loses is then below 2^-46 of the largest.
+  // Whether products with `other` are the unit's business: no part of a number, nor of a product, is subnormal then.
+  // As it asks of every pair of blocks the same, it does not matter how operands are cut into blocks.
   bool suits(Range other) const {
-    if (!bits || !other.bits) return bits < 0x7f80u && other.bits < 0x7f80u;
-    const auto moderate = [](float v) { return v >= 0x1p-80f && v <= 0x1p60f; };  // false for a NaN
-    return moderate(largest()) && moderate(other.largest()) && largest() * other.largest() >= 0x1p-80f;
+    constexpr std::uint32_t most = (127 + 60) << 7, least = (127 - 100) << 7;  // 2^60, 2^-100
+    if (largest > most || other.largest > most) return false;
+    if (!largest || !other.largest) return true;
+    const auto number = [](std::uint32_t bits) { return bit_cast<float>(bits << 16); };
+    return smallest >= least && other.smallest >= least && number(smallest) * number(other.smallest) >= 0x1p-100f;
   }
 };
 
 using Bits = std::uint32_t __attribute__((vector_size(64)));
 
-struct Largest {
-  __m512i bits = _mm512_setzero_si512();
+// What finds the range. Among others, a number below 2^-133 is taken for zero.
+struct Magnitudes {
+  __m512i largest = _mm512_setzero_si512(), before_smallest = _mm512_set1_epi16(-1);  // of 1 less: zero is the last
   Bits any = {};
 
   void include(__m512i leading, Bits first, Bits second) {
-    bits = _mm512_max_epu16(bits, _mm512_and_si512(leading, _mm512_set1_epi16(0x7fff)));
+    const __m512i magnitude = _mm512_and_si512(leading, _mm512_set1_epi16(0x7fff));
+    largest = _mm512_max_epu16(largest, magnitude);
+    before_smallest = _mm512_min_epu16(before_smallest, _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)));
     any |= first | second;
   }
   Range range() const {
-    std::uint16_t lanes_of[32], most = 0;
-    std::memcpy(lanes_of, &bits, sizeof bits);
-    for (const std::uint16_t lane : lanes_of) most = lane > most ? lane : most;
+    std::uint16_t high[32], low[32], most = 0, least = 0xffff;
+    std::memcpy(high, &largest, sizeof high);
+    std::memcpy(low, &before_smallest, sizeof low);
+    for (int i = 0; i < 32; ++i) {
+      most = high[i] > most ? high[i] : most;
+      least = low[i] < least ? low[i] : least;
+    }
     bool zero = most == 0;
     for (int i = 0; zero && i < tile_side; ++i) zero = (any[i] & 0x7fffffffu) == 0;
-    return {most == 0 && !zero ? 1u : most};
+    if (zero) return {};
+    return {most ? most : 1u, most ? least + 1u : 1u};
   }
 };
 
 // A line of a tile, and of the tiles of the parts behind it: lanes of a and b in turns. All parts but the last are
 // rounded to nearest; of three the last is exact. Where that turns a NaN of many bits into zero, the last stays one.
 template <int Parts>
-static inline void put_line(bf16* to, Vec<float> a, Vec<float> b, Largest& most) {
+static inline void put_line(bf16* to, Vec<float> a, Vec<float> b, Magnitudes& most) {
 #pragma GCC unroll 3
   for (int part = 0; part < Parts; ++part, to += tile_elements) {
     Bits first = Bits(a), second = Bits(b);
@@ -116,7 +126,7 @@ struct Packed {
 
 // One tile of A from rows of it (n <= 16).
 template <int Parts, class T>
-static inline void pack_a_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Largest& most) {
+static inline void pack_a_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Magnitudes& most) {
   if (n == tile_side && m >= tile_depth && step == 1) {
 #pragma GCC unroll 4
     for (Index i = 0; i < tile_side; ++i, to += tile_depth)
@@ -132,7 +142,7 @@ static inline void pack_a_rows(const T* const* rows, Index n, Index m, Index k, 
 
 // One tile of B from rows of it (n <= 32).
 template <int Parts, class T>
-static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Largest& most) {
+static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, Index step, bf16* to, Magnitudes& most) {
   const auto line = [&](Index row) -> Vec<float> {
     if (row >= n) return Vec<float>{};
     if (step == 1 && m >= tile_side) return load_wide(rows[row] + k);
@@ -146,7 +156,7 @@ static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, 
 // One tile of A from columns of it (n <= 32).
 template <int Parts, class T>
 static inline void pack_a_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
-                                  Largest& most) {
+                                  Magnitudes& most) {
   const T* from[tile_depth];
   float turned[tile_side * tile_depth] = {};
   for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
@@ -158,7 +168,7 @@ static inline void pack_a_columns(const T* const* columns, Index n, Index m, Ind
 // One tile of B from columns of it (n <= 16).
 template <int Parts, class T>
 static inline void pack_b_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
-                                  Largest& most) {
+                                  Magnitudes& most) {
   const T* from[tile_side];
   float turned[tile_depth * tile_side] = {};
   for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;

@@ -153,13 +153,14 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
   // Of the inputs of a unit those of one block of parameters count, as the blocks that use them follow one another.
   const Index inputs = p.in % two_tiles ? p.in : two_tiles;
   const Index each = steps * parts * tile_line + all.rows * (inputs + 8) * Index(sizeof(float));
-  const Index most = max(unit_bytes / each / two_tiles, 1) * two_tiles;
+  const Index rows_each = max(all.rows * (p.in + p.out) * Index(sizeof(float)), 1);  // at most 8 MiB, in the third level
+  const Index most = max(min(unit_bytes / each, (8 << 20) / rows_each) / two_tiles, 1) * two_tiles;
   // Threads share what there is more of, units or parameters, as each prepares both of its own.
   const bool by_units = all.count > p.out * p.in;
   const Index chunks = max(ceil_div(all.count, most), by_units ? min(2 * threads, ceil_div(all.count, 8 * two_tiles)) : 1);
   const Index size = round_up(ceil_div(all.count, chunks), two_tiles);
-  const Index slices = by_units ? 1 : max(min(ceil_div(2 * threads, chunks), p.out / 8), 1);
-  const Index outputs = ceil_div(p.out, slices);
+  const Index wanted = by_units ? 1 : max(min(ceil_div(2 * threads, chunks), p.out / 8), 1);
+  const Index outputs = ceil_div(p.out, wanted), slices = ceil_div(p.out, outputs);
   const Index work = size * outputs * p.in * (p.features / 4 + all.rows);
   bool suits = true;  // set to false by any thread
   parallel(ceil_div(all.count, size) * slices, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
@@ -178,7 +179,7 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
       const Index blocks = ceil_div(n, two_tiles), halves = ceil_div(n, tile_side);
       if (chunk != held) {
         held = chunk;
-        Largest largest;
+        Magnitudes found;
         for (Index u = 0; u < n; u += tile_side) {
           const Index some = min(n - u, tile_side);
           const T* features[tile_side];
@@ -186,9 +187,9 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
             features[l] = static_cast<const T*>(p.h.data) + units.task(first + u + l) * p.h.task;
           for (Index step = 0; step < steps; ++step)
             pack_b_columns<parts, T>(features, some, p.features - step * tile_depth, step * tile_depth, p.h.col,
-                                     h.tile(u / tile_side, step), largest);
+                                     h.tile(u / tile_side, step), found);
         }
-        h_range = largest.range();
+        h_range = found.range();
         for (Index block = 0; block < blocks; ++block) turn_block(units, x, first, n, block, xs);
       }
       const Index o0 = item % slices * outputs;
@@ -202,12 +203,13 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
         const Index q = order.first(i), some = next;
         std::memcpy(rows, ahead, sizeof rows);
         next = i + 1 < order.count() ? rows_of<T>(p, params, order.first(i + 1), ahead) : 0;
-        Largest largest;
+        Magnitudes found;
         for (Index j = 0; j < some; j += tile_side)
           for (Index step = 0; step < steps; ++step)
             pack_a_rows<parts, T>(rows + j, min(some - j, tile_side), p.features - step * tile_depth,
-                                  step * tile_depth, p.matrix.feature, head.tile(j / tile_side, step), largest);
-        if (!largest.range().suits(h_range)) {
+                                  step * tile_depth, p.matrix.feature, head.tile(j / tile_side, step), found);
+        if (!__atomic_load_n(&suits, __ATOMIC_RELAXED)) return;
+        if (!found.range().suits(h_range)) {
           __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
           return;
         }

@@ -32,13 +32,17 @@ struct FactorsOf {
   Index grad_block() const { return grad.at(1, 0, 0) - grad.data; }
   Index x_block() const { return x.at(1, 0, 0) - x.data; }
 
-  // Of n parameters from p on; the last again for those beyond it, of which nothing is used.
-  void find(Index p, Index n, Factors* to) const {
+  // Of n parameters from p on, of `params`; the last again for those beyond it, of which nothing is used.
+  void find(Index p, Index n, Index params, Factors* to) const {
     const Index matrix = grad.columns * x.columns;
     Index o = p < matrix ? p / x.columns : p - matrix, i = p < matrix ? p % x.columns : 0;
     for (Index j = 0; j < n; ++j, ++p) {
+      if (p >= params) {
+        to[j] = to[j - 1];
+        continue;
+      }
       if (p == matrix) o = 0;
-      to[j] = {grad.at(0, 0, min(o, grad.columns - 1)), p < matrix ? x.at(0, 0, i) : nullptr};
+      to[j] = {grad.at(0, 0, o), p < matrix ? x.at(0, 0, i) : nullptr};
       if (p >= matrix || ++i == x.columns) i = 0, ++o;
     }
   }
@@ -98,29 +102,30 @@ static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, floa
       for (Index i = 0; i < order.count(); ++i) {
         const Index q = order.first(i), depth = min(most, params - q);
         const Packed<of_head> head(head_tiles, depth);
-        Largest head_largest;
+        Magnitudes head_found;
         for (Index step = 0; step < head.steps; ++step) {
           const Index some = min(depth - step * tile_depth, tile_depth);
           const T* columns[tile_depth];
           for (Index l = 0; l < some; ++l) columns[l] = weight + (q + step * tile_depth + l) * p.matrix.in;
           for (Index k = 0; k < feature_tiles; ++k)
             pack_a_columns<of_head, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
-                                       head.tile(k, step), head_largest);
+                                       head.tile(k, step), head_found);
         }
-        const Range range = head_largest.range();
+        const Range range = head_found.range();
         const Packed<of_g> gradient(panel, depth);
         Factors of[most];
-        factors.find(q, most, of);
+        factors.find(q, most, params, of);
         for (Index u = 0; u < n; u += two_tiles) {
-          Largest largest;
+          Magnitudes found;
           for (Index s = 0; s < gradient.steps; ++s)
             for (Index j = 0; j < tile_side; ++j) {
               const Factors *low = of + s * tile_depth + j, *high = low + tile_side;
               for (Index v = 0; v < 2; ++v)
                 put_line<of_g>(gradient.tile(v, s) + j * tile_depth, factors.form(*low, (first + u) / two_tiles, v * tile_side),
-                               factors.form(*high, (first + u) / two_tiles, v * tile_side), largest);
+                               factors.form(*high, (first + u) / two_tiles, v * tile_side), found);
             }
-          if (!largest.range().suits(range)) {
+          if (!__atomic_load_n(&suits, __ATOMIC_RELAXED)) return;
+          if (!found.range().suits(range)) {
             __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
             return;
           }
@@ -159,32 +164,33 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
     for (Index u = 0; u < count; u += most) {
       const Index n = min(most, count - u);
       const Packed<of_h> h(h_tiles, n);
-      Largest h_largest;
+      Magnitudes h_found;
       for (Index s = 0; s < h.steps; ++s) {
         const Index first = u + s * tile_depth, some = min(u + n - first, tile_depth);
         const T* rows[tile_depth];
         for (Index l = 0; l < some; ++l) rows[l] = static_cast<const T*>(p.h.data) + units.task(first + l) * p.h.task;
         for (Index k = 0; k < feature_tiles; ++k)
-          pack_b_rows<of_h, T>(rows, some, p.features - k * tile_side, k * tile_side, p.h.col, h.tile(k, s), h_largest);
+          pack_b_rows<of_h, T>(rows, some, p.features - k * tile_side, k * tile_side, p.h.col, h.tile(k, s), h_found);
       }
-      const Range h_range = h_largest.range();
+      const Range h_range = h_found.range();
       for (Index i = begin; i < end; ++i) {
         const Index q = order.first(i), some = min(two_tiles, params - q), down = ceil_div(some, tile_side);
         Factors of[two_tiles];
-        factors.find(q, two_tiles, of);
+        factors.find(q, two_tiles, params, of);
         if (u)
           for (Index j = 0; j < some; ++j)
             for (Index k = 0; k < p.features; ++k) sums[j * row + k] = y[(q + j) * p.features + k];
         for (Index c = 0; c < n; c += panel_depth_amx) {
           const Packed<of_g> gradient(panel, min(panel_depth_amx, n - c));
-          Largest largest;
+          Magnitudes found;
           for (Index s = 0; s < gradient.steps; ++s)
             for (Index j = 0; j < down * tile_side; ++j) {
               const Index block = (u + c) / two_tiles + s;
               put_line<of_g>(gradient.tile(j / tile_side, s) + j % tile_side * tile_depth,
-                             factors.form(of[j], block, 0), factors.form(of[j], block, tile_side), largest);
+                             factors.form(of[j], block, 0), factors.form(of[j], block, tile_side), found);
             }
-          if (!largest.range().suits(h_range)) {
+          if (!__atomic_load_n(&suits, __ATOMIC_RELAXED)) return;
+          if (!found.range().suits(h_range)) {
             __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
             return;
           }
