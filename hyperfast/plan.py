@@ -280,7 +280,7 @@ def _cpp_plan(layer: Layer, itemsize: int) -> str:
         return "materialize"
     few = 4 * rows <= 5 * tasks if layer.ragged else rows <= 8 * tasks
     units = rows if layer.ragged else tasks
-    unit = _has_matrix_unit() and layer.features >= 32 and units >= 32 and params >= 96
+    unit = _has_matrix_unit() and layer.features >= 32 and units * params >= 1 << 17
     return "contract" if few and (itemsize >= 4 or unit) else "tile"
 
 

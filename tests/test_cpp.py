@@ -127,14 +127,14 @@ HYPER_SIZES = [  # B, N, in, out, features
     (13, 3, 300, 70, 5),
     (3, 2, 5000, 1, 3),
     (7, 2, 3, 4, 200),
-    (97, 1, 33, 5, 33),  # from here to 1500 tasks, so many that a matrix unit pays
-    (130, 2, 12, 13, 64),
-    (110, 8, 64, 3, 47),
-    (300, 1, 16, 40, 130),
-    (500, 1, 1, 99, 32),
+    (130, 2, 40, 30, 64),  # from here to 1500 tasks, so many that a matrix unit pays
+    (390, 1, 33, 11, 33),
+    (400, 8, 12, 13, 100),
+    (512, 8, 65, 63, 97),
+    (700, 1, 1, 99, 32),
     (1500, 1, 8, 13, 200),
-    (120, 0, 12, 13, 40),
-    (120, 2, 0, 99, 40),
+    (400, 0, 12, 13, 40),
+    (400, 2, 0, 999, 40),
     (0, 3, 4, 5, 6),
     (3, 0, 4, 5, 6),
     (3, 2, 0, 5, 6),
@@ -204,7 +204,7 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
     assert_within(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
 
 
-MANY = (120, 2, 20, 9, 40)  # B, N, in, out, features: enough for a matrix unit
+MANY = (400, 2, 20, 17, 40)  # B, N, in, out, features: enough for a matrix unit
 
 
 def many(dtype=torch.float32, size=MANY):

@@ -156,7 +156,7 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
   const Index rows_each = max(all.rows * (p.in + p.out) * Index(sizeof(float)), 1);  // at most 8 MiB, in the third level
   const Index most = max(min(unit_bytes / each, (8 << 20) / rows_each) / two_tiles, 1) * two_tiles;
   // Threads share what there is more of, units or parameters, as each prepares both of its own.
-  const bool by_units = all.count > p.out * p.in;
+  const bool by_units = all.count > p.out * p.in || p.out < 8 * threads;
   const Index chunks = max(ceil_div(all.count, most), by_units ? min(2 * threads, ceil_div(all.count, 8 * two_tiles)) : 1);
   const Index size = round_up(ceil_div(all.count, chunks), two_tiles);
   const Index wanted = by_units ? 1 : max(min(ceil_div(2 * threads, chunks), p.out / 8), 1);
