@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -284,11 +285,10 @@ def _cpp_plan(layer: Layer, itemsize: int) -> str:
     return "contract" if few and (itemsize >= 4 or unit) else "tile"
 
 
-@lru_cache(maxsize=1)
 def _has_matrix_unit() -> bool:
-    from hyperfast import _C  # type: ignore[attr-defined,unused-ignore]
-
-    return _C.isa() == "amx"
+    """Whether the loaded kernels use one; to load them here would register them."""
+    kernels = sys.modules.get("hyperfast._C")
+    return kernels is not None and kernels.isa() == "amx"
 
 
 def recomputes(tasks: int, rows: int, params: int, itemsize: int) -> bool:
