@@ -5,10 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef HF_X86
-#include <cpuid.h>
-#endif
 #ifdef HF_AMX
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif

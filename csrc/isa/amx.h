@@ -61,6 +61,18 @@ struct Range {
   }
 };
 
+// What threads find out together: whether all operands so far have been the unit's business.
+struct Verdict {
+  bool good = true;
+
+  bool holds(Range a, Range b) {
+    if (!__atomic_load_n(&good, __ATOMIC_RELAXED)) return false;
+    const bool suits = a.suits(b);
+    if (!suits) __atomic_store_n(&good, false, __ATOMIC_RELAXED);
+    return suits;
+  }
+};
+
 using Bits = std::uint32_t __attribute__((vector_size(64)));
 
 // What finds the range. Among others, a number below 2^-133 is taken for zero.
@@ -153,28 +165,19 @@ static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, 
   for (Index i = 0; i < tile_side; ++i, to += tile_depth) put_line<Parts>(to, line(i), line(i + tile_side), most);
 }
 
-// One tile of A from columns of it (n <= 32).
-template <int Parts, class T>
-static inline void pack_a_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
-                                  Magnitudes& most) {
-  const T* from[tile_depth];
-  float turned[tile_side * tile_depth] = {};
+// One tile from columns of A (N = 32 of them) or of B (N = 16), which are turned into rows first: of A a line is one
+// of them, of B two that lie 16 apart.
+template <int Parts, Index N, class T>
+static inline void pack_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
+                                Magnitudes& most) {
+  static_assert(N == tile_depth || N == tile_side);
+  constexpr Index second = N == tile_depth ? tile_side : tile_side * N;
+  const T* from[N];
+  float turned[tile_elements] = {};
   for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
-  pack_lanes<float, T>(from, n, min(m, tile_side), step, turned, tile_depth, tile_depth);
+  pack_lanes<float, T>(from, n, min(m, tile_elements / N), step, turned, N, N);
   for (Index i = 0; i < tile_side; ++i, to += tile_depth)
-    put_line<Parts>(to, load(turned + i * tile_depth), load(turned + i * tile_depth + tile_side), most);
-}
-
-// One tile of B from columns of it (n <= 16).
-template <int Parts, class T>
-static inline void pack_b_columns(const T* const* columns, Index n, Index m, Index k, Index step, bf16* to,
-                                  Magnitudes& most) {
-  const T* from[tile_side];
-  float turned[tile_depth * tile_side] = {};
-  for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
-  pack_lanes<float, T>(from, n, min(m, tile_depth), step, turned, tile_side, tile_side);
-  for (Index i = 0; i < tile_side; ++i, to += tile_depth)
-    put_line<Parts>(to, load(turned + i * tile_side), load(turned + (i + tile_side) * tile_side), most);
+    put_line<Parts>(to, load(turned + i * N), load(turned + i * N + second), most);
 }
 
 // What sums start from: a tile's rows are `row` floats apart, the next tiles `down` and `right`; or null, zero.

@@ -12,12 +12,11 @@ namespace hyperfast::HF_ISA {
 
 // Rows of units as lanes, 32 units side by side: what is at(...) belongs to units [32 block, 32 block + 32), and
 // the next column is 32 elements on. The blocks lie apart, as a page holds more of one than of several.
-template <class C>
 struct UnitLanes {
-  C* data;
+  float* data;
   Index rows, columns;
 
-  C* at(Index block, Index row, Index column) const {
+  float* at(Index block, Index row, Index column) const {
     return data + ((block * rows + row) * columns + column) * two_tiles;
   }
   static Index elements(Index units, Index rows, Index columns) { return ceil_div(units, two_tiles) * rows * columns * two_tiles; }
@@ -25,7 +24,7 @@ struct UnitLanes {
 
 // Columns of one block, zeros for lanes beyond the last of `n` units from `first` on.
 static inline void turn_block(const Units& units, const Staged<const float>& from, Index first, Index n, Index block,
-                              const UnitLanes<float>& to) {
+                              const UnitLanes& to) {
   for (Index r = 0; r < to.rows; ++r)
     for (Index half = 0; half < two_tiles; half += tile_side) {
       const Index unit = block * two_tiles + half, some = max(min(n - unit, tile_side), 0);
@@ -87,8 +86,8 @@ static inline void use_run(const float* weights, const float* x, Index x_row, fl
 }
 
 // y += weights times x for a block of 32 units.
-static inline void use_weights(const Parameters& p, const Made& made, const UnitLanes<float>& x,
-                               const UnitLanes<float>& y, Index block) {
+static inline void use_weights(const Parameters& p, const Made& made, const UnitLanes& x,
+                               const UnitLanes& y, Index block) {
   const Index matrix = p.outputs * p.in, y_row = y.columns * two_tiles;
   const float* weights = made.weights;
   for (Index q = made.q, n = made.n; n > 0;) {
@@ -124,8 +123,8 @@ static Index rows_of(const HyperLinear& p, const Parameters& all, Index q, const
 
 // What the biases of the head make of the inputs, one matrix for all tasks: y = V0 x + v0.
 template <class T>
-static void use_biases(const HyperLinear& p, const Parameters& all, Index blocks, const UnitLanes<float>& x,
-                       const UnitLanes<float>& y) {
+static void use_biases(const HyperLinear& p, const Parameters& all, Index blocks, const UnitLanes& x,
+                       const UnitLanes& y) {
   const HeadMatrix &m = p.matrix, &v = p.vector;
   float* vector = scratch<float>(Slot::local_c, max(all.outputs * (all.in + 1), 1));
   float* matrix = vector + all.outputs;
@@ -162,14 +161,14 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
   const Index wanted = by_units ? 1 : max(min(ceil_div(2 * threads, chunks), p.out / 8), 1);
   const Index outputs = ceil_div(p.out, wanted), slices = ceil_div(p.out, outputs);
   const Index work = size * outputs * p.in * (p.features / 4 + all.rows);
-  bool suits = true;  // set to false by any thread
+  Verdict verdict;
   parallel(ceil_div(all.count, size) * slices, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
     const TileRegisters registers;
     Units units(p.groups);
-    const Index x_size = UnitLanes<float>::elements(size, units.rows, p.in);
-    const Index y_size = UnitLanes<float>::elements(size, units.rows, outputs);
+    const Index x_size = UnitLanes::elements(size, units.rows, p.in);
+    const Index y_size = UnitLanes::elements(size, units.rows, outputs);
     float* weights = scratch<float>(Slot::block, 2 * two_tiles * two_tiles + x_size + y_size);
-    const UnitLanes<float> xs{weights + 2 * two_tiles * two_tiles, units.rows, p.in};
+    const UnitLanes xs{weights + 2 * two_tiles * two_tiles, units.rows, p.in};
     const Packed<parts> h(scratch<bf16>(Slot::local_a, Packed<parts>::elements(size, p.features)), p.features);
     const Packed<parts> head(scratch<bf16>(Slot::local_b, Packed<parts>::elements(two_tiles, p.features)), p.features);
     Index held = -1;  // the chunk of units whose features and inputs are there
@@ -186,7 +185,7 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
           for (Index l = 0; l < some; ++l)
             features[l] = static_cast<const T*>(p.h.data) + units.task(first + u + l) * p.h.task;
           for (Index step = 0; step < steps; ++step)
-            pack_b_columns<parts, T>(features, some, p.features - step * tile_depth, step * tile_depth, p.h.col,
+            pack_columns<parts, tile_side, T>(features, some, p.features - step * tile_depth, step * tile_depth, p.h.col,
                                      h.tile(u / tile_side, step), found);
         }
         h_range = found.range();
@@ -194,7 +193,7 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
       }
       const Index o0 = item % slices * outputs;
       const Parameters params{o0, min(outputs, p.out - o0), p.in, p.vector.weight != nullptr};
-      const UnitLanes<float> ys{xs.data + x_size, units.rows, params.outputs};
+      const UnitLanes ys{xs.data + x_size, units.rows, params.outputs};
       use_biases<T>(p, params, blocks, xs, ys);
       const T *rows[two_tiles], *ahead[two_tiles];
       const ParameterBlocks order(two_tiles, params.outputs, p.in, params.count());
@@ -208,11 +207,7 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
           for (Index step = 0; step < steps; ++step)
             pack_a_rows<parts, T>(rows + j, min(some - j, tile_side), p.features - step * tile_depth,
                                   step * tile_depth, p.matrix.feature, head.tile(j / tile_side, step), found);
-        if (!__atomic_load_n(&suits, __ATOMIC_RELAXED)) return;
-        if (!found.range().suits(h_range)) {
-          __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
-          return;
-        }
+        if (!verdict.holds(found.range(), h_range)) return;
         for (Index block = 0, fetched = 0; block < blocks; ++block) {
           // Meanwhile the rows that come next are fetched, a few at a time.
           for (; fetched * blocks < next * (block + 1) && fetched < next; ++fetched)
@@ -230,7 +225,7 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
                              params.outputs);
     }
   });
-  return suits;
+  return verdict.good;
 }
 
 template <class T>

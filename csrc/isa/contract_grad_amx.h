@@ -26,7 +26,7 @@ struct Factors {
 };
 
 struct FactorsOf {
-  UnitLanes<float> grad, x;
+  UnitLanes grad, x;
 
   // From one block of units to the next.
   Index grad_block() const { return grad.at(1, 0, 0) - grad.data; }
@@ -61,9 +61,9 @@ struct FactorsOf {
 };
 
 // All rows of all units as lanes, in the slot.
-static inline UnitLanes<float> turn_units(const Staged<const float>& rows, const Groups& g, Index columns, Slot slot) {
+static inline UnitLanes turn_units(const Staged<const float>& rows, const Groups& g, Index columns, Slot slot) {
   const Units units(g);
-  const UnitLanes<float> to{scratch<float>(slot, max(UnitLanes<float>::elements(units.count, units.rows, columns), 1)),
+  const UnitLanes to{scratch<float>(slot, max(UnitLanes::elements(units.count, units.rows, columns), 1)),
                             units.rows, columns};
   parallel(ceil_div(units.count, two_tiles), max(parallel_work / max(16 * two_tiles * units.rows * columns, 1), 1),
            [&](Index begin, Index end) {
@@ -90,7 +90,7 @@ static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, floa
   const T* weight = static_cast<const T*>(p.matrix.weight);  // the vector's rows follow those of the matrix
   const Index feature_tiles = ceil_div(p.features, tile_side);
   const ParameterBlocks order(most, p.out, p.in, params);
-  bool suits = true;
+  Verdict verdict;
   parallel(ceil_div(count, size), max(parallel_work / max(size * params * p.features / 4, 1), 1),
            [&](Index begin, Index end) {
     const TileRegisters registers;
@@ -108,7 +108,7 @@ static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, floa
           const T* columns[tile_depth];
           for (Index l = 0; l < some; ++l) columns[l] = weight + (q + step * tile_depth + l) * p.matrix.in;
           for (Index k = 0; k < feature_tiles; ++k)
-            pack_a_columns<of_head, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
+            pack_columns<of_head, tile_depth, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
                                        head.tile(k, step), head_found);
         }
         const Range range = head_found.range();
@@ -124,11 +124,7 @@ static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, floa
                 put_line<of_g>(gradient.tile(v, s) + j * tile_depth, factors.form(*low, (first + u) / two_tiles, v * tile_side),
                                factors.form(*high, (first + u) / two_tiles, v * tile_side), found);
             }
-          if (!__atomic_load_n(&suits, __ATOMIC_RELAXED)) return;
-          if (!found.range().suits(range)) {
-            __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
-            return;
-          }
+          if (!verdict.holds(found.range(), range)) return;
           for (Index k = 0; k < feature_tiles; k += 2) {
             float* to = sums + k * tile_side * row + u;
             const Start start{i ? to : nullptr, row, tile_side * row, tile_side};
@@ -140,7 +136,7 @@ static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, floa
                          p.features);
     }
   });
-  return suits;
+  return verdict.good;
 }
 
 // y (params, features), in float.
@@ -154,7 +150,7 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
   // them for itself: to fetch what another has split takes longer.
   const Index most = max((512 << 10) / (feature_tiles * of_h * tile_elements * panel_steps * 2), 1) * panel_depth_amx;
   const ParameterBlocks order(two_tiles, p.out, p.in, params);
-  bool suits = true;
+  Verdict verdict;
   parallel(order.count(), max(parallel_work / max(two_tiles * count * p.features / 4, 1), 1), [&](Index begin, Index end) {
     const TileRegisters registers;
     Units units(p.groups);
@@ -189,11 +185,7 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
               put_line<of_g>(gradient.tile(j / tile_side, s) + j % tile_side * tile_depth,
                              factors.form(of[j], block, 0), factors.form(of[j], block, tile_side), found);
             }
-          if (!__atomic_load_n(&suits, __ATOMIC_RELAXED)) return;
-          if (!found.range().suits(h_range)) {
-            __atomic_store_n(&suits, false, __ATOMIC_RELAXED);
-            return;
-          }
+          if (!verdict.holds(found.range(), h_range)) return;
           for (Index k = 0; k < feature_tiles; k += 2) {
             float* to = sums + k * tile_side;
             const Start start{u + c ? to : nullptr, row, tile_side * row, tile_side};
@@ -206,7 +198,7 @@ static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& fac
       }
     }
   });
-  return suits;
+  return verdict.good;
 }
 
 template <class T>
