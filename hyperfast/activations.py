@@ -125,6 +125,9 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
+_FORMULA_NAMES = {NAMES[name]: name for name in FORMULAS}
+
+
 def encode(activations: Sequence[nn.Module | None]) -> str | None:
     """The activations after all layers of a network as the text that ops take, ``None`` where one
     of them is not known by name, or does more than its class says."""
@@ -138,7 +141,7 @@ def encode(activations: Sequence[nn.Module | None]) -> str | None:
         elif type(activation) is nn.LeakyReLU:
             name = f"leaky_relu:{float(activation.negative_slope)!r}"
         elif type(activation) is not nn.ELU or activation.alpha == 1:
-            name = next((n for n in FORMULAS if NAMES[n] is type(activation)), None)
+            name = _FORMULA_NAMES.get(type(activation))
         if name is None or (activation is not None and checks.hooked(activation)):
             return None
         names.append(name)

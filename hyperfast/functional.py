@@ -136,6 +136,24 @@ def hyper_mlp(
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
     """
+    if not checks.alike(x, h, weight, bias):
+        x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
+        checks.dense(x=x, h=h, weight=weight, bias=bias)
+    return mlp_of_alike(x, h, weight, bias, spec, activations, task_ids)
+
+
+def mlp_of_alike(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: MLPSpec,
+    activations: Sequence[nn.Module | None],
+    task_ids: Tensor | None,
+    source: str = "h",
+) -> Tensor:
+    """:func:`hyper_mlp` of tensors that :func:`hyperfast.checks.alike` holds for, or that were cast
+    to be so; ``source`` names what says how many tasks there are."""
     text = encode(activations)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if text is None or transformed or backend.forced == "reference":
@@ -146,18 +164,16 @@ def hyper_mlp(
             if activation is not None:
                 x = activation(x)
         return x
-    if not checks.alike(x, h, weight, bias):
-        x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
-        checks.dense(x=x, h=h, weight=weight, bias=bias)
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
-    if weight.shape != (spec.numel, h.shape[1]):
+    tasks, features = h.shape
+    if weight.shape != (spec.numel, features):
         raise ValueError(
-            f"weight must have shape {(spec.numel, h.shape[1])}, got {checks.shape(weight)}"
+            f"weight must have shape {(spec.numel, features)}, got {checks.shape(weight)}"
         )
     if bias is not None and bias.shape != (spec.numel,):
         raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
-    checks.rows(x, spec.sizes[0], h.shape[0], task_ids, "h")
+    checks.rows(x, spec.sizes[0], tasks, task_ids, source)
     if backend.forced is not None:
         backend.insist(backend.forced, "hyper_mlp", x.device.type)
     single = task_ids is None and x.ndim == 2

@@ -217,8 +217,9 @@ class _HyperMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        rows, tasks, itemsize = args[0].shape[:-1].numel(), len(args[1]), args[0].element_size()
-        again = args[0].is_cpu and plan.recomputes(tasks, rows, args[2].shape[0], itemsize)
+        x, h, weight = args[:3]
+        rows = x.shape[:-1].numel()
+        again = x.is_cpu and plan.recomputes(h.shape[0], rows, weight.shape[0], x.itemsize)
         with torch._C._AutoDispatchBelowAutograd():
             y, hidden = hyper_mlp(*args, not again)
         ctx.save_for_backward(*args[:5], hidden)
@@ -358,7 +359,13 @@ def run(
     args = (x, h, weight, bias, task_ids, spec.sizes, spec.bias, activations)
     if torch.compiler.is_compiling():
         return hyper_mlp(*args, torch.is_grad_enabled())[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
-        return _HyperMlp.apply(*args)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or h.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        # Function.apply asks for functorch's transforms first, which the caller has done: 5 us.
+        return super(torch.autograd.Function, _HyperMlp).apply(*args)
     with torch._C._AutoDispatchBelowAutograd():  # its layer in Python takes 5 us to do nothing
         return hyper_mlp(*args, False)[0]

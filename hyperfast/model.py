@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.functional import hyper_mlp
+from hyperfast.functional import mlp_of_alike
 from hyperfast.hypernet import HyperNet
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet, from_jagged
@@ -99,23 +99,15 @@ class HyperMLP(nn.Module):
             )
         spec, target, head = mlp
         h = self.hyper.features(z)
-        if not checks.alike(x, h):
-            checks.same_kind(**{"the hypernetwork's weight": head.weight}, x=x)
+        weight, bias = head.weight, head.bias
         activations = target.layer_activations(len(spec.layers))
+        if checks.alike(x, h, weight, bias):
+            return mlp_of_alike(x, h, weight, bias, spec, activations, task_ids, "z")
+        checks.same_kind(**{"the hypernetwork's weight": weight}, x=x)
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:
-            return hyper_mlp(rows, h, head.weight, head.bias, spec, activations, ids)
+            checks.dense(x=rows)
+            x, f, w, b = checks.floating(x=rows, h=h, weight=weight, bias=bias)
+            return mlp_of_alike(x, f, w, b, spec, activations, ids, "z")
 
-        if x.is_nested:
-            return from_jagged(x, task_ids, h.shape[0], run)
-        if task_ids is None and x.ndim and x.shape[0] != z.shape[0]:
-            raise ValueError(
-                f"x must have {z.shape[0]} tasks in its first dimension, as z has shape "
-                f"{checks.shape(z)}, got shape {checks.shape(x)}"
-            )
-        if x.ndim == 0 or x.shape[-1] != spec.sizes[0]:
-            raise ValueError(
-                f"x must have {spec.sizes[0]} features in its last dimension, "
-                f"got shape {checks.shape(x)}"
-            )
-        return run(x, task_ids)
+        return from_jagged(x, task_ids, h.shape[0], run) if x.is_nested else run(x, task_ids)

@@ -115,7 +115,8 @@ class TargetNet(nn.Module):
             ValueError: the sequence given does not fit that many layers.
         """
         if not self.per_layer:
-            return [*[self.activations[0]] * (layers - 1), None]
+            (activation,) = self.activations
+            return [*[activation] * (layers - 1), None]
         if len(self.activations) not in (layers - 1, layers):
             raise ValueError(
                 f"activation must hold {layers - 1} or {layers} entries for a network of "

@@ -195,6 +195,19 @@ template <class C, class T>
 static void multiply(Index m, Index n, Index depth, View<const C> a, View<const T> b,
                      View<const C> init, View<C> c) {
   constexpr bool same = std::is_same_v<C, T>;
+  if constexpr (same) {
+    if (depth == 1 && !init.data && b.col == 1 && c.col == 1) {  // nothing to keep in registers
+      constexpr Index w = width<C>;
+      for (Index i = 0; i < m; ++i) {
+        const C s = a.data[i * a.row];
+        C* to = c.data + i * c.row;
+        Index j = 0;
+        for (; j + w <= n; j += w) store(to + j, s * load(b.data + j));
+        for (; j < n; ++j) to[j] = s * b.data[j];
+      }
+      return;
+    }
+  }
   for (Index j = 0; j < n; j += lanes<C>) {
     const int nj = int(min(lanes<C>, n - j));
     const int vecs = int(ceil_div(nj, width<C>));

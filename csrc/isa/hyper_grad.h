@@ -51,12 +51,7 @@ static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C
   static const C one = 1;
   grad = grad.at(0, run.o0);
   x = run.vector ? View<const C>{&one, 0, 0} : x.at(0, run.i0);
-  if (m == 1 && (x.col == 1 || run.vector)) {
-    for (Index o = 0; o < run.no; ++o, g += run.ni) {
-      const C s = grad.data[o * grad.col];
-      for (Index i = 0; i < run.ni; ++i) g[i] = s * x.data[i * x.col];
-    }
-  } else if (run.ni < run.no) {  // lanes along the longer side
+  if (run.ni < run.no) {  // lanes along the longer side
     multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
   } else {
     multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});

@@ -464,7 +464,11 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   C* w = scratch<C>(Slot::networks, block * params);
   C* g = scratch<C>(Slot::gradients, block * params);
   C* h = scratch<C>(Slot::hidden_a, max(block * features, 1));
-  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
+  // One network's sum over its parameters has no rows to share: threads then share the parameters, in stretches whose
+  // number does not depend on theirs.
+  constexpr Index stretches = 16;
+  const bool shared = block <= tile_rows;
+  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1) * (shared ? stretches : 1)) : nullptr;
   C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
   Index task = -1;
   // Sums over the blocks, in the accumulation type.
@@ -495,14 +499,38 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
     });
     for (Index u = 0; u < n; ++u)
       copy_features<T>(p.h, piece(p.groups, u0 + u).task, features, false, h + u * features);
-    if (to_h) {
-      const View<const T> rows{static_cast<const T*>(p.head.weight), p.head.row, p.head.feature};
+    const View<const T> head{static_cast<const T*>(p.head.weight), p.head.row, p.head.feature};
+    if (to_h && !shared)
       parallel(ceil_div(n, tile_rows), max(parallel_work / (tile_rows * params * max(features, 1)), 1),
                [&](Index first, Index last) {
                  const Index u = first * tile_rows, m = min(last * tile_rows, n) - u;
-                 multiply<C, T>(m, features, params, {g + u * params, params, 1}, rows, {},
+                 multiply<C, T>(m, features, params, {g + u * params, params, 1}, head, {},
                                 {grad_h + u * features, features, 1});
                });
+    const Index run = round_up(ceil_div(params, shared ? stretches : 4 * thread_count()), tile_rows);
+    const Index runs = ceil_div(params, run);
+    parallel(runs, max(parallel_work / max(run * n * features, 1), 1), [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) {
+        const Index q = i * run, count = min(run, params - q);
+        if (to_h && shared)
+          multiply<C, T>(n, features, count, {g + q, params, 1}, head.at(q, 0), {},
+                         {grad_h + i * n * features, features, 1});
+        if (sum_weight) {
+          const View<C> to{sum_weight + q * features, features, 1};
+          multiply<C, C>(count, features, n, View<const C>{g + q, 1, params}, View<const C>{h, features, 1},
+                         u0 ? View<const C>{to.data, features, 1} : View<const C>{}, to);
+        }
+        if (sum_bias) {
+          if (u0 == 0)
+            for (Index j = q; j < q + count; ++j) sum_bias[j] = 0;
+          for (Index u = 0; u < n; ++u)
+            for (Index j = q; j < q + count; ++j) sum_bias[j] += g[u * params + j];
+        }
+      }
+    });
+    if (to_h) {
+      for (Index i = 1; shared && i < runs; ++i)
+        for (Index j = 0; j < n * features; ++j) grad_h[j] += grad_h[i * n * features + j];
       for (Index u = 0; u < n; ++u) {  // pieces of a task are next to each other
         const bool first = piece(p.groups, u0 + u).task != task;
         task = piece(p.groups, u0 + u).task;
@@ -512,22 +540,6 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
         }
       }
     }
-    const Index run = round_up(ceil_div(params, 4 * thread_count()), tile_rows);
-    parallel(ceil_div(params, run), max(parallel_work / max(run * n * features, 1), 1),
-             [&](Index first, Index last) {
-               const Index q = first * run, count = min(last * run, params) - q;
-               if (sum_weight) {
-                 const View<C> to{sum_weight + q * features, features, 1};
-                 multiply<C, C>(count, features, n, View<const C>{g + q, 1, params}, View<const C>{h, features, 1},
-                                u0 ? View<const C>{to.data, features, 1} : View<const C>{}, to);
-               }
-               if (sum_bias) {
-                 if (u0 == 0)
-                   for (Index j = q; j < q + count; ++j) sum_bias[j] = 0;
-                 for (Index u = 0; u < n; ++u)
-                   for (Index j = q; j < q + count; ++j) sum_bias[j] += g[u * params + j];
-               }
-             });
     u0 += block;
   } while (u0 < pieces);
 
