@@ -195,7 +195,8 @@ class HyperNet(nn.Module):
     def features(self, z: Tensor) -> Tensor:
         """``h``: the trunk's output, ``(..., H)``."""
         self._check(z)
-        for module in list(self.generator._modules.values())[:-1]:
+        *trunk, _ = self.generator._modules.values()
+        for module in trunk:
             z = module(z)
         return z
 
@@ -222,7 +223,7 @@ class HyperNet(nn.Module):
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
-        if not checks.alike(z, weight):
+        if z.dtype is not weight.dtype or z.device != weight.device:
             checks.same_kind(**{"the hypernetwork's weight": weight}, z=z)
 
     def extra_repr(self) -> str:

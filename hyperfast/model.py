@@ -55,7 +55,8 @@ class HyperMLP(nn.Module):
         hyper, target = self.hyper, self.target
         if not isinstance(target, TargetNet) or not isinstance(spec := hyper.spec, MLPSpec):
             return None
-        generator, head = hyper.generator, hyper.head
+        generator = hyper.generator
+        *_, head = generator._modules.values()
         written = (
             type(hyper).forward is HyperNet.forward
             and type(head).forward is nn.Linear.forward
@@ -64,7 +65,9 @@ class HyperMLP(nn.Module):
         # Pruning and adapters are hooks; what they change is not what the layers' op computes.
         if not written or target.weight_transform is not None:
             return None
-        return None if checks.hooked(hyper, generator, head, target) else (spec, target, head)
+        if checks.hooked(hyper, generator, head, target):
+            return None
+        return spec, target, head  # type: ignore[return-value]
 
     @property
     def fused(self) -> bool:
