@@ -55,7 +55,7 @@ void* scratch(Slot slot, std::size_t bytes) {
 
 void trim_scratch() {
   for (Buffer& buffer : buffers)
-    if (buffer.size > (std::size_t{8} << 20)) buffer.release();
+    if (buffer.size > (std::size_t{10} << 20)) buffer.release();
 }
 
 }  // namespace hyperfast

@@ -26,7 +26,7 @@ enum class Slot {
 };
 void* scratch(Slot slot, std::size_t bytes);
 
-// Frees the buffers of this thread that are larger than what is worth keeping (8 MiB).
+// Frees the buffers of this thread that are larger than what is worth keeping (10 MiB).
 void trim_scratch();
 
 }  // namespace hyperfast

@@ -219,7 +219,7 @@ class _HyperMlp(torch.autograd.Function):
     def forward(ctx, *args):
         x, h, weight = args[:3]
         rows = x.shape[:-1].numel()
-        again = x.is_cpu and plan.recomputes(h.shape[0], rows, weight.shape[0], x.itemsize)
+        again = x.is_cpu and plan.recomputes(h.shape[0], rows, *weight.shape, x.itemsize)
         with torch._C._AutoDispatchBelowAutograd():
             y, hidden = hyper_mlp(*args, not again)
         ctx.save_for_backward(*args[:5], hidden)

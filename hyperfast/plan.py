@@ -291,12 +291,14 @@ def _has_matrix_unit() -> bool:
     return kernels is not None and kernels.isa() == "amx"
 
 
-def recomputes(tasks: int, rows: int, params: int, itemsize: int) -> bool:
+def recomputes(tasks: int, rows: int, params: int, features: int, itemsize: int) -> bool:
     """Whether the backward pass of a network computes its pre-activations again, rather than the
     forward pass keeping them: with many rows a task that takes less than to write them to new
-    memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms). Larger networks run layer by
-    layer, and would generate all weights again."""
-    return rows >= MANY_ROWS * tasks and params * max(itemsize, 4) <= LARGE_NETWORK
+    memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms), unless to generate the weights
+    again takes longer than to apply them. Larger networks run layer by layer, and would generate
+    all weights again."""
+    many = rows >= max(MANY_ROWS, features) * tasks
+    return many and params * max(itemsize, 4) <= LARGE_NETWORK
 
 
 @lru_cache(maxsize=4096)

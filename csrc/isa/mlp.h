@@ -6,6 +6,7 @@
 #include "activation.h"
 #include "hyper_grad.h"
 #include "hyper_linear.h"
+#include "networks.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -175,43 +176,23 @@ constexpr Index many_rows = 48, many_grad_rows = 24, few_pieces = 4;
 template <class C>
 constexpr Index largest_network = (256 << 10) / Index(sizeof(C));
 
-// Weights (or their gradients) of a block of networks: at most 8 MiB.
+// Weights (or their gradients) of a block of networks: 9 MiB, so that the head and its gradient, which lie in memory,
+// are read for many at a time. With twice as many their own way to and from the caches takes longer.
 template <class C>
-constexpr Index networks_elements = (8 << 20) / Index(sizeof(C));
+constexpr Index networks_elements = (9 << 20) / Index(sizeof(C));
+
+// Networks at a time, of so many: whole tiles of them, and about as many each time.
+template <class C>
+static Index networks_together(Index params, Index pieces) {
+  const Index times = ceil_div(pieces, max(networks_elements<C> / params, 1));
+  return times > 1 ? round_up(ceil_div(pieces, times), tile_rows) : max(pieces, 1);
+}
 
 template <class T>
 static bool by_network(const HyperMlp& p, Index many) {
   const Index pieces = max(p.groups.pieces, 1);
   return params_of(p.net) <= largest_network<Acc<T>> &&
          (pieces <= few_pieces || total_rows(p.groups) >= many * pieces);
-}
-
-// w (n, params): the parameters, from number `from` on, of the networks of pieces u0, ..., u0 + n - 1.
-template <class T>
-static void generate_networks(const HyperMlp& p, Index u0, Index n, Index from, Acc<T>* w) {
-  using C = Acc<T>;
-  const Index params = params_of(p.net);
-  C* h = scratch<C>(Slot::features, max(n * p.features, 1));
-  for (Index u = 0; u < n; ++u)
-    copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, false, h + u * p.features);
-  const Index run = 4 * lanes<C>;
-  parallel(ceil_div(params - from, run), max(parallel_work / max(n * run * p.features, 1), 1),
-           [&](Index begin, Index end) {
-    for (Index q = from + begin * run; q < min(from + end * run, params); q += run) {
-      const Index count = min(run, params - q);
-      const View<const T> rows{static_cast<const T*>(p.head.weight) + q * p.head.row, p.head.row,
-                               p.head.feature};
-      C* bias = scratch<C>(Slot::local_c, run);
-      for (Index j = 0; j < count; ++j)
-        bias[j] = p.head.bias ? widen(static_cast<const T*>(p.head.bias)[(q + j) * p.head.bias_step]) : C(0);
-      const View<const C> init{bias, 0, 1};
-      const View<C> to{w + q, params, 1};
-      if (p.head.feature == 1 && n <= few_rows)
-        dots<C, T>(count, n, p.features, rows, h, p.features, init.transposed(), to.transposed());
-      else
-        multiply<C, T>(n, count, p.features, {h, p.features, 1}, rows.transposed(), init, to);
-    }
-  });
 }
 
 // A network as it is applied: where its parameters start, and for layers that are applied to more rows
@@ -356,12 +337,12 @@ template <class T>
 static void hyper_mlp_by_network(const HyperMlp& p) {
   using C = Acc<T>;
   const Index params = params_of(p.net), pieces = p.groups.pieces;
-  const Index block = min(max(networks_elements<C> / params, 1), pieces);
+  const Index block = networks_together<C>(params, pieces);
   const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
   for (Index u0 = 0; u0 < pieces; u0 += block) {
     const Index n = min(block, pieces - u0);
-    generate_networks<T>(p, u0, n, 0, w);
+    generate_networks<T>(network_block<T>(p, u0, n, params), 0, w);
     parallel(n, max(parallel_work / max(rows_each * params, 1), 1), [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
         run_piece<T, C>(p.net, p.groups, piece(p.groups, u0 + u), p.x, p.y, p.hidden,
@@ -459,16 +440,10 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   using C = Acc<T>;
   const HyperMlp& p = b.forward;
   const Index params = params_of(p.net), pieces = p.groups.pieces, features = p.features;
-  const Index block = min(max(networks_elements<C> / params, 1), max(pieces, 1));
+  const Index block = networks_together<C>(params, pieces);
   const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
-  C* w = scratch<C>(Slot::networks, block * params);
   C* g = scratch<C>(Slot::gradients, block * params);
-  C* h = scratch<C>(Slot::hidden_a, max(block * features, 1));
-  // One network's sum over its parameters has no rows to share: threads then share the parameters, in stretches whose
-  // number does not depend on theirs.
-  constexpr Index stretches = 16;
-  const bool shared = block <= tile_rows;
-  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1) * (shared ? stretches : 1)) : nullptr;
+  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
   C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
   Index task = -1;
   // Sums over the blocks, in the accumulation type.
@@ -485,6 +460,8 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   const Layer& inputs = p.net.layers[0];
   const bool again = !p.hidden && kept_width(p.net) > 0;
   const Index used = b.grad_x || again ? 0 : inputs.out * (inputs.in + p.net.bias);
+  const Index made = params - used;
+  C* w = scratch<C>(Slot::networks, used + block * made) + used;
   T* to_h = static_cast<T*>(b.grad_h);
   if (to_h)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
@@ -492,52 +469,19 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   Index u0 = 0;
   do {  // once even without pieces: the gradients are then zero
     Index n = min(block, pieces - u0);
-    generate_networks<T>(p, u0, n, used, w);
+    const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
+    generate_networks<T>(networks, used, w);
     parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
-        differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * params, g + u * params);
+        differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * made - used, g + u * params);
     });
-    for (Index u = 0; u < n; ++u)
-      copy_features<T>(p.h, piece(p.groups, u0 + u).task, features, false, h + u * features);
-    const View<const T> head{static_cast<const T*>(p.head.weight), p.head.row, p.head.feature};
-    if (to_h && !shared)
-      parallel(ceil_div(n, tile_rows), max(parallel_work / (tile_rows * params * max(features, 1)), 1),
-               [&](Index first, Index last) {
-                 const Index u = first * tile_rows, m = min(last * tile_rows, n) - u;
-                 multiply<C, T>(m, features, params, {g + u * params, params, 1}, head, {},
-                                {grad_h + u * features, features, 1});
-               });
-    const Index run = round_up(ceil_div(params, shared ? stretches : 4 * thread_count()), tile_rows);
-    const Index runs = ceil_div(params, run);
-    parallel(runs, max(parallel_work / max(run * n * features, 1), 1), [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) {
-        const Index q = i * run, count = min(run, params - q);
-        if (to_h && shared)
-          multiply<C, T>(n, features, count, {g + q, params, 1}, head.at(q, 0), {},
-                         {grad_h + i * n * features, features, 1});
-        if (sum_weight) {
-          const View<C> to{sum_weight + q * features, features, 1};
-          multiply<C, C>(count, features, n, View<const C>{g + q, 1, params}, View<const C>{h, features, 1},
-                         u0 ? View<const C>{to.data, features, 1} : View<const C>{}, to);
-        }
-        if (sum_bias) {
-          if (u0 == 0)
-            for (Index j = q; j < q + count; ++j) sum_bias[j] = 0;
-          for (Index u = 0; u < n; ++u)
-            for (Index j = q; j < q + count; ++j) sum_bias[j] += g[u * params + j];
-        }
-      }
-    });
-    if (to_h) {
-      for (Index i = 1; shared && i < runs; ++i)
-        for (Index j = 0; j < n * features; ++j) grad_h[j] += grad_h[i * n * features + j];
-      for (Index u = 0; u < n; ++u) {  // pieces of a task are next to each other
-        const bool first = piece(p.groups, u0 + u).task != task;
-        task = piece(p.groups, u0 + u).task;
-        for (Index k = 0; k < features; ++k) {
-          task_h[k] = first ? grad_h[u * features + k] : task_h[k] + grad_h[u * features + k];
-          to_h[task * features + k] = narrow<T>(task_h[k]);
-        }
+    differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
+    for (Index u = 0; to_h && u < n; ++u) {  // pieces of a task are next to each other
+      const bool first = piece(p.groups, u0 + u).task != task;
+      task = piece(p.groups, u0 + u).task;
+      for (Index k = 0; k < features; ++k) {
+        task_h[k] = first ? grad_h[u * features + k] : task_h[k] + grad_h[u * features + k];
+        to_h[task * features + k] = narrow<T>(task_h[k]);
       }
     }
     u0 += block;
