@@ -97,6 +97,22 @@ def test_values_and_gradients(dtype, case, ragged):
                 within(*result)
 
 
+def test_more_networks_than_are_held_at_a_time():
+    """47 of 54,450 parameters, in two blocks whose gradients add up."""
+    case = ((16, 250, 200), 47, 50, 8)
+    args, options = random(case, torch.float32, False, False), (case[0], True, "elu,identity")
+    y, hidden = op.hyper_mlp(*args, *options, True)
+    grad = torch.randn_like(y)
+    exact = specification(wide(args), options, grad.double())
+    theirs = specification(args, options, grad)
+    within(y, exact[0], theirs[0])
+    for mask in ([True] * 4, [False, True, True, True]):  # all weights are needed, or the last
+        found = op.hyper_mlp_backward(grad, *args, hidden, *options, mask)
+        for result, wanted, *other in zip(found, mask, exact[1:], theirs[1:], strict=True):
+            if wanted:
+                within(result, *other)
+
+
 def test_result_does_not_depend_on_threads():
     before = torch.get_num_threads()
     for case in CASES[:7]:
