@@ -218,8 +218,9 @@ class _HyperMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         x, h, weight = args[:3]
-        rows = x.shape[:-1].numel()
-        again = x.is_cpu and plan.recomputes(h.shape[0], rows, *weight.shape, x.itemsize)
+        rows, tasks = x.shape[:-1].numel(), h.shape[0]
+        params, features = weight.shape
+        again = x.is_cpu and plan.recomputes(tasks, rows, params, features, x.itemsize)
         with torch._C._AutoDispatchBelowAutograd():
             y, hidden = hyper_mlp(*args, not again)
         ctx.save_for_backward(*args[:5], hidden)
