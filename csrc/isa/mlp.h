@@ -181,10 +181,11 @@ constexpr Index largest_network = (256 << 10) / Index(sizeof(C));
 template <class C>
 constexpr Index networks_elements = (9 << 20) / Index(sizeof(C));
 
-// Networks at a time, of so many: whole tiles of them, and about as many each time.
+// Networks at a time, of so many: whole tiles of them (36 of the largest fit), and about as many each time.
 template <class C>
 static Index networks_together(Index params, Index pieces) {
-  const Index times = ceil_div(pieces, max(networks_elements<C> / params, 1));
+  const Index most = networks_elements<C> / params / tile_rows * tile_rows;
+  const Index times = ceil_div(pieces, most);
   return times > 1 ? round_up(ceil_div(pieces, times), tile_rows) : max(pieces, 1);
 }
 
