@@ -154,16 +154,6 @@ def mlp_of_alike(
 ) -> Tensor:
     """:func:`hyper_mlp` of tensors that :func:`hyperfast.checks.alike` holds for, or that were cast
     to be so; ``source`` names what says how many tasks there are."""
-    text = encode(activations)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if text is None or transformed or backend.forced == "reference":
-        numels = [layer.numel for layer in spec.layers]
-        biases = [None] * len(numels) if bias is None else bias.split(numels)
-        for w, b, activation in zip(weight.split(numels), biases, activations, strict=True):
-            x = hyper_linear(x, h, w, b, task_ids, target_bias=spec.bias)
-            if activation is not None:
-                x = activation(x)
-        return x
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
     tasks, features = h.shape
@@ -174,6 +164,16 @@ def mlp_of_alike(
     if bias is not None and bias.shape != (spec.numel,):
         raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
     checks.rows(x, spec.sizes[0], tasks, task_ids, source)
+    text = encode(activations)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if text is None or transformed or backend.forced == "reference":
+        numels = [layer.numel for layer in spec.layers]
+        biases = [None] * len(numels) if bias is None else bias.split(numels)
+        for w, b, activation in zip(weight.split(numels), biases, activations, strict=True):
+            x = hyper_linear(x, h, w, b, task_ids, target_bias=spec.bias)
+            if activation is not None:
+                x = activation(x)
+        return x
     if backend.forced is not None:
         backend.insist(backend.forced, "hyper_mlp", x.device.type)
     single = task_ids is None and x.ndim == 2

@@ -109,7 +109,7 @@ class HyperMLP(nn.Module):
         checks.same_kind(**{"the hypernetwork's weight": weight}, x=x)
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:
-            checks.dense(x=rows)
+            checks.dense(x=rows, h=h, weight=weight, bias=bias)
             x, f, w, b = checks.floating(x=rows, h=h, weight=weight, bias=bias)
             return mlp_of_alike(x, f, w, b, spec, activations, ids, "z")
 

@@ -380,3 +380,10 @@ def test_the_registered_ops_refuse_garbage(call):
     """Shapes that the checked functions never let through end in an exception, not in a crash."""
     with pytest.raises(Exception):  # noqa: B017, PT011
         call()
+
+
+def test_wrong_width_is_refused_layer_by_layer_too():
+    hyper = hyperfast.HyperNet(6, 4, 5, 3)
+    model = hyperfast.HyperMLP(hyper, hyperfast.TargetNet(lambda x: x * 2))
+    with pytest.raises(ValueError, match=r"x must have shape \(2, N, 4\)"):
+        model(torch.randn(2, 7, 24), torch.randn(2, 6))
