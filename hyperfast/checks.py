@@ -60,6 +60,13 @@ def same_kind(**tensors: Tensor | None) -> torch.dtype | None:
     return wanted
 
 
+def like_weight(weight: Tensor, **tensors: Tensor) -> None:
+    """:func:`same_kind` of a hypernetwork's weight and each tensor, quick where they are."""
+    for name, t in tensors.items():
+        if tensor(name, t).dtype is not weight.dtype or t.device != weight.device:
+            same_kind(**{"the hypernetwork's weight": weight, name: t})
+
+
 def alike(first: object, *others: object) -> bool:
     """Whether :func:`same_kind` and :func:`dense` have nothing to say of these tensors (or, but for
     the first, ``None``), nor autocast to do: found out in 2 us, as small networks want."""
@@ -85,14 +92,23 @@ def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def floating(**tensors: Tensor | None) -> tuple:
-    """The tensors as ``torch.autocast`` casts them where it is on, after :func:`same_kind`."""
+def operands(**tensors: Tensor | None) -> torch.dtype | None:
+    """:func:`same_kind` and :func:`dense`."""
     wanted = same_kind(**tensors)
+    dense(**tensors)
+    return wanted
+
+
+def cast(wanted: torch.dtype | None, *tensors: Tensor | None) -> tuple:
+    """The tensors in the dtype that :func:`same_kind` returned; fp64 stays as it is."""
     if wanted is None:
-        return tuple(tensors.values())
-    return tuple(
-        t if t is None or t.dtype == torch.float64 else t.to(wanted) for t in tensors.values()
-    )
+        return tensors
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(wanted) for t in tensors)
+
+
+def floating(**tensors: Tensor | None) -> tuple:
+    """The tensors as ``torch.autocast`` casts them where it is on, after :func:`operands`."""
+    return cast(operands(**tensors), *tensors.values())
 
 
 def hooked(*modules: torch.nn.Module) -> bool:

@@ -95,7 +95,7 @@ class ColwiseHyperMLP(nn.Module):
                 raise ValueError(f"z must have shape (B, {self.z_dim}) when task_ids is given")
             return self(checks.tensor("x", x).unsqueeze(0), z.unsqueeze(0)).squeeze(0)
         weight = next(self.layers.parameters())
-        checks.same_kind(**{"the hypernetwork's weight": weight}, x=x, z=z)
+        checks.like_weight(weight, x=x, z=z)
         h = self.trunk(DTensor.from_local(z, self.mesh, [Replicate()])).to_local()
         h = _shared(h, self.mesh)
         if x.is_nested:

@@ -38,7 +38,6 @@ def task_linear(
         IndexError: a task id outside ``[0, B)``.
     """
     x, weight, bias = checks.floating(x=x, weight=weight, bias=bias)
-    checks.dense(x=x, weight=weight, bias=bias)
     if weight.ndim != 3:
         raise ValueError(f"weight must have shape (B, out, in), got {checks.shape(weight)}")
     tasks, out, ins = weight.shape
@@ -82,7 +81,6 @@ def hyper_linear(
         IndexError: a task id outside ``[0, B)``.
     """
     x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
-    checks.dense(x=x, h=h, weight=weight, bias=bias)
     if x.ndim == 0:
         raise ValueError("x must have shape (B, N, in), (B, in) or (R, in), got ()")
     if plan is not None and plan not in PLANS:
@@ -136,13 +134,10 @@ def hyper_mlp(
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
     """
-    if not checks.alike(x, h, weight, bias):
-        x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
-        checks.dense(x=x, h=h, weight=weight, bias=bias)
-    return mlp_of_alike(x, h, weight, bias, spec, activations, task_ids)
+    return generated_mlp(x, h, weight, bias, spec, activations, task_ids, "h")
 
 
-def mlp_of_alike(
+def generated_mlp(
     x: Tensor,
     h: Tensor,
     weight: Tensor,
@@ -150,10 +145,12 @@ def mlp_of_alike(
     spec: MLPSpec,
     activations: Sequence[nn.Module | None],
     task_ids: Tensor | None,
-    source: str = "h",
+    source: str,
 ) -> Tensor:
-    """:func:`hyper_mlp` of tensors that :func:`hyperfast.checks.alike` holds for, or that were cast
-    to be so; ``source`` names what says how many tasks there are."""
+    """:func:`hyper_mlp`; ``source`` names the argument that says how many tasks there are."""
+    wanted = None
+    if not checks.alike(x, h, weight, bias):
+        wanted = checks.operands(x=x, h=h, weight=weight, bias=bias)
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
     tasks, features = h.shape
@@ -174,6 +171,7 @@ def mlp_of_alike(
             if activation is not None:
                 x = activation(x)
         return x
+    x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
     if backend.forced is not None:
         backend.insist(backend.forced, "hyper_mlp", x.device.type)
     single = task_ids is None and x.ndim == 2

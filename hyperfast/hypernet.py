@@ -223,8 +223,7 @@ class HyperNet(nn.Module):
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
-        if z.dtype is not weight.dtype or z.device != weight.device:
-            checks.same_kind(**{"the hypernetwork's weight": weight}, z=z)
+        checks.like_weight(weight, z=z)
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.functional import mlp_of_alike
+from hyperfast.functional import generated_mlp
 from hyperfast.hypernet import HyperNet
 from hyperfast.spec import MLPSpec
 from hyperfast.target import TargetNet, from_jagged
@@ -55,8 +55,7 @@ class HyperMLP(nn.Module):
         hyper, target = self.hyper, self.target
         if not isinstance(target, TargetNet) or not isinstance(spec := hyper.spec, MLPSpec):
             return None
-        generator = hyper.generator
-        *_, head = generator._modules.values()
+        generator, head = hyper.generator, hyper.head
         written = (
             type(hyper).forward is HyperNet.forward
             and type(head).forward is nn.Linear.forward
@@ -65,9 +64,7 @@ class HyperMLP(nn.Module):
         # Pruning and adapters are hooks; what they change is not what the layers' op computes.
         if not written or target.weight_transform is not None:
             return None
-        if checks.hooked(hyper, generator, head, target):
-            return None
-        return spec, target, head  # type: ignore[return-value]
+        return None if checks.hooked(hyper, generator, head, target) else (spec, target, head)
 
     @property
     def fused(self) -> bool:
@@ -103,14 +100,10 @@ class HyperMLP(nn.Module):
         spec, target, head = mlp
         h = self.hyper.features(z)
         weight, bias = head.weight, head.bias
+        checks.like_weight(weight, x=x)
         activations = target.layer_activations(len(spec.layers))
-        if checks.alike(x, h, weight, bias):
-            return mlp_of_alike(x, h, weight, bias, spec, activations, task_ids, "z")
-        checks.same_kind(**{"the hypernetwork's weight": weight}, x=x)
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:
-            checks.dense(x=rows, h=h, weight=weight, bias=bias)
-            x, f, w, b = checks.floating(x=rows, h=h, weight=weight, bias=bias)
-            return mlp_of_alike(x, f, w, b, spec, activations, ids, "z")
+            return generated_mlp(rows, h, weight, bias, spec, activations, ids, "z")
 
         return from_jagged(x, task_ids, h.shape[0], run) if x.is_nested else run(x, task_ids)

@@ -98,7 +98,6 @@ class TargetNet(nn.Module):
         if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
             sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
             x, flat = checks.floating(x=x, weight=flat)
-            checks.dense(x=x)
             checks.rows(x, sizes[0], len(flat), task_ids, "weight")
             bias = layers[0][1] is not None
             return task_mlp(x, flat, None, task_ids, sizes, bias, text)

@@ -51,7 +51,7 @@ static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C
   static const C one = 1;
   grad = grad.at(0, run.o0);
   x = run.vector ? View<const C>{&one, 0, 0} : x.at(0, run.i0);
-  if (run.ni < run.no) {  // lanes along the longer side
+  if (run.ni < run.no && (m > 1 || run.vector)) {  // lanes along the longer side; one row's g is written as it lies
     multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
   } else {
     multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});

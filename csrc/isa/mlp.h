@@ -462,7 +462,7 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   const bool again = !p.hidden && kept_width(p.net) > 0;
   const Index used = b.grad_x || again ? 0 : inputs.out * (inputs.in + p.net.bias);
   const Index made = params - used;
-  C* w = scratch<C>(Slot::networks, used + block * made) + used;
+  C* w = scratch<C>(Slot::networks, used + block * made);  // from w + used on: w is where the first network would start
   T* to_h = static_cast<T*>(b.grad_h);
   if (to_h)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
@@ -471,10 +471,10 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   do {  // once even without pieces: the gradients are then zero
     Index n = min(block, pieces - u0);
     const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
-    generate_networks<T>(networks, used, w);
+    generate_networks<T>(networks, used, w + used);
     parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
-        differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * made - used, g + u * params);
+        differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * made, g + u * params);
     });
     differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
     for (Index u = 0; to_h && u < n; ++u) {  // pieces of a task are next to each other

@@ -2,6 +2,7 @@
 // gradients g of these come those of the head, g^T h, and those of its features, g W.
 #pragma once
 
+#include "head.h"
 #include "task_linear.h"
 
 namespace hyperfast::HF_ISA {
@@ -62,7 +63,7 @@ static void differentiate_head(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>
   const Index n = b.n, params = b.params, features = b.p.features, size = n * features;
   // Threads share the parameters, a stretch at a time: its part of g is read once, from the second-level cache, for
   // both products. How many stretches there are, and hence how sums are split, does not depend on the threads.
-  const Index most = max(min((2 << 20) / max(size, 1), min(max(params / 512, 16), 64)), 2);
+  const Index most = max(min((8 << 20) / Index(sizeof(C)) / max(size, 1), min(max(params / 512, 16), 64)), 2);
   const Index run = round_up(ceil_div(params, most), tile_rows), runs = ceil_div(params, run);
   // Of small networks a stretch would be short for the sums it costs: then threads share the networks first.
   const bool small = n > tile_rows && params < 4096;
