@@ -106,29 +106,24 @@ struct HyperLinear {
   Rows y;             // width out, col == 1
 };
 
-// y[b] = sum over (o, i) of G_b(o, i) weight(o, i), where G_b = sum of grad[r] (x) x[r] over its rows.
-struct HyperLinearGradH {
-  Dtype dtype;
-  Plan plan;
-  Groups groups;
-  Index out, in, features;
-  Rows grad;  // width out
-  Rows x;     // width in
-  HeadMatrix matrix, vector;
-  void* y;  // (tasks, features), contiguous
-};
-
-// y(o, i) = sum over b of G_b(o, i) h_b; y is contiguous (out * in, features), then (out, features).
-struct HyperLinearGradWeight {
+// Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows of task b, they are
+// grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of G_b(p) h_b, grad_bias(p) = sum over b of
+// G_b(p), where p counts the entries of the matrix, then those of the vector. Those that are null are not wanted.
+struct HyperLinearGrad {
   Dtype dtype;
   Plan plan;
   Groups groups;
   Index out, in, features;
   bool target_bias;
-  Rows grad;  // width out
-  Rows x;     // width in
-  TaskVector h;
-  void* y;
+  Rows grad;    // width out
+  Rows x;       // width in
+  TaskVector h; // for grad_weight
+  HeadMatrix matrix, vector;  // for grad_h; the vector's weight follows that of the matrix
+  void* grad_h;       // (tasks, features), contiguous like the others
+  void* grad_weight;  // (params, features)
+  void* grad_bias;    // (params)
+
+  Index params() const { return out * (in + target_bias); }
 };
 
 enum class Act { identity, relu, leaky_relu, elu, sigmoid, silu, sin, tanh };
@@ -198,8 +193,7 @@ struct Kernels {
   void (*task_linear)(const TaskLinear&);
   void (*task_linear_grad_weight)(const TaskLinearGradWeight&);
   void (*hyper_linear)(const HyperLinear&);
-  void (*hyper_linear_grad_h)(const HyperLinearGradH&);
-  void (*hyper_linear_grad_weight)(const HyperLinearGradWeight&);
+  void (*hyper_linear_grad)(const HyperLinearGrad&);
   void (*hyper_mlp)(const HyperMlp&);
   void (*hyper_mlp_backward)(const HyperMlpBackward&);
   void (*task_mlp)(const TaskMlp&);

@@ -157,9 +157,9 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   countable(tasks, out, in, features);
   const Head head(weight, std::nullopt, out, in, target_bias);
   const Tensor y = x.empty({tasks, features});
-  kernels().hyper_linear_grad_h({dtype, choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features), groups.view(), out, in,
-                                 features, grad.rows(), x.rows(), head.matrix, head.vector,
-                                 y.mutable_data_ptr()});
+  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features);
+  kernels().hyper_linear_grad({dtype, how, groups.view(), out, in, features, target_bias, grad.rows(), x.rows(), {},
+                               head.matrix, head.vector, y.mutable_data_ptr(), nullptr, nullptr});
   trim_scratch();
   return y;
 }
@@ -177,9 +177,9 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
   countable(h.size(0), out, in, features);
   const Tensor y = x.empty({out * (in + target_bias), features});
-  kernels().hyper_linear_grad_weight({dtype, choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features), groups.view(), out, in,
-                                      features, target_bias, grad.rows(), x.rows(),
-                                      {h.data(), h.stride(0), h.stride(1)}, y.mutable_data_ptr()});
+  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features);
+  kernels().hyper_linear_grad({dtype, how, groups.view(), out, in, features, target_bias, grad.rows(), x.rows(),
+                               {h.data(), h.stride(0), h.stride(1)}, {}, {}, nullptr, y.mutable_data_ptr(), nullptr});
   trim_scratch();
   return y;
 }

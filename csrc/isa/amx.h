@@ -80,11 +80,12 @@ struct Magnitudes {
   __m512i largest = _mm512_setzero_si512(), before_smallest = _mm512_set1_epi16(-1);  // of 1 less: zero is the last
   Bits any = {};
 
-  void include(__m512i leading, Bits first, Bits second) {
+  // Of a line of leading parts; `some` has all bits of what they are of.
+  void include(__m512i leading, Bits some) {
     const __m512i magnitude = _mm512_and_si512(leading, _mm512_set1_epi16(0x7fff));
     largest = _mm512_max_epu16(largest, magnitude);
     before_smallest = _mm512_min_epu16(before_smallest, _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)));
-    any |= first | second;
+    any |= some;
   }
   Range range() const {
     std::uint16_t high[32], low[32], most = 0, least = 0xffff;
@@ -101,21 +102,31 @@ struct Magnitudes {
   }
 };
 
-// A line of a tile, and of the tiles of the parts behind it: lanes of a and b in turns. All parts but the last are
-// rounded to nearest; of three the last is exact. Where that turns a NaN of many bits into zero, the last stays one.
+// Takes the next part off a number; it is the upper half of what is returned. All parts but the last are rounded to
+// nearest; of three the last is exact. Where that turns a NaN of many bits into zero, the last stays one.
+static inline Bits take_part(Vec<float>& v, bool last) {
+  if (last) return Bits(v);
+  const Bits part = Bits(v) + 0x8000u;
+  v -= Vec<float>(part & 0xffff0000u);
+  return part;
+}
+
+// Lanes of two parts in turns: a line of a tile.
+static inline __m512i in_turns(Bits first, Bits second) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, __m512i(first >> 16), __m512i(second));
+}
+
+// A line of a tile, and of the tiles of the parts behind it: lanes of a and b in turns.
 template <int Parts>
 static inline void put_line(bf16* to, Vec<float> a, Vec<float> b, Magnitudes& most) {
+  const Bits any = Bits(a) | Bits(b);
 #pragma GCC unroll 3
   for (int part = 0; part < Parts; ++part, to += tile_elements) {
-    Bits first = Bits(a), second = Bits(b);
-    if (part + 1 < Parts) first += 0x8000u, second += 0x8000u;  // to nearest
-    const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaau, __m512i(first >> 16), __m512i(second));
-    if (part == 0) most.include(pairs, Bits(a), Bits(b));
-    std::memcpy(to, &pairs, sizeof pairs);
-    if (part + 1 < Parts) {
-      a -= Vec<float>(first & 0xffff0000u);
-      b -= Vec<float>(second & 0xffff0000u);
-    }
+    const bool last = part + 1 == Parts;
+    const Bits first = take_part(a, last), second = take_part(b, last);
+    const __m512i line = in_turns(first, second);
+    if (part == 0) most.include(line, any);
+    _mm512_store_si512(to, line);
   }
 }
 
@@ -189,7 +200,7 @@ struct Start {
 // Up to 2 x 2 tiles of C = start + A B; rows of C are `row` floats apart. The products of parts run from small
 // to large, in an order in which two successive ones share an operand.
 template <int PartsA, int PartsB, int M, int N>
-static inline void multiply_tiles(Index steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1,
+[[gnu::always_inline]] static inline void multiply_tiles(Index steps, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1,
                                   Start start, float* c, Index row) {
   const auto load_a = [&](Index step, int part) {
     const Index at = (step * PartsA + part) * tile_elements;
@@ -244,18 +255,25 @@ static inline void multiply_tiles(Index steps, const bf16* a0, const bf16* a1, c
   if constexpr (M > 1 && N > 1) _tile_stored(3, c + tile_side * row + tile_side, bytes);
 }
 
-// `m` blocks of A's rows from a on, as the next lies a_next steps on, times `n` blocks of B's columns; m and n
-// are 1 or 2.
+// Fewer than 2 x 2.
 template <int PartsA, int PartsB>
-static inline void multiply_blocks(Index steps, const bf16* a, Index m, Index a_next, const bf16* b, Index n,
-                                   Index b_next, Start start, float* c, Index row) {
+[[gnu::noinline]] static void multiply_edge(Index steps, const bf16* a0, const bf16* a1, Index m, const bf16* b0,
+                                            const bf16* b1, Index n, Start start, float* c, Index row) {
+  if (m > 1) return multiply_tiles<PartsA, PartsB, 2, 1>(steps, a0, a1, b0, b1, start, c, row);
+  if (n > 1) return multiply_tiles<PartsA, PartsB, 1, 2>(steps, a0, a1, b0, b1, start, c, row);
+  multiply_tiles<PartsA, PartsB, 1, 1>(steps, a0, a1, b0, b1, start, c, row);
+}
+
+// `m` blocks of A's rows from a on, as the next lies a_next steps on, times `n` blocks of B's columns; m and n
+// are 1 or 2. In line: to call a function takes up to a tenth of the time of a single step.
+template <int PartsA, int PartsB>
+[[gnu::always_inline]] static inline void multiply_blocks(Index steps, const bf16* a, Index m, Index a_next, const bf16* b,
+                                                          Index n, Index b_next, Start start, float* c, Index row) {
   const bf16 *a1 = a + a_next * PartsA * tile_elements, *b1 = b + b_next * PartsB * tile_elements;
-  if (m > 1)
-    (n > 1 ? multiply_tiles<PartsA, PartsB, 2, 2> : multiply_tiles<PartsA, PartsB, 2, 1>)(
-        steps, a, a1, b, b1, start, c, row);
+  if (m > 1 && n > 1)
+    multiply_tiles<PartsA, PartsB, 2, 2>(steps, a, a1, b, b1, start, c, row);
   else
-    (n > 1 ? multiply_tiles<PartsA, PartsB, 1, 2> : multiply_tiles<PartsA, PartsB, 1, 1>)(
-        steps, a, a1, b, b1, start, c, row);
+    multiply_edge<PartsA, PartsB>(steps, a, a1, m, b, b1, n, start, c, row);
 }
 
 // The same where both are packed whole: blocks from i on of A, and from j on of B.

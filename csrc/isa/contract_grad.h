@@ -38,6 +38,49 @@ static Turned<C> turn(const Staged<const C>& rows, const Groups& g, Index column
   return {to, columns, padded, units.rows};
 }
 
+// Of a task, the sum of what all parts (n, units, features) have for its units, which are next to each other; added to
+// what is in grad_h (tasks, features), if `add`. A task without rows has none.
+template <class C>
+static void sum_units(const HyperLinearGrad& p, bool by_piece, Index n, const C* parts, C* grad_h, bool add) {
+  const Groups& g = p.groups;
+  const Index count = by_piece ? g.pieces : Units(g).count, each = by_piece ? g.per_task : 1;
+  // Where the units of a task are is known at once only without task_ids.
+  const Index grain = g.ragged ? g.tasks : parallel_work / 8 / max(n * each * p.features, 1);
+  parallel(g.tasks, max(grain, 1), [&](Index begin, Index end) {
+    Units units(g);
+    Index j = begin * each;
+    for (Index t = begin; t < end; ++t) {
+      C* sum = grad_h + t * p.features;
+      if (!add)
+        for (Index k = 0; k < p.features; ++k) sum[k] = 0;
+      for (; j < count && (by_piece ? piece(g, j).task : units.task(j)) == t; ++j)
+        for (Index i = 0; i < n; ++i)
+          for (Index k = 0; k < p.features; ++k) sum[k] += parts[(i * count + j) * p.features + k];
+    }
+  });
+}
+
+// to (size) is the sum of so many parts, rounded once.
+template <class T>
+static void add_up(Index n, Index size, const Acc<T>* parts, T* to) {
+  parallel(size, parallel_work / 8, [&](Index begin, Index end) {
+    constexpr Index few = 512;
+    for (Index j = begin; j < end; j += few) {
+      Acc<T> sum[few];
+      const Index some = min(few, end - j);
+      for (Index l = 0; l < some; ++l) sum[l] = parts[j + l];
+      for (Index i = 1; i < n; ++i)
+        for (Index l = 0; l < some; ++l) sum[l] += parts[i * size + j + l];
+      for (Index l = 0; l < some; ++l) to[j + l] = narrow<T>(sum[l]);
+    }
+  });
+}
+
+template <class C>
+struct TurnedRows {
+  Turned<C> grad, x;
+};
+
 // G of parameters [p, p + count), for `vecs` vectors of units from `unit` on; `to` has `lead` lanes a
 // parameter. The head's rows are those of the matrix, then those of the vector, whose input is 1.
 template <class C>
@@ -74,11 +117,11 @@ static void form_panel(const Turned<C>& grad, const Turned<C>& x, Index p, Index
 
 // One row (features) for every unit: parts (units, features).
 template <class T>
-static void grad_h_contract(const HyperLinearGradH& p, const Turned<Acc<T>>& grad,
+static void grad_h_contract(const HyperLinearGrad& p, const Turned<Acc<T>>& grad,
                             const Turned<Acc<T>>& x, Acc<T>* parts) {
   using C = Acc<T>;
   const Index count = Units(p.groups).count, size = block_units<C>(count);
-  const Index params = p.out * (p.in + (p.vector.weight != nullptr));
+  const Index params = p.params();
   const Index work = size * (p.features + grad.rows) * params;
   // The vector's rows follow those of the matrix.
   const T* weight = static_cast<const T*>(p.matrix.weight);
@@ -114,10 +157,10 @@ static void grad_h_contract(const HyperLinearGradH& p, const Turned<Acc<T>>& gra
 
 // y (params, features), in the accumulation type.
 template <class T>
-static void grad_weight_contract(const HyperLinearGradWeight& p, const Turned<Acc<T>>& grad,
+static void grad_weight_contract(const HyperLinearGrad& p, const Turned<Acc<T>>& grad,
                                  const Turned<Acc<T>>& x, Acc<T>* y) {
   using C = Acc<T>;
-  const Index count = Units(p.groups).count, params = p.out * (p.in + p.target_bias);
+  const Index count = Units(p.groups).count, params = p.params();
   const Index panels = ceil_div(p.features, lanes<C>);
   // h as it lies, if its rows are whole vectors; else packed into panels.
   View<const C> h{static_cast<const C*>(p.h.data), p.h.task, 1};

@@ -1,4 +1,5 @@
-// contract_grad.h on the matrix unit: panels of G are split into parts as they are formed.
+// contract_grad.h on the matrix unit. G is formed a square of 32 parameters and 32 units at a time, and split into parts
+// that serve both gradients: its columns are multiplied by the head, its rows by the features. Each adds up in the cache.
 #pragma once
 
 #include "contract_amx.h"
@@ -16,9 +17,11 @@ static bool with_parts_of_gradient(Index rows, const F& body) {
   return body(std::integral_constant<int, 3>{});
 }
 
-// Parameters, and units, whose G is split at a time: 12 KiB of it, which stay in the first level beside as much of
-// what they are multiplied with.
-constexpr Index panel_steps = 2, panel_depth_amx = panel_steps * tile_depth;
+// Of squares of 32 x 32 floats one lies behind another.
+constexpr Index square = two_tiles * two_tiles;
+
+// Where G is a sum over rows, so many squares of it are formed at a time.
+constexpr Index formed_squares = 4;
 
 // Of a parameter: its output's gradient and its input, of the first unit and its first row; the vector has none.
 struct Factors {
@@ -32,11 +35,11 @@ struct FactorsOf {
   Index grad_block() const { return grad.at(1, 0, 0) - grad.data; }
   Index x_block() const { return x.at(1, 0, 0) - x.data; }
 
-  // Of n parameters from p on, of `params`; the last again for those beyond it, of which nothing is used.
-  void find(Index p, Index n, Index params, Factors* to) const {
+  // Of 32 parameters from p on, of `params`; the last again for those beyond it, of which nothing is used.
+  void find(Index p, Index params, Factors* to) const {
     const Index matrix = grad.columns * x.columns;
     Index o = p < matrix ? p / x.columns : p - matrix, i = p < matrix ? p % x.columns : 0;
-    for (Index j = 0; j < n; ++j, ++p) {
+    for (Index j = 0; j < two_tiles; ++j, ++p) {
       if (p >= params) {
         to[j] = to[j - 1];
         continue;
@@ -47,16 +50,68 @@ struct FactorsOf {
     }
   }
 
-  // G of a parameter, for the 16 units from `lane` on of a block.
-  Vec<float> form(const Factors& f, Index block, Index lane) const {
-    const float *g = f.grad + block * grad_block() + lane, *factor = f.x ? f.x + block * x_block() + lane : nullptr;
-    Vec<float> sum = factor ? load(g) * load(factor) : load(g);
-    for (Index r = 1; r < grad.rows; ++r) {
-      g += grad.columns * two_tiles;
-      if (factor) factor += x.columns * two_tiles;
-      sum += factor ? load(g) * load(factor) : load(g);
+  // G of n squares of parameters for the 32 units of a block. Outputs of the same inputs are formed together, as the
+  // inputs of many rows come from the second level.
+  void form(const Factors* of_params, Index n, Index block, float* to) const {
+    for (Index s = 0, alike; s < n; s += alike) {
+      const Factors* f = of_params + s * two_tiles;
+      for (alike = 1; s + alike < n && follow(f, f, two_tiles) && follow(f, f + alike * two_tiles, two_tiles);) ++alike;
+      for (Index j = 0, run; j < two_tiles; j += run) {
+        run = j + 4 <= two_tiles && follow(f + j, f + j, 4) ? 4 : 1;
+        for (Index i = 0; i < alike; i += 2) {
+          const Factors* first = f + i * two_tiles + j;
+          float* sums = to + (s + i) * square + j * two_tiles;
+          if (run == 1)
+            form_run<1, 1>(first, block, sums);
+          else if (i + 1 < alike)
+            form_run<2, 4>(first, block, sums);
+          else
+            form_run<1, 4>(first, block, sums);
+        }
+      }
     }
-    return sum;
+  }
+
+ private:
+  // Whether g are n parameters of one output, and of inputs that follow one another as, or from, those of f.
+  static bool follow(const Factors* f, const Factors* g, Index n) {
+    bool all = f->x && g->x == f->x;
+    for (Index j = 1; all && j < n; ++j) all = g[j].x == f->x + j * two_tiles && g[j].grad == g->grad;
+    return all;
+  }
+
+  // Of N parameters of Outputs squares, which have the same inputs.
+  template <Index Outputs, Index N>
+  void form_run(const Factors* f, Index block, float* to) const {
+    const float *g[Outputs], *factor = f->x ? f->x + block * x_block() : nullptr;
+    for (Index o = 0; o < Outputs; ++o) g[o] = f[o * two_tiles].grad + block * grad_block();
+    Vec<float> sum[Outputs][N][2] = {};
+    for (Index r = 0; r < grad.rows; ++r) {
+      Vec<float> first[Outputs], second[Outputs];
+#pragma GCC unroll 2
+      for (Index o = 0; o < Outputs; ++o) {
+        first[o] = load(g[o]), second[o] = load(g[o] + tile_side);
+        g[o] += grad.columns * two_tiles;
+      }
+      if (!factor) {
+        sum[0][0][0] += first[0], sum[0][0][1] += second[0];
+        continue;
+      }
+#pragma GCC unroll 4
+      for (Index i = 0; i < N; ++i) {
+        const Vec<float> x0 = load(factor + i * two_tiles), x1 = load(factor + i * two_tiles + tile_side);
+#pragma GCC unroll 2
+        for (Index o = 0; o < Outputs; ++o) sum[o][i][0] += first[o] * x0, sum[o][i][1] += second[o] * x1;
+      }
+      factor += x.columns * two_tiles;
+    }
+#pragma GCC unroll 2
+    for (Index o = 0; o < Outputs; ++o)
+#pragma GCC unroll 4
+      for (Index i = 0; i < N; ++i) {
+        float* sums = to + o * square + i * two_tiles;
+        store(sums, sum[o][i][0]), store(sums + tile_side, sum[o][i][1]);
+      }
   }
 };
 
@@ -72,151 +127,259 @@ static inline UnitLanes turn_units(const Staged<const float>& rows, const Groups
   return to;
 }
 
-static inline FactorsOf turn_factors(const Staged<const float>& grad, Index out, const Staged<const float>& x, Index in,
-                                     const Groups& g) {
-  return {turn_units(grad, g, out, Slot::turned_a), turn_units(x, g, in, Slot::turned_b)};
-}
+// What threads share: a cut of the longer side, whatever their number is, so that the result does not depend on it.
+// Sides are blocks of 32 units, and of 32 parameters. Of the gradient whose sum runs along this side a share has but a
+// part, kept to 8 MiB for all of them.
+struct Shares {
+  bool by_units;
+  Index side, size, count;
 
-// One row (features) for every unit: parts (units, features), C^T = V^T G. False as in hyper_linear_contract_amx.
-template <class T, int of_g>
-static bool grad_h_amx(const HyperLinearGradH& p, const FactorsOf& factors, float* parts) {
-  constexpr int of_head = parts_of<T>;
-  constexpr Index most = panel_depth_amx;
-  const Index count = Units(p.groups).count, params = p.out * (p.in + (p.vector.weight != nullptr));
-  // Units of a thread share what it splits of the head; their sums stay in the second level.
-  const Index fit = max((unit_bytes / 2) / (max(p.features, 1) * Index(sizeof(float))) / two_tiles, 1) * two_tiles;
-  const Index blocks = max(ceil_div(count, fit), min(thread_count(), ceil_div(count, two_tiles)));
-  const Index size = round_up(ceil_div(count, blocks), two_tiles), row = size + tile_side;
-  const T* weight = static_cast<const T*>(p.matrix.weight);  // the vector's rows follow those of the matrix
-  const Index feature_tiles = ceil_div(p.features, tile_side);
-  const ParameterBlocks order(most, p.out, p.in, params);
-  Verdict verdict;
-  parallel(ceil_div(count, size), max(parallel_work / max(size * params * p.features / 4, 1), 1),
-           [&](Index begin, Index end) {
-    const TileRegisters registers;
-    float* sums = scratch<float>(Slot::block, feature_tiles * tile_side * row);
-    bf16* panel = scratch<bf16>(Slot::local_b, Packed<of_g>::elements(two_tiles, most));
-    bf16* head_tiles = scratch<bf16>(Slot::local_a, Packed<of_head>::elements(p.features, most));
-    for (Index b = begin; b < end; ++b) {
-      const Index first = b * size, n = min(size, count - first);
-      for (Index i = 0; i < order.count(); ++i) {
-        const Index q = order.first(i), depth = min(most, params - q);
-        const Packed<of_head> head(head_tiles, depth);
-        Magnitudes head_found;
-        for (Index step = 0; step < head.steps; ++step) {
-          const Index some = min(depth - step * tile_depth, tile_depth);
-          const T* columns[tile_depth];
-          for (Index l = 0; l < some; ++l) columns[l] = weight + (q + step * tile_depth + l) * p.matrix.in;
-          for (Index k = 0; k < feature_tiles; ++k)
-            pack_columns<of_head, tile_depth, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
-                                       head.tile(k, step), head_found);
-        }
-        const Range range = head_found.range();
-        const Packed<of_g> gradient(panel, depth);
-        Factors of[most];
-        factors.find(q, most, params, of);
-        for (Index u = 0; u < n; u += two_tiles) {
-          Magnitudes found;
-          for (Index s = 0; s < gradient.steps; ++s)
-            for (Index j = 0; j < tile_side; ++j) {
-              const Factors *low = of + s * tile_depth + j, *high = low + tile_side;
-              for (Index v = 0; v < 2; ++v)
-                put_line<of_g>(gradient.tile(v, s) + j * tile_depth, factors.form(*low, (first + u) / two_tiles, v * tile_side),
-                               factors.form(*high, (first + u) / two_tiles, v * tile_side), found);
-            }
-          if (!verdict.holds(found.range(), range)) return;
-          for (Index k = 0; k < feature_tiles; k += 2) {
-            float* to = sums + k * tile_side * row + u;
-            const Start start{i ? to : nullptr, row, tile_side * row, tile_side};
-            multiply_blocks(head, k, min(feature_tiles - k, 2), gradient, 0, 2, start, to, row);
-          }
-        }
-      }
-      pack<float, float>(n, p.features, View<const float>{sums, 1, row}, parts + first * p.features, p.features,
-                         p.features);
-    }
-  });
-  return verdict.good;
-}
+  Shares(Index features, Index unit_blocks, Index param_blocks)
+      : by_units(unit_blocks > param_blocks), side(max(unit_blocks, param_blocks)) {
+    const Index fit = (8 << 20) / (min(unit_blocks, param_blocks) * two_tiles * features * Index(sizeof(float)));
+    // What both gradients need of the other side is prepared anew for each share: few where there is little to do.
+    const Index wanted = max(min(side / 16, 16), min(side / 4, 8));
+    size = ceil_div(side, max(min(wanted, fit), 1));
+    count = ceil_div(side, size);
+  }
+  Index parts_of_features() const { return by_units ? 1 : count; }
+  Index parts_of_weight() const { return by_units ? count : 1; }
+};
 
-// y (params, features), in float.
+// Where a share puts what it has of each gradient: (units, features), (params, features), (params), or null.
+struct ShareSums {
+  float *features, *weight, *bias;
+};
+
 template <class T, int of_g>
-static bool grad_weight_amx(const HyperLinearGradWeight& p, const FactorsOf& factors, float* y) {
-  constexpr int of_h = parts_of<T>;
-  const Index count = Units(p.groups).count, params = p.out * (p.in + p.target_bias);
-  const Index feature_tiles = ceil_div(p.features, tile_side);
-  const Index row = feature_tiles * tile_side + tile_side;  // a line more against cache conflicts
-  // Units whose features are split at a time: at most 512 KiB of them, in the second level. Each thread splits
-  // them for itself: to fetch what another has split takes longer.
-  const Index most = max((512 << 10) / (feature_tiles * of_h * tile_elements * panel_steps * 2), 1) * panel_depth_amx;
-  const ParameterBlocks order(two_tiles, p.out, p.in, params);
-  Verdict verdict;
-  parallel(order.count(), max(parallel_work / max(two_tiles * count * p.features / 4, 1), 1), [&](Index begin, Index end) {
-    const TileRegisters registers;
+struct GradientShare {
+  static constexpr int of = parts_of<T>;
+  const HyperLinearGrad& p;
+  const FactorsOf& factors;
+  Index feature_tiles = ceil_div(p.features, tile_side), across = ceil_div(p.features, two_tiles);
+  // Blocks at a time: of units, whose split features take a MiB; of parameters, whose part of the head, and sums, take
+  // half of one.
+  Index most_units = max((1 << 20) / (feature_tiles * of * tile_line * two_tiles), 1);
+  Index most_params = max((512 << 10) / (feature_tiles * of * tile_line * tile_side + across * square * 4), 1);
+  ParameterBlocks order{two_tiles, p.out, p.in, p.params()};
+
+  GradientShare(const HyperLinearGrad& p, const FactorsOf& factors) : p(p), factors(factors) {}
+
+  // So many parameters are there of a block.
+  Index some_params(Index block) const { return min(two_tiles, p.params() - order.first(block)); }
+
+  // Where the tiles of a block of parameters, or units, are; those of its features lie one behind another.
+  struct Tiles {
+    bf16* data;
+    Index row;
+    bf16* at(Index block, Index k) const { return data + (block * row + k) * of * tile_elements; }
+  };
+
+  // What there is in the cache of some blocks of parameters and of units.
+  struct Stretch {
+    bf16 *a, *b;    // the parts of a square
+    float* formed;  // squares of G
+    Tiles h, head;
+    float *sums_h, *sums_w;  // squares, those of the same block one behind another
+    float* bias;             // a vector for each parameter
+    Factors* factors;        // of each parameter
+  };
+
+  Tiles tiles(Slot slot, Index blocks) const {
+    return {scratch<bf16>(slot, blocks * feature_tiles * of * tile_elements), feature_tiles};
+  }
+
+  Range pack_features(Index first, Index blocks, Tiles to) const {
     Units units(p.groups);
-    float* sums = scratch<float>(Slot::block, two_tiles * row);
-    bf16* panel = scratch<bf16>(Slot::local_a, Packed<of_g>::elements(two_tiles, panel_depth_amx));
-    bf16* h_tiles = scratch<bf16>(Slot::local_b, Packed<of_h>::elements(p.features, min(most, count)));
-    for (Index u = 0; u < count; u += most) {
-      const Index n = min(most, count - u);
-      const Packed<of_h> h(h_tiles, n);
-      Magnitudes h_found;
-      for (Index s = 0; s < h.steps; ++s) {
-        const Index first = u + s * tile_depth, some = min(u + n - first, tile_depth);
-        const T* rows[tile_depth];
-        for (Index l = 0; l < some; ++l) rows[l] = static_cast<const T*>(p.h.data) + units.task(first + l) * p.h.task;
-        for (Index k = 0; k < feature_tiles; ++k)
-          pack_b_rows<of_h, T>(rows, some, p.features - k * tile_side, k * tile_side, p.h.col, h.tile(k, s), h_found);
+    Magnitudes found;
+    for (Index s = 0; s < blocks; ++s) {
+      const Index unit = (first + s) * two_tiles, some = min(units.count - unit, two_tiles);
+      const T* rows[two_tiles];
+      for (Index l = 0; l < some; ++l) rows[l] = static_cast<const T*>(p.h.data) + units.task(unit + l) * p.h.task;
+      for (Index k = 0; k < feature_tiles; ++k)
+        pack_b_rows<of, T>(rows, some, p.features - k * tile_side, k * tile_side, p.h.col, to.at(s, k), found);
+    }
+    return found.range();
+  }
+
+  Range pack_head(Index first, Index blocks, Tiles to) const {
+    Magnitudes found;
+    for (Index s = 0; s < blocks; ++s) {
+      const Index some = some_params(first + s);
+      const T* columns[two_tiles];
+      for (Index l = 0; l < some; ++l)  // the vector's rows follow those of the matrix
+        columns[l] = static_cast<const T*>(p.matrix.weight) + (order.first(first + s) + l) * p.matrix.in;
+      for (Index k = 0; k < feature_tiles; ++k)
+        pack_columns<of, two_tiles, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
+                                       to.at(s, k), found);
+    }
+    return found.range();
+  }
+
+  // Square s of G, for the units of a block, as tiles of A (parameters, units) and of B (parameters, units). If `bias`
+  // is wanted, the sums over the units are added to it.
+  Range split_square(const Stretch& t, Index s, Index block, bool bias) const {
+    constexpr Index tile = of_g * tile_elements;
+    const bool single = factors.grad.rows == 1;  // then G is but a product
+    const Index grad_at = block * factors.grad_block(), x_at = block * factors.x_block();
+    const Factors* of_params = t.factors + s * two_tiles;
+    const float* formed = t.formed + s % formed_squares * square;
+    float* sums = t.bias + s * two_tiles * tile_side;
+    bf16 *a = t.a, *b = t.b;
+    Magnitudes found;
+    for (Index j = 0; j < tile_side; ++j, a += tile_depth, b += tile_depth) {
+      Vec<float> g[2][2];  // of parameters j and j + 16
+#pragma GCC unroll 2
+      for (Index i = 0; i < 2; ++i) {
+        const Factors& f = of_params[i * tile_side + j];
+        const float* from = single ? f.grad + grad_at : formed + (i * tile_side + j) * two_tiles;
+        g[i][0] = load(from), g[i][1] = load(from + tile_side);
+        if (single && f.x) g[i][0] *= load(f.x + x_at), g[i][1] *= load(f.x + x_at + tile_side);
       }
-      const Range h_range = h_found.range();
-      for (Index i = begin; i < end; ++i) {
-        const Index q = order.first(i), some = min(two_tiles, params - q), down = ceil_div(some, tile_side);
-        Factors of[two_tiles];
-        factors.find(q, two_tiles, params, of);
-        if (u)
-          for (Index j = 0; j < some; ++j)
-            for (Index k = 0; k < p.features; ++k) sums[j * row + k] = y[(q + j) * p.features + k];
-        for (Index c = 0; c < n; c += panel_depth_amx) {
-          const Packed<of_g> gradient(panel, min(panel_depth_amx, n - c));
-          Magnitudes found;
-          for (Index s = 0; s < gradient.steps; ++s)
-            for (Index j = 0; j < down * tile_side; ++j) {
-              const Index block = (u + c) / two_tiles + s;
-              put_line<of_g>(gradient.tile(j / tile_side, s) + j % tile_side * tile_depth,
-                             factors.form(of[j], block, 0), factors.form(of[j], block, tile_side), found);
-            }
-          if (!verdict.holds(found.range(), h_range)) return;
-          for (Index k = 0; k < feature_tiles; k += 2) {
-            float* to = sums + k * tile_side;
-            const Start start{u + c ? to : nullptr, row, tile_side * row, tile_side};
-            multiply_blocks<of_g, of_h>(gradient.steps, panel, down, gradient.steps, h.tile(k, c / tile_depth),
-                                        min(feature_tiles - k, 2), h.steps, start, to, row);
-          }
+      if (bias)
+#pragma GCC unroll 2
+        for (Index i = 0; i < 2; ++i) {
+          float* sum = sums + (i * tile_side + j) * tile_side;
+          store(sum, load(sum) + (g[i][0] + g[i][1]));
         }
-        for (Index j = 0; j < some; ++j)
-          for (Index k = 0; k < p.features; ++k) y[(q + j) * p.features + k] = sums[j * row + k];
+      const Bits any = (Bits(g[0][0]) | Bits(g[0][1])) | (Bits(g[1][0]) | Bits(g[1][1]));
+#pragma GCC unroll 3
+      for (int part = 0; part < of_g; ++part) {
+        Bits bits[2][2];
+#pragma GCC unroll 2
+        for (Index i = 0; i < 2; ++i)
+#pragma GCC unroll 2
+          for (Index v = 0; v < 2; ++v) bits[i][v] = take_part(g[i][v], part + 1 == of_g);
+#pragma GCC unroll 2
+        for (Index i = 0; i < 2; ++i) {
+          const __m512i units = in_turns(bits[i][0], bits[i][1]);
+          if (part == 0) found.include(units, any);
+          _mm512_store_si512(a + i * tile + part * tile_elements, units);
+          _mm512_store_si512(b + i * tile + part * tile_elements, in_turns(bits[0][i], bits[1][i]));
+        }
       }
     }
+    return found.range();
+  }
+
+  // Adds the products of the square of parameters s and units `block` to both sums, of which those that are not
+  // begun start from zero.
+  void multiply_square(const Stretch& t, Index s, Index block, bool begun_h, bool begun_w, Index params, const ShareSums& to) const {
+    float *sum_h = t.sums_h + block * across * square, *sum_w = t.sums_w + s * across * square;
+    const auto start = [](bool begun, const float* sum) {
+      return Start{begun ? sum : nullptr, two_tiles, tile_side * two_tiles, tile_side};
+    };
+    for (Index k = 0; to.features && k < feature_tiles; k += 2) {
+      float* sum = sum_h + k / 2 * square;
+      multiply_blocks<of, of_g>(1, t.head.at(s, k), min(feature_tiles - k, 2), 1, t.b, 2, 1, start(begun_h, sum), sum,
+                                two_tiles);
+    }
+    for (Index k = 0; to.weight && k < feature_tiles; k += 2) {
+      float* sum = sum_w + k / 2 * square;
+      multiply_blocks<of_g, of>(1, t.a, ceil_div(params, tile_side), 1, t.h.at(block, k), min(feature_tiles - k, 2), 1,
+                                start(begun_w, sum), sum, two_tiles);
+    }
+  }
+
+  // Blocks [q0, q1) of parameters, [u0, u1) of units. False if some number was not for the matrix unit.
+  bool run(Index q0, Index q1, Index u0, Index u1, const ShareSums& to, Verdict& verdict) const {
+    constexpr Index tile = of_g * tile_elements;
+    Stretch t;
+    t.a = scratch<bf16>(Slot::block, 4 * tile + 2 * square * formed_squares);
+    t.b = t.a + 2 * tile;
+    t.formed = reinterpret_cast<float*>(t.b + 2 * tile);
+    for (Index u = u0; u < u1; u += most_units) {
+      const Index blocks = min(most_units, u1 - u);
+      t.h = tiles(Slot::local_b, blocks);
+      const Range h_range = to.weight ? pack_features(u, blocks, t.h) : Range{};
+      t.sums_h = scratch<float>(Slot::local_d, blocks * across * square);
+      for (Index q = q0; q < q1; q += most_params) {
+        const Index steps = min(most_params, q1 - q);
+        t.head = tiles(Slot::local_a, steps);
+        const Range head_range = to.features ? pack_head(q, steps, t.head) : Range{};
+        t.sums_w = scratch<float>(Slot::local_c, steps * (across * square + two_tiles * tile_side) + steps * two_tiles * 4);
+        t.bias = t.sums_w + steps * across * square;
+        t.factors = reinterpret_cast<Factors*>(t.bias + steps * two_tiles * tile_side);
+        for (Index s = 0; s < steps; ++s) factors.find(order.first(q + s), p.params(), t.factors + s * two_tiles);
+        for (Index j = 0; j < steps * two_tiles * tile_side; ++j) t.bias[j] = 0;
+        for (Index block = 0; block < blocks; ++block)
+          for (Index s = 0; s < steps; ++s) {
+            if (factors.grad.rows != 1 && s % formed_squares == 0)
+              factors.form(t.factors + s * two_tiles, min(formed_squares, steps - s), u + block, t.formed);
+            const Range range = split_square(t, s, u + block, to.bias);
+            if (!verdict.holds(range, h_range) || !verdict.holds(range, head_range)) return false;
+            multiply_square(t, s, block, q > q0 || s > 0, block > 0, some_params(q + s), to);
+          }
+        for (Index s = 0; s < steps; ++s)
+          add_sums(q + s, t.sums_w + s * across * square, t.bias + s * two_tiles * tile_side, u > u0, to);
+      }
+      for (Index block = 0; to.features && block < blocks; ++block)
+        for (Index k = 0; k < across; ++k) {
+          const Index first = (u + block) * two_tiles, some = min(p.features - k * two_tiles, two_tiles);
+          pack<float, float>(min(Units(p.groups).count - first, two_tiles), some,
+                             View<const float>{t.sums_h + (block * across + k) * square, 1, two_tiles},
+                             to.features + first * p.features + k * two_tiles, p.features, some);
+        }
+    }
+    return true;
+  }
+
+  // The sums of one block of parameters go where they belong.
+  void add_sums(Index block, const float* sums, const float* bias, bool add, const ShareSums& to) const {
+    const Index first = order.first(block), some = some_params(block);
+    for (Index j = 0; to.weight && j < some; ++j)
+      for (Index k = 0; k < p.features; k += two_tiles) {
+        float* sum = to.weight + (first + j) * p.features + k;
+        const float* from = sums + k * two_tiles + j * two_tiles;
+        for (Index l = 0; l < min(p.features - k, two_tiles); ++l) sum[l] = add ? sum[l] + from[l] : from[l];
+      }
+    for (Index j = 0; to.bias && j < some; ++j) {
+      float sum = add ? to.bias[first + j] : 0;
+      for (Index l = 0; l < tile_side; ++l) sum += bias[j * tile_side + l];
+      to.bias[first + j] = sum;
+    }
+  }
+};
+
+// The gradients that are wanted, that of h (tasks, features) in float; false if some number was not for the unit.
+template <class T>
+static bool grad_on_matrix_unit(const HyperLinearGrad& p, const Staged<const float>& grad, const Staged<const float>& x,
+                                float* grad_h, bool add) {
+  const Index params = p.params(), count = Units(p.groups).count;
+  if (!suits_matrix_unit(Makes::gradients, p.dtype, p.groups, params, p.features)) return false;
+  const FactorsOf factors{turn_units(grad, p.groups, p.out, Slot::turned_a), turn_units(x, p.groups, p.in, Slot::turned_b)};
+  const Index unit_blocks = ceil_div(count, two_tiles), param_blocks = ceil_div(params, two_tiles);
+  const Shares shares(p.features, unit_blocks, param_blocks);
+  const Index size_h = grad_h ? count * p.features : 0, size_w = p.grad_weight ? params * p.features : 0, size_b = p.grad_bias ? params : 0;
+  const bool direct = std::is_same_v<T, float> && shares.parts_of_weight() == 1;
+  float* parts = scratch<float>(Slot::sums, max(shares.parts_of_features() * size_h + (direct ? 0 : shares.parts_of_weight() * (size_w + size_b)), 1));
+  float* parts_w = parts + shares.parts_of_features() * size_h, *parts_b = parts_w + shares.parts_of_weight() * size_w;
+  if (direct) parts_w = static_cast<float*>(p.grad_weight), parts_b = static_cast<float*>(p.grad_bias);
+  Verdict verdict;
+  const bool good = with_parts_of_gradient<T>(p.groups.ragged ? 1 : p.groups.rows, [&](auto of_g) {
+    const GradientShare<T, of_g> share(p, factors);
+    const Index work = shares.size * (unit_blocks + param_blocks - shares.side) * two_tiles * two_tiles * p.features / 4;
+    parallel(shares.count, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
+      const TileRegisters registers;
+      for (Index i = begin; i < end; ++i) {
+        const Index first = i * shares.size, last = min(first + shares.size, shares.side);
+        const Index h = shares.by_units ? 0 : i, w = shares.by_units ? i : 0;
+        const ShareSums to{grad_h ? parts + h * size_h : nullptr, p.grad_weight ? parts_w + w * size_w : nullptr,
+                           p.grad_bias ? parts_b + w * size_b : nullptr};
+        if (shares.by_units ? !share.run(0, param_blocks, first, last, to, verdict)
+                            : !share.run(first, last, 0, unit_blocks, to, verdict))
+          return;
+      }
+    });
+    return verdict.good;
   });
-  return verdict.good;
-}
-
-template <class T>
-static bool grad_h_on_matrix_unit(const HyperLinearGradH& p, const Staged<const float>& grad,
-                                  const Staged<const float>& x, float* parts) {
-  const Index params = p.out * (p.in + (p.vector.weight != nullptr));
-  if (!suits_matrix_unit(Makes::gradients, p.dtype, p.groups, params, p.features)) return false;
-  const FactorsOf factors = turn_factors(grad, p.out, x, p.in, p.groups);
-  return with_parts_of_gradient<T>(factors.x.rows, [&](auto of_g) { return grad_h_amx<T, of_g>(p, factors, parts); });
-}
-
-template <class T>
-static bool grad_weight_on_matrix_unit(const HyperLinearGradWeight& p, const Staged<const float>& grad,
-                                       const Staged<const float>& x, float* y) {
-  const Index params = p.out * (p.in + p.target_bias);
-  if (!suits_matrix_unit(Makes::gradients, p.dtype, p.groups, params, p.features)) return false;
-  const FactorsOf factors = turn_factors(grad, p.out, x, p.in, p.groups);
-  return with_parts_of_gradient<T>(factors.x.rows, [&](auto of_g) { return grad_weight_amx<T, of_g>(p, factors, y); });
+  if (!good) return false;
+  if (grad_h) sum_units<float>(p, false, shares.parts_of_features(), parts, grad_h, add);
+  if (!direct) {
+    add_up<T>(shares.parts_of_weight(), size_w, parts_w, static_cast<T*>(p.grad_weight));
+    add_up<T>(shares.parts_of_weight(), size_b, parts_b, static_cast<T*>(p.grad_bias));
+  }
+  return true;
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -62,7 +62,7 @@ static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C
 
 // Runs of the head's weight widened and put into panels of lanes along the features.
 template <class T>
-static void pack_run(const HyperLinearGradH& p, const Run& run, Index k0, Acc<T>* dst) {
+static void pack_run(const HyperLinearGrad& p, const Run& run, Index k0, Acc<T>* dst) {
   using C = Acc<T>;
   const HeadMatrix& m = run.vector ? p.vector : p.matrix;
   const Index nk = min(lanes<C>, p.features - k0);
@@ -75,7 +75,7 @@ static void pack_run(const HyperLinearGradH& p, const Run& run, Index k0, Acc<T>
 
 // y (+)= g times a run of the head's weight as it lies.
 template <class T>
-static void use_run(const HyperLinearGradH& p, const Run& run, Index tasks, View<const Acc<T>> g,
+static void use_run(const HyperLinearGrad& p, const Run& run, Index tasks, View<const Acc<T>> g,
                     bool add, View<Acc<T>> y) {
   using C = Acc<T>;
   const HeadMatrix& m = run.vector ? p.vector : p.matrix;
@@ -88,11 +88,11 @@ static void use_run(const HyperLinearGradH& p, const Run& run, Index tasks, View
 
 // y (pieces, features), y.col == 1.
 template <class T>
-static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<const Acc<T>>& grad,
+static void hyper_linear_grad_h_pieces(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
                                        const Staged<const Acc<T>>& x, View<Acc<T>> y) {
   using C = Acc<T>;
   const Index tasks = p.groups.pieces;
-  const Runs runs(p.out, p.in, p.vector.weight, block_elements<C> / task_block);
+  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / task_block);
   const Index panels = ceil_div(p.features, lanes<C>);
   const Index panel = runs.longest() * lanes<C>, slice = panels * panel;
   const Index together = max(min(head_elements<C> / max(slice, 1), runs.total), 1);
@@ -140,39 +140,17 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGradH& p, const Staged<c
 }
 
 template <class T>
-static void hyper_linear_grad_h_typed(const HyperLinearGradH& p) {
+static void grad_of_features(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad, const Staged<const Acc<T>>& x,
+                             const TurnedRows<Acc<T>>* turned, Acc<T>* grad_h, bool add) {
   using C = Acc<T>;
-  const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
-  const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
-  T* y = static_cast<T*>(p.y);
-  const bool any = p.out > 0 && (p.in > 0 || p.vector.weight);  // else there is nothing to add up
-  // Parts are one a unit of lanes, or one a piece; those of a task are next to each other.
-  const bool contract = p.plan == Plan::contract;
-  const Index count = contract ? Units(p.groups).count : p.groups.pieces;
-  const auto compute = [&](C* parts) {
-    if (!any) return;
-    if (!contract) return hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
-#ifdef __AMX_BF16__
-    if constexpr (std::is_same_v<C, float>)
-      if (grad_h_on_matrix_unit<T>(p, grad, x, parts)) return;
-#endif
-    const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
-    grad_h_contract<T>(p, turned_grad, turn<C>(x, p.groups, p.in, Slot::turned_b), parts);
-  };
-  if constexpr (std::is_same_v<C, T>)
-    if (!p.groups.ragged && count == p.groups.tasks && any) return compute(y);
-
-  C* parts = scratch<C>(Slot::sums, max((count + 1) * p.features, 1));
-  compute(parts);
-  C* sum = parts + count * p.features;
-  Units units(p.groups);
-  Index j = 0;
-  for (Index t = 0; t < p.groups.tasks; ++t) {  // a task without rows has no part
-    for (Index k = 0; k < p.features; ++k) sum[k] = 0;
-    for (; any && j < count && (contract ? units.task(j) : piece(p.groups, j).task) == t; ++j)
-      for (Index k = 0; k < p.features; ++k) sum[k] += parts[j * p.features + k];
-    for (Index k = 0; k < p.features; ++k) y[t * p.features + k] = narrow<T>(sum[k]);
-  }
+  const Index count = turned ? Units(p.groups).count : p.groups.pieces;
+  const bool direct = !add && !p.groups.ragged && count == p.groups.tasks;
+  C* parts = direct ? grad_h : scratch<C>(Slot::sums, max(count * p.features, 1));
+  if (turned)
+    grad_h_contract<T>(p, turned->grad, turned->x, parts);
+  else
+    hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
+  if (!direct) sum_units<C>(p, !turned, 1, parts, grad_h, add);
 }
 
 // ---- with respect to the head's weight ----
@@ -183,7 +161,7 @@ static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 
 
 // Runs as long as `most`, but short enough that every thread has some. Sums do not run along a run, so
 // the number of threads does not show in the result.
-static inline Runs shared_runs(const HyperLinearGradWeight& p, Index most) {
+static inline Runs shared_runs(const HyperLinearGrad& p, Index most) {
   const Index share = round_up(ceil_div(p.out, 4 * thread_count()), tile_rows);
   return {p.out, p.in, p.target_bias, min(most, max(share * p.in, share))};
 }
@@ -198,7 +176,7 @@ static View<const C> all_rows(const Staged<const C>& rows, const Groups& g) {
 // Where all tasks share their features (a head's bias is the weight of a feature 1), the sum over the
 // tasks of G_b (x) h is the sum of all rows' products, times h.
 template <class T>
-static void grad_of_shared_features(const HyperLinearGradWeight& p, View<const Acc<T>> grad,
+static void grad_of_shared_features(const HyperLinearGrad& p, View<const Acc<T>> grad,
                                     View<const Acc<T>> x) {
   using C = Acc<T>;
   const Runs runs = shared_runs(p, block_elements<C> / 16);
@@ -210,7 +188,7 @@ static void grad_of_shared_features(const HyperLinearGradWeight& p, View<const A
       const Run run = runs[q];
       form<C>(run, rows, grad, x, g);
       const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
-      T* y = static_cast<T*>(p.y) + at * p.features;
+      T* y = static_cast<T*>(p.grad_weight) + at * p.features;
       for (Index j = 0; j < run.size(); ++j)
         for (Index k = 0; k < p.features; ++k)
           y[j * p.features + k] = narrow<T>(g[j] * widen(h[k * p.h.col]));
@@ -219,32 +197,19 @@ static void grad_of_shared_features(const HyperLinearGradWeight& p, View<const A
 }
 
 template <class T>
-static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
+static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad, const Staged<const Acc<T>>& x,
+                           const TurnedRows<Acc<T>>* turned) {
   using C = Acc<T>;
-  const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
-  const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
   if (p.h.task == 0 && p.groups.tasks > 0) {
     const View<const C> all_grad = all_rows<C>(grad, p.groups), all_x = all_rows<C>(x, p.groups);
     if (all_grad.data && all_x.data) return grad_of_shared_features<T>(p, all_grad, all_x);
   }
-  if (p.plan == Plan::contract && p.features >= width<C>) {
-    const auto compute = [&](C* y) {
-#ifdef __AMX_BF16__
-      if constexpr (std::is_same_v<C, float>)
-        if (grad_weight_on_matrix_unit<T>(p, grad, x, y)) return;
-#endif
-      const Turned<C> turned_grad = turn<C>(grad, p.groups, p.out, Slot::turned_a);
-      grad_weight_contract<T>(p, turned_grad, turn<C>(x, p.groups, p.in, Slot::turned_b), y);
-    };
-    if constexpr (std::is_same_v<C, T>) {
-      return compute(static_cast<T*>(p.y));
-    } else {
-      const Index count = p.out * (p.in + p.target_bias) * p.features;
-      C* sums = scratch<C>(Slot::sums, max(count, 1));
-      compute(sums);
-      for (Index j = 0; j < count; ++j) static_cast<T*>(p.y)[j] = narrow<T>(sums[j]);
-      return;
-    }
+  if (turned && p.features >= width<C>) {
+    const Index size = p.params() * p.features;
+    if constexpr (std::is_same_v<C, T>) return grad_weight_contract<T>(p, turned->grad, turned->x, static_cast<C*>(p.grad_weight));
+    C* sums = scratch<C>(Slot::sums, size);
+    grad_weight_contract<T>(p, turned->grad, turned->x, sums);
+    return add_up<T>(1, size, sums, static_cast<T*>(p.grad_weight));
   }
   const Index tasks = p.groups.pieces;
   const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
@@ -273,7 +238,7 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
     for (Index q = first; q < last; ++q) {
       const Run run = runs[q];
       const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
-      T* y = static_cast<T*>(p.y) + at * p.features;
+      T* y = static_cast<T*>(p.grad_weight) + at * p.features;
       C* sum;
       if constexpr (std::is_same_v<C, T>)
         sum = y;
@@ -309,12 +274,48 @@ static void hyper_linear_grad_weight_typed(const HyperLinearGradWeight& p) {
   });
 }
 
-static void hyper_linear_grad_h(const HyperLinearGradH& p) {
-  with_type(p.dtype, [&](auto t) { hyper_linear_grad_h_typed<decltype(t)>(p); });
+// grad_h, in the accumulation type, is added to what is there, if `add`.
+template <class T>
+static void hyper_linear_grad_typed(const HyperLinearGrad& p, Acc<T>* grad_h, bool add) {
+  using C = Acc<T>;
+  const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
+  const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
+  if (p.params() == 0) {  // there is nothing to add up
+    for (Index j = 0; grad_h && !add && j < p.groups.tasks * p.features; ++j) grad_h[j] = 0;
+    return;
+  }
+  const bool contract = p.plan == Plan::contract;
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<C, float>)
+    if (contract && grad_on_matrix_unit<T>(p, grad, x, grad_h, add)) return;
+#endif
+  TurnedRows<C> turned;
+  if (contract)
+    turned = {turn<C>(grad, p.groups, p.out, Slot::turned_a), turn<C>(x, p.groups, p.in, Slot::turned_b)};
+  const TurnedRows<C>* lanes = contract ? &turned : nullptr;
+  if (grad_h) grad_of_features<T>(p, grad, x, lanes, grad_h, add);
+  if (p.grad_weight) grad_of_weight<T>(p, grad, x, lanes);
+  if (p.grad_bias) {  // the weight of a feature 1
+    T one = narrow<T>(1);
+    HyperLinearGrad bias = p;
+    bias.features = 1;
+    bias.h = {&one, 0, 0};
+    bias.grad_weight = p.grad_bias;
+    grad_of_weight<T>(bias, grad, x, lanes);
+  }
 }
 
-static void hyper_linear_grad_weight(const HyperLinearGradWeight& p) {
-  with_type(p.dtype, [&](auto t) { hyper_linear_grad_weight_typed<decltype(t)>(p); });
+static void hyper_linear_grad(const HyperLinearGrad& p) {
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    using C = Acc<T>;
+    const Index size = p.grad_h ? p.groups.tasks * p.features : 0;
+    C* grad_h = static_cast<C*>(p.grad_h);
+    if constexpr (!std::is_same_v<C, T>) grad_h = p.grad_h ? scratch<C>(Slot::gradients, max(size, 1)) : nullptr;
+    hyper_linear_grad_typed<T>(p, grad_h, false);
+    if constexpr (!std::is_same_v<C, T>)
+      for (Index j = 0; j < size; ++j) static_cast<T*>(p.grad_h)[j] = narrow<T>(grad_h[j]);
+  });
 }
 
 }  // namespace hyperfast::HF_ISA

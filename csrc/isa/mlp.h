@@ -119,7 +119,6 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
 
   // In the accumulation type, lest the sum over the layers be rounded after each.
   C* total = b.grad_h ? scratch<C>(Slot::gradients, max(sums, 1)) : nullptr;
-  T* part = b.grad_h ? scratch<T>(Slot::networks, max(sums, 1)) : nullptr;
   T* inputs = scratch<T>(Slot::hidden_c, max(rows * most, 1));
   Index first = params_of(p.net);
   for (Index l = p.net.count - 1; l >= 0; --l) {
@@ -140,23 +139,10 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     }
     if (l > 0) back_through(p.net.layers[l - 1], next, inputs);
     const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
-    if (b.grad_h) {
-      hyper_linear_grad_h_typed<T>(
-          {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, g, x, matrix, vector, part});
-      const bool start = l + 1 == p.net.count;
-      each_stretch(sums, [&](Index at, Index n) {
-        for (Index j = at; j < at + n; ++j) total[j] = start ? widen(part[j]) : total[j] + widen(part[j]);
-      });
-    }
-    if (b.grad_weight)
-      hyper_linear_grad_weight_typed<T>({p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features,
-                                         p.net.bias, g, x, p.h,
-                                         static_cast<T*>(b.grad_weight) + first * p.features});
-    if (b.grad_bias) {  // the weight of a feature 1
-      T one = narrow<T>(1);
-      hyper_linear_grad_weight_typed<T>({p.dtype, grad_plan, p.groups, layer.out, layer.in, 1, p.net.bias, g,
-                                         x, {&one, 0, 0}, static_cast<T*>(b.grad_bias) + first});
-    }
+    const auto of_layer = [&](void* all, Index each) { return all ? static_cast<T*>(all) + first * each : nullptr; };
+    hyper_linear_grad_typed<T>({p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, p.net.bias, g, x, p.h,
+                                matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1)},
+                               total, l + 1 < p.net.count);
     grad = next;
   }
   if (b.grad_h)
