@@ -44,12 +44,13 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
 }
 
 bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features) {
-  // Measured on both units, over 7 layers, 32 to 128 features, 128 to 2,048 units and 1 to 8 rows: what is split
-  // into parts must be used often, and with many rows the vector units are busy anyway. 16-bit heads, which
-  // they have to widen, gain more.
+  // Measured on both units, over 7 layers, 32 to 128 features, 64 to 2,048 units and 1 to 16 rows: what is split
+  // into parts must be used often; weights of many rows keep the vector units busy anyway, while their gradients take
+  // these longer without lanes of tasks. 16-bit heads, which they have to widen, gain more.
   const Index units = groups.ragged ? groups.rows : groups.tasks, rows = groups.ragged ? 1 : groups.rows;
   if (dtype == Dtype::f64 || features < 32 || groups.rows == 0) return false;
-  if (makes == Makes::gradients) return units >= 384 && (rows <= 2 || features > 96 || params < 2048);
+  if (makes == Makes::gradients)
+    return units >= 384 || (units >= 64 && (rows > 2 ? params >= 256 : params >= 4096 && features >= 64));
   if (rows <= 2 || dtype != Dtype::f32) return units * params >= (1 << 17);
   return units * params >= (1 << 21) && features > 96;
 }
@@ -75,7 +76,7 @@ Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, 
   // leaves the vector units time for rows, and takes numbers of 16 bits as they are.
   const bool unit = matrix_unit && suits_matrix_unit(makes, dtype, groups, params, features);
   const bool wide = unit || dtype == Dtype::f32 || dtype == Dtype::f64;
-  const Index most = unit || makes == Makes::weights ? 8 : 2;
+  const Index most = makes == Makes::gradients ? (!unit ? 2 : features > 96 ? 16 : 8) : 8;
   const bool few = groups.ragged ? 4 * rows <= 5 * tasks : groups.rows <= most;
   return wide && few ? Plan::contract : Plan::tile;
 }
