@@ -20,6 +20,9 @@ static bool with_parts_of_gradient(Index rows, const F& body) {
 // Of squares of 32 x 32 floats one lies behind another.
 constexpr Index square = two_tiles * two_tiles;
 
+// So many of them, of successive parameters, are multiplied by the head at a time: sums are loaded and stored half as often.
+constexpr Index deep = 2;
+
 // Where G is a sum over rows, so many squares of it are formed at a time.
 constexpr Index formed_squares = 4;
 
@@ -160,7 +163,7 @@ struct GradientShare {
   // Blocks at a time: of units, whose split features take a MiB; of parameters, whose part of the head, and sums, take
   // half of one.
   Index most_units = max((1 << 20) / (feature_tiles * of * tile_line * two_tiles), 1);
-  Index most_params = max((512 << 10) / (feature_tiles * of * tile_line * tile_side + across * square * 4), 1);
+  Index most_params = max((512 << 10) / (feature_tiles * of * tile_line * tile_side + across * square * 4) / deep, 1) * deep;
   ParameterBlocks order{two_tiles, p.out, p.in, p.params()};
 
   GradientShare(const HyperLinearGrad& p, const FactorsOf& factors) : p(p), factors(factors) {}
@@ -168,11 +171,14 @@ struct GradientShare {
   // So many parameters are there of a block.
   Index some_params(Index block) const { return min(two_tiles, p.params() - order.first(block)); }
 
-  // Where the tiles of a block of parameters, or units, are; those of its features lie one behind another.
+  // Where the tiles of a block of parameters, or units, are: those of its features lie one behind another, with
+  // those of so many blocks next to each other.
   struct Tiles {
     bf16* data;
-    Index row;
-    bf16* at(Index block, Index k) const { return data + (block * row + k) * of * tile_elements; }
+    Index row, together;
+    bf16* at(Index block, Index k) const {
+      return data + ((block / together * row + k) * together + block % together) * of * tile_elements;
+    }
   };
 
   // What there is in the cache of some blocks of parameters and of units.
@@ -185,8 +191,8 @@ struct GradientShare {
     Factors* factors;        // of each parameter
   };
 
-  Tiles tiles(Slot slot, Index blocks) const {
-    return {scratch<bf16>(slot, blocks * feature_tiles * of * tile_elements), feature_tiles};
+  Tiles tiles(Slot slot, Index blocks, Index together) const {
+    return {scratch<bf16>(slot, round_up(blocks, together) * feature_tiles * of * tile_elements), feature_tiles, together};
   }
 
   Range pack_features(Index first, Index blocks, Tiles to) const {
@@ -225,7 +231,7 @@ struct GradientShare {
     const Factors* of_params = t.factors + s * two_tiles;
     const float* formed = t.formed + s % formed_squares * square;
     float* sums = t.bias + s * two_tiles * tile_side;
-    bf16 *a = t.a, *b = t.b;
+    bf16 *a = t.a + s % deep * 2 * tile, *b = t.b + s % deep * tile;
     Magnitudes found;
     for (Index j = 0; j < tile_side; ++j, a += tile_depth, b += tile_depth) {
       Vec<float> g[2][2];  // of parameters j and j + 16
@@ -255,47 +261,49 @@ struct GradientShare {
           const __m512i units = in_turns(bits[i][0], bits[i][1]);
           if (part == 0) found.include(units, any);
           _mm512_store_si512(a + i * tile + part * tile_elements, units);
-          _mm512_store_si512(b + i * tile + part * tile_elements, in_turns(bits[0][i], bits[1][i]));
+          _mm512_store_si512(b + i * deep * tile + part * tile_elements, in_turns(bits[0][i], bits[1][i]));
         }
       }
     }
     return found.range();
   }
 
-  // Adds the products of the square of parameters s and units `block` to both sums, of which those that are not
-  // begun start from zero.
-  void multiply_square(const Stretch& t, Index s, Index block, bool begun_h, bool begun_w, Index params, const ShareSums& to) const {
-    float *sum_h = t.sums_h + block * across * square, *sum_w = t.sums_w + s * across * square;
-    const auto start = [](bool begun, const float* sum) {
-      return Start{begun ? sum : nullptr, two_tiles, tile_side * two_tiles, tile_side};
-    };
-    for (Index k = 0; to.features && k < feature_tiles; k += 2) {
-      float* sum = sum_h + k / 2 * square;
-      multiply_blocks<of, of_g>(1, t.head.at(s, k), min(feature_tiles - k, 2), 1, t.b, 2, 1, start(begun_h, sum), sum,
-                                two_tiles);
+  static Start start(bool begun, const float* sum) {
+    return {begun ? sum : nullptr, two_tiles, tile_side * two_tiles, tile_side};
+  }
+
+  // Adds the products of n squares, parameters from s on and units `block`, to the sums of the features' gradient.
+  void multiply_by_head(const Stretch& t, Index s, Index n, Index block, bool begun) const {
+    for (Index k = 0; k < feature_tiles; k += 2) {
+      float* sum = t.sums_h + (block * across + k / 2) * square;
+      multiply_blocks<of, of_g>(n, t.head.at(s, k), min(feature_tiles - k, 2), deep, t.b, 2, deep, start(begun, sum), sum, two_tiles);
     }
-    for (Index k = 0; to.weight && k < feature_tiles; k += 2) {
-      float* sum = sum_w + k / 2 * square;
-      multiply_blocks<of_g, of>(1, t.a, ceil_div(params, tile_side), 1, t.h.at(block, k), min(feature_tiles - k, 2), 1,
-                                start(begun_w, sum), sum, two_tiles);
+  }
+
+  // The same of one of them to the sums of the weight's gradient.
+  void multiply_by_features(const Stretch& t, Index s, Index block, Index params, bool begun) const {
+    for (Index k = 0; k < feature_tiles; k += 2) {
+      float* sum = t.sums_w + (s * across + k / 2) * square;
+      multiply_blocks<of_g, of>(1, t.a + s % deep * 2 * of_g * tile_elements, ceil_div(params, tile_side), 1, t.h.at(block, k), min(feature_tiles - k, 2), 1,
+                                start(begun, sum), sum, two_tiles);
     }
   }
 
   // Blocks [q0, q1) of parameters, [u0, u1) of units. False if some number was not for the matrix unit.
   bool run(Index q0, Index q1, Index u0, Index u1, const ShareSums& to, Verdict& verdict) const {
-    constexpr Index tile = of_g * tile_elements;
+    constexpr Index parts = deep * 2 * of_g * tile_elements;
     Stretch t;
-    t.a = scratch<bf16>(Slot::block, 4 * tile + 2 * square * formed_squares);
-    t.b = t.a + 2 * tile;
-    t.formed = reinterpret_cast<float*>(t.b + 2 * tile);
+    t.a = scratch<bf16>(Slot::block, 2 * parts + 2 * square * formed_squares);
+    t.b = t.a + parts;
+    t.formed = reinterpret_cast<float*>(t.b + parts);
     for (Index u = u0; u < u1; u += most_units) {
       const Index blocks = min(most_units, u1 - u);
-      t.h = tiles(Slot::local_b, blocks);
+      t.h = tiles(Slot::local_b, blocks, 1);
       const Range h_range = to.weight ? pack_features(u, blocks, t.h) : Range{};
       t.sums_h = scratch<float>(Slot::local_d, blocks * across * square);
       for (Index q = q0; q < q1; q += most_params) {
         const Index steps = min(most_params, q1 - q);
-        t.head = tiles(Slot::local_a, steps);
+        t.head = tiles(Slot::local_a, steps, deep);
         const Range head_range = to.features ? pack_head(q, steps, t.head) : Range{};
         t.sums_w = scratch<float>(Slot::local_c, steps * (across * square + two_tiles * tile_side) + steps * two_tiles * 4);
         t.bias = t.sums_w + steps * across * square;
@@ -308,7 +316,9 @@ struct GradientShare {
               factors.form(t.factors + s * two_tiles, min(formed_squares, steps - s), u + block, t.formed);
             const Range range = split_square(t, s, u + block, to.bias);
             if (!verdict.holds(range, h_range) || !verdict.holds(range, head_range)) return false;
-            multiply_square(t, s, block, q > q0 || s > 0, block > 0, some_params(q + s), to);
+            if (to.features && (s % deep == deep - 1 || s + 1 == steps))
+              multiply_by_head(t, s - s % deep, s % deep + 1, block, q > q0 || s >= deep);
+            if (to.weight) multiply_by_features(t, s, block, some_params(q + s), block > 0);
           }
         for (Index s = 0; s < steps; ++s)
           add_sums(q + s, t.sums_w + s * across * square, t.bias + s * two_tiles * tile_side, u > u0, to);
