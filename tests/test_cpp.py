@@ -207,6 +207,16 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
     assert_within(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
 
 
+@pytest.mark.parametrize("plan", ["contract", "tile", "materialize"])
+def test_a_long_sum_is_no_less_exact_than_a_matrix_product(plan):
+    """The gradient of h is a sum over 16,512 parameters: one after another they came to 2e-6."""
+    x, g = rand(64, 1, 128, dtype=torch.float32), rand(64, 1, 128, dtype=torch.float32, seed=1)
+    v = rand(128 * 129, 40, dtype=torch.float32, seed=2)
+    exact = torch.cat([outer(g.double(), x.double()).flatten(1), g[:, 0].double()], 1) @ v.double()
+    error = op.hyper_linear_grad_h(g, x, v, None, 64, True, plan).double() - exact
+    assert error.norm() < 8 * 2.0**-24 * exact.norm()
+
+
 MANY = (400, 2, 20, 17, 40)  # B, N, in, out, features: enough for a matrix unit
 
 

@@ -10,6 +10,9 @@ namespace hyperfast::HF_ISA {
 // these lines, a row apart, fall into few sets of the first-level cache, which they share with the panel.
 static inline Index panel_depth(Index features) { return max(min(6144 / max(features, 1), 96) / 16, 2) * 16; }
 
+// So many products at most are added up in a row where the sum is over the parameters: sums of sums lose fewer digits.
+constexpr Index few_products = 256;
+
 // Rows turned around: entry (column) of row r of a unit is data[(r * columns + column) * count + unit],
 // where `count` is the number of units, padded with zeros to whole vectors.
 template <class C>
@@ -127,13 +130,13 @@ static void grad_h_contract(const HyperLinearGrad& p, const Turned<Acc<T>>& grad
   const T* weight = static_cast<const T*>(p.matrix.weight);
   const Index step = p.matrix.in;
   parallel(ceil_div(count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-    const Index most = panel_depth(p.features);
-    C* sums = scratch<C>(Slot::block, (p.features + most) * lanes<C>);
-    C* g = sums + p.features * lanes<C>;
+    const Index most = panel_depth(p.features), size_h = p.features * lanes<C>;
+    C* sums = scratch<C>(Slot::block, 2 * size_h + most * lanes<C>);
+    C *part = sums + size_h, *g = part + size_h;
     for (Index b = begin; b < end; ++b) {
       const Index first = b * size, n = min(size, count - first);
       const int vecs = int(ceil_div(n, width<C>));
-      for (Index q = 0; q < params; q += most) {
+      for (Index q = 0, summed = 0; q < params; q += most) {
         const Index depth = min(most, params - q);
         form_panel<C>(grad, x, q, depth, first, vecs, g, lanes<C>);
         View<const C> a;
@@ -146,8 +149,12 @@ static void grad_h_contract(const HyperLinearGrad& p, const Turned<Acc<T>>& grad
           a = {wide, 1, p.features};
         }
         sweep<C, false>(p.features, vecs, depth, a, g, lanes<C>, 0,
-                        q ? View<const C>{sums, lanes<C>, 1} : View<const C>{}, {sums, lanes<C>, 1},
+                        summed ? View<const C>{part, lanes<C>, 1} : View<const C>{}, {part, lanes<C>, 1},
                         vecs * width<C>, a.at(0, depth).data);
+        summed += depth;
+        if (summed + most <= few_products && q + depth < params) continue;
+        add_part<C>(p.features, vecs * width<C>, part, lanes<C>, q + depth > summed, {sums, lanes<C>, 1});
+        summed = 0;
       }
       pack<C, C>(n, p.features, View<const C>{sums, 1, lanes<C>}, parts + first * p.features, p.features,
                  p.features);

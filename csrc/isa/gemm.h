@@ -160,6 +160,25 @@ static void sweep_deep(Index m, int vecs, Index depth, View<const C> a, const C*
   } while (k < depth);
 }
 
+// y (m, n) = part, or y + part.
+template <class C>
+static void add_part(Index m, Index n, const C* part, Index row, bool add, View<C> y) {
+  for (Index i = 0; i < m; ++i, part += row) {
+    C* to = y.at(i, 0).data;
+    for (Index l = 0; l < n; ++l) to[l] = add ? to[l] + part[l] : part[l];
+  }
+}
+
+// sweep_deep, where c is a sum of very many products: of sums of a block's, which loses fewer digits; added to c, or not.
+template <class C>
+static void sweep_sums(Index m, int vecs, Index depth, View<const C> a, const C* panel, bool add, View<C> c, int n) {
+  C* part = scratch<C>(Slot::local_c, m * lanes<C>);
+  for (Index k = 0; k < depth; k += depth_block) {
+    sweep<C, false>(m, vecs, min(depth_block, depth - k), a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, {}, {part, lanes<C>, 1}, n);
+    add_part<C>(m, n, part, lanes<C>, add || k, c);
+  }
+}
+
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
 template <class C, class T>
 static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row, Index all) {

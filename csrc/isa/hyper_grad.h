@@ -82,8 +82,12 @@ static void use_run(const HyperLinearGrad& p, const Run& run, Index tasks, View<
   const T* rows = static_cast<const T*>(m.weight) + run.o0 * m.out + run.i0 * m.in;
   // The vector's outputs, and whole rows of the matrix, are one stretch of equal steps.
   const Index step = run.vector ? m.out : m.in;
-  multiply<C, T>(tasks, p.features, run.size(), g, {rows, step, m.feature},
-                 add ? View<const C>{y.data, y.row, 1} : View<const C>{}, y);
+  C* part = scratch<C>(Slot::local_d, max(tasks * p.features, 1));
+  for (Index k = 0; k < run.size(); k += few_products) {
+    multiply<C, T>(tasks, p.features, min(few_products, run.size() - k), g.at(0, k), {rows + k * step, step, m.feature}, {},
+                   {part, p.features, 1});
+    add_part<C>(tasks, p.features, part, p.features, add || k, y);
+  }
 }
 
 // y (pieces, features), y.col == 1.
@@ -129,9 +133,8 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGrad& p, const Staged<co
                      const Index k0 = j * lanes<C>;
                      const int nk = int(min(lanes<C>, p.features - k0));
                      const View<C> out = y.at(u0, k0);
-                     sweep_deep<C>(nu, int(ceil_div(nk, width<C>)), run.size(), {g, row, 1},
-                                   packed + (q - q0) * slice + j * panel,
-                                   q ? View<const C>{out.data, out.row, 1} : View<const C>{}, out, nk);
+                     sweep_sums<C>(nu, int(ceil_div(nk, width<C>)), run.size(), {g, row, 1},
+                                   packed + (q - q0) * slice + j * panel, q > 0, out, nk);
                    }
                  }
                }
