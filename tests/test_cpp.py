@@ -136,6 +136,9 @@ HYPER_SIZES = [  # B, N, in, out, features
     (1500, 1, 20, 17, 200),  # several stretches of parameters
     (500, 1, 33, 20, 200),  # and of tasks
     (400, 3, 64, 7, 33),
+    (70, 3, 32, 9, 33),
+    (100, 1, 65, 64, 64),
+    (100, 16, 64, 33, 97),
     (400, 0, 12, 13, 40),
     (400, 2, 0, 999, 40),
     (0, 3, 4, 5, 6),
@@ -292,7 +295,9 @@ def test_a_nan_of_any_bits():
                 assert torch.equal(result.isnan(), exact.isnan())
 
 
-@pytest.mark.parametrize("size", [MANY, (1024, 1, 12, 12, 32), (96, 1, 20, 97, 40)], ids=str)
+@pytest.mark.parametrize(
+    "size", [MANY, (1024, 1, 12, 12, 32), (96, 1, 20, 97, 40), (96, 8, 32, 9, 40)], ids=str
+)
 @pytest.mark.parametrize("exponent", [0, -100])
 def test_results_do_not_depend_on_threads(size, exponent):
     args = many(size=size)

@@ -132,17 +132,17 @@ static inline UnitLanes turn_units(const Staged<const float>& rows, const Groups
 
 // What threads share: a cut of the longer side, whatever their number is, so that the result does not depend on it.
 // Sides are blocks of 32 units, and of 32 parameters. Of the gradient whose sum runs along this side a share has but a
-// part, kept to 8 MiB for all of them.
+// part: all of them take 8 MiB, or 8 times the gradient's size.
 struct Shares {
   bool by_units;
   Index side, size, count;
 
   Shares(Index features, Index unit_blocks, Index param_blocks)
       : by_units(unit_blocks > param_blocks), side(max(unit_blocks, param_blocks)) {
-    const Index fit = (8 << 20) / (min(unit_blocks, param_blocks) * two_tiles * features * Index(sizeof(float)));
+    const Index part = min(unit_blocks, param_blocks) * two_tiles * features * Index(sizeof(float));
     // What both gradients need of the other side is prepared anew for each share: few where there is little to do.
-    const Index wanted = max(min(side / 16, 16), min(side / 4, 8));
-    size = ceil_div(side, max(min(wanted, fit), 1));
+    const Index wanted = max(min(side / 16, max(min((8 << 20) / part, 16), 8)), min(side / 4, 8));
+    size = ceil_div(side, max(wanted, 1));
     count = ceil_div(side, size);
   }
   Index parts_of_features() const { return by_units ? 1 : count; }
@@ -160,8 +160,8 @@ struct GradientShare {
   const HyperLinearGrad& p;
   const FactorsOf& factors;
   Index feature_tiles = ceil_div(p.features, tile_side), across = ceil_div(p.features, two_tiles);
-  // Blocks at a time: of units, whose split features take a MiB; of parameters, whose part of the head, and sums, take
-  // half of one.
+  // Blocks at a time: of units, whose split features, and of parameters, whose part of the head and sums, take half a
+  // MiB.
   Index most_units = max((1 << 20) / (feature_tiles * of * tile_line * two_tiles), 1);
   Index most_params = max((512 << 10) / (feature_tiles * of * tile_line * tile_side + across * square * 4) / deep, 1) * deep;
   ParameterBlocks order{two_tiles, p.out, p.in, p.params()};

@@ -177,11 +177,14 @@ static View<const C> all_rows(const Staged<const C>& rows, const Groups& g) {
 }
 
 // Where all tasks share their features (a head's bias is the weight of a feature 1), the sum over the
-// tasks of G_b (x) h is the sum of all rows' products, times h.
+// tasks of G_b (x) h is the sum of all rows' products, times h. False where they do not.
 template <class T>
-static void grad_of_shared_features(const HyperLinearGrad& p, View<const Acc<T>> grad,
-                                    View<const Acc<T>> x) {
+static bool grad_of_shared_features(const HyperLinearGrad& p, const Staged<const Acc<T>>& staged_grad,
+                                    const Staged<const Acc<T>>& staged_x) {
   using C = Acc<T>;
+  if (p.h.task != 0 || p.groups.tasks == 0) return false;
+  const View<const C> grad = all_rows<C>(staged_grad, p.groups), x = all_rows<C>(staged_x, p.groups);
+  if (!grad.data || !x.data) return false;
   const Runs runs = shared_runs(p, block_elements<C> / 16);
   const Index rows = total_rows(p.groups), work = runs.longest() * (rows + p.features);
   const T* h = static_cast<const T*>(p.h.data);
@@ -197,16 +200,14 @@ static void grad_of_shared_features(const HyperLinearGrad& p, View<const Acc<T>>
           y[j * p.features + k] = narrow<T>(g[j] * widen(h[k * p.h.col]));
     }
   });
+  return true;
 }
 
 template <class T>
 static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad, const Staged<const Acc<T>>& x,
                            const TurnedRows<Acc<T>>* turned) {
   using C = Acc<T>;
-  if (p.h.task == 0 && p.groups.tasks > 0) {
-    const View<const C> all_grad = all_rows<C>(grad, p.groups), all_x = all_rows<C>(x, p.groups);
-    if (all_grad.data && all_x.data) return grad_of_shared_features<T>(p, all_grad, all_x);
-  }
+  if (grad_of_shared_features<T>(p, grad, x)) return;
   if (turned && p.features >= width<C>) {
     const Index size = p.params() * p.features;
     if constexpr (std::is_same_v<C, T>) return grad_weight_contract<T>(p, turned->grad, turned->x, static_cast<C*>(p.grad_weight));
@@ -279,7 +280,7 @@ static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>&
 
 // grad_h, in the accumulation type, is added to what is there, if `add`.
 template <class T>
-static void hyper_linear_grad_typed(const HyperLinearGrad& p, Acc<T>* grad_h, bool add) {
+static void hyper_linear_grad_typed(HyperLinearGrad p, Acc<T>* grad_h, bool add) {
   using C = Acc<T>;
   const auto grad = stage<T>(p.grad, p.groups, p.out, Slot::rows_a);
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_b);
@@ -287,7 +288,8 @@ static void hyper_linear_grad_typed(const HyperLinearGrad& p, Acc<T>* grad_h, bo
     for (Index j = 0; grad_h && !add && j < p.groups.tasks * p.features; ++j) grad_h[j] = 0;
     return;
   }
-  const bool contract = p.plan == Plan::contract;
+  if (p.grad_weight && grad_of_shared_features<T>(p, grad, x)) p.grad_weight = nullptr;
+  const bool contract = p.plan == Plan::contract && (grad_h || p.grad_weight);
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<C, float>)
     if (contract && grad_on_matrix_unit<T>(p, grad, x, grad_h, add)) return;

@@ -66,9 +66,12 @@ static HeadMatrix vector_of(const NetHead& head, const Layer& l, Index first, bo
   return m;
 }
 
+// Threads share n elements in whole vectors of any type: what is computed one by one does not depend on them.
 template <class F>
 static void each_stretch(Index n, const F& body) {
-  parallel(n, parallel_work / 8, [&](Index begin, Index end) { body(begin, end - begin); });
+  constexpr Index some = 64;
+  parallel(ceil_div(n, some), parallel_work / 8 / some,
+           [&](Index begin, Index end) { body(begin * some, min(end * some, n) - begin * some); });
 }
 
 template <class T>
