@@ -79,6 +79,20 @@ static void add_up(Index n, Index size, const Acc<T>* parts, T* to) {
   });
 }
 
+// Where a gradient (size) adds up before it is rounded to T: where it goes, if there is nothing to round.
+template <class T>
+static Acc<T>* accumulator(void* gradient, Index size) {
+  if constexpr (std::is_same_v<T, Acc<T>>)
+    return static_cast<T*>(gradient);
+  else
+    return gradient ? scratch<Acc<T>>(Slot::gradients, max(size, 1)) : nullptr;
+}
+template <class T>
+static void round_off(const Acc<T>* sums, Index size, void* gradient) {
+  if constexpr (!std::is_same_v<T, Acc<T>>)
+    if (gradient) add_up<T>(1, size, sums, static_cast<T*>(gradient));
+}
+
 template <class C>
 struct TurnedRows {
   Turned<C> grad, x;

@@ -171,31 +171,25 @@ struct GradientShare {
   // So many parameters are there of a block.
   Index some_params(Index block) const { return min(two_tiles, p.params() - order.first(block)); }
 
-  // Where the tiles of a block of parameters, or units, are: those of its features lie one behind another, with
-  // those of so many blocks next to each other.
-  struct Tiles {
-    bf16* data;
-    Index row, together;
-    bf16* at(Index block, Index k) const {
-      return data + ((block / together * row + k) * together + block % together) * of * tile_elements;
-    }
-  };
-
   // What there is in the cache of some blocks of parameters and of units.
   struct Stretch {
-    bf16 *a, *b;    // the parts of a square
-    float* formed;  // squares of G
-    Tiles h, head;
+    Packed<of_g> a{nullptr, tile_depth}, b{nullptr, deep * tile_depth};  // the parts of a square, and of `deep` of them
+    float* formed;                                                       // squares of G
+    Packed<of> h{nullptr, tile_depth}, head{nullptr, deep * tile_depth};
     float *sums_h, *sums_w;  // squares, those of the same block one behind another
     float* bias;             // a vector for each parameter
     Factors* factors;        // of each parameter
   };
 
-  Tiles tiles(Slot slot, Index blocks, Index together) const {
-    return {scratch<bf16>(slot, round_up(blocks, together) * feature_tiles * of * tile_elements), feature_tiles, together};
+  // All features of some blocks of units or parameters; as many blocks as there are steps lie next to each other.
+  bf16* reserve(Slot slot, const Packed<of>& packed, Index blocks) const {
+    return scratch<bf16>(slot, round_up(blocks, packed.steps) * feature_tiles * of * tile_elements);
+  }
+  bf16* tile_of(const Packed<of>& packed, Index block, Index k) const {
+    return packed.tile(block / packed.steps * feature_tiles + k, block % packed.steps);
   }
 
-  Range pack_features(Index first, Index blocks, Tiles to) const {
+  Range pack_features(Index first, Index blocks, const Packed<of>& to) const {
     Units units(p.groups);
     Magnitudes found;
     for (Index s = 0; s < blocks; ++s) {
@@ -203,12 +197,12 @@ struct GradientShare {
       const T* rows[two_tiles];
       for (Index l = 0; l < some; ++l) rows[l] = static_cast<const T*>(p.h.data) + units.task(unit + l) * p.h.task;
       for (Index k = 0; k < feature_tiles; ++k)
-        pack_b_rows<of, T>(rows, some, p.features - k * tile_side, k * tile_side, p.h.col, to.at(s, k), found);
+        pack_b_rows<of, T>(rows, some, p.features - k * tile_side, k * tile_side, p.h.col, tile_of(to, s, k), found);
     }
     return found.range();
   }
 
-  Range pack_head(Index first, Index blocks, Tiles to) const {
+  Range pack_head(Index first, Index blocks, const Packed<of>& to) const {
     Magnitudes found;
     for (Index s = 0; s < blocks; ++s) {
       const Index some = some_params(first + s);
@@ -217,7 +211,7 @@ struct GradientShare {
         columns[l] = static_cast<const T*>(p.matrix.weight) + (order.first(first + s) + l) * p.matrix.in;
       for (Index k = 0; k < feature_tiles; ++k)
         pack_columns<of, two_tiles, T>(columns, some, p.features - k * tile_side, k * tile_side, p.matrix.feature,
-                                       to.at(s, k), found);
+                                       tile_of(to, s, k), found);
     }
     return found.range();
   }
@@ -225,15 +219,15 @@ struct GradientShare {
   // Square s of G, for the units of a block, as tiles of A (parameters, units) and of B (parameters, units). If `bias`
   // is wanted, the sums over the units are added to it.
   Range split_square(const Stretch& t, Index s, Index block, bool bias) const {
-    constexpr Index tile = of_g * tile_elements;
     const bool single = factors.grad.rows == 1;  // then G is but a product
     const Index grad_at = block * factors.grad_block(), x_at = block * factors.x_block();
     const Factors* of_params = t.factors + s * two_tiles;
     const float* formed = t.formed + s % formed_squares * square;
     float* sums = t.bias + s * two_tiles * tile_side;
-    bf16 *a = t.a + s % deep * 2 * tile, *b = t.b + s % deep * tile;
+    bf16* const a[2] = {t.a.tile(s % deep * 2, 0), t.a.tile(s % deep * 2 + 1, 0)};
+    bf16* const b[2] = {t.b.tile(0, s % deep), t.b.tile(1, s % deep)};
     Magnitudes found;
-    for (Index j = 0; j < tile_side; ++j, a += tile_depth, b += tile_depth) {
+    for (Index j = 0; j < tile_side; ++j) {
       Vec<float> g[2][2];  // of parameters j and j + 16
 #pragma GCC unroll 2
       for (Index i = 0; i < 2; ++i) {
@@ -256,12 +250,13 @@ struct GradientShare {
         for (Index i = 0; i < 2; ++i)
 #pragma GCC unroll 2
           for (Index v = 0; v < 2; ++v) bits[i][v] = take_part(g[i][v], part + 1 == of_g);
+        const Index at = part * tile_elements + j * tile_depth;
 #pragma GCC unroll 2
         for (Index i = 0; i < 2; ++i) {
           const __m512i units = in_turns(bits[i][0], bits[i][1]);
           if (part == 0) found.include(units, any);
-          _mm512_store_si512(a + i * tile + part * tile_elements, units);
-          _mm512_store_si512(b + i * deep * tile + part * tile_elements, in_turns(bits[0][i], bits[1][i]));
+          _mm512_store_si512(a[i] + at, units);
+          _mm512_store_si512(b[i] + at, in_turns(bits[0][i], bits[1][i]));
         }
       }
     }
@@ -276,7 +271,8 @@ struct GradientShare {
   void multiply_by_head(const Stretch& t, Index s, Index n, Index block, bool begun) const {
     for (Index k = 0; k < feature_tiles; k += 2) {
       float* sum = t.sums_h + (block * across + k / 2) * square;
-      multiply_blocks<of, of_g>(n, t.head.at(s, k), min(feature_tiles - k, 2), deep, t.b, 2, deep, start(begun, sum), sum, two_tiles);
+      multiply_blocks<of, of_g>(n, tile_of(t.head, s, k), min(feature_tiles - k, 2), deep, t.b.data, 2, deep,
+                                start(begun, sum), sum, two_tiles);
     }
   }
 
@@ -284,26 +280,26 @@ struct GradientShare {
   void multiply_by_features(const Stretch& t, Index s, Index block, Index params, bool begun) const {
     for (Index k = 0; k < feature_tiles; k += 2) {
       float* sum = t.sums_w + (s * across + k / 2) * square;
-      multiply_blocks<of_g, of>(1, t.a + s % deep * 2 * of_g * tile_elements, ceil_div(params, tile_side), 1, t.h.at(block, k), min(feature_tiles - k, 2), 1,
-                                start(begun, sum), sum, two_tiles);
+      multiply_blocks<of_g, of>(1, t.a.tile(s % deep * 2, 0), ceil_div(params, tile_side), 1, tile_of(t.h, block, k),
+                                min(feature_tiles - k, 2), 1, start(begun, sum), sum, two_tiles);
     }
   }
 
   // Blocks [q0, q1) of parameters, [u0, u1) of units. False if some number was not for the matrix unit.
   bool run(Index q0, Index q1, Index u0, Index u1, const ShareSums& to, Verdict& verdict) const {
-    constexpr Index parts = deep * 2 * of_g * tile_elements;
+    const Index parts = Packed<of_g>::elements(two_tiles, deep * tile_depth);
     Stretch t;
-    t.a = scratch<bf16>(Slot::block, 2 * parts + 2 * square * formed_squares);
-    t.b = t.a + parts;
-    t.formed = reinterpret_cast<float*>(t.b + parts);
+    t.a.data = scratch<bf16>(Slot::block, 2 * parts + 2 * square * formed_squares);
+    t.b.data = t.a.data + parts;
+    t.formed = reinterpret_cast<float*>(t.b.data + parts);
     for (Index u = u0; u < u1; u += most_units) {
       const Index blocks = min(most_units, u1 - u);
-      t.h = tiles(Slot::local_b, blocks, 1);
+      t.h.data = reserve(Slot::local_b, t.h, blocks);
       const Range h_range = to.weight ? pack_features(u, blocks, t.h) : Range{};
       t.sums_h = scratch<float>(Slot::local_d, blocks * across * square);
       for (Index q = q0; q < q1; q += most_params) {
         const Index steps = min(most_params, q1 - q);
-        t.head = tiles(Slot::local_a, steps, deep);
+        t.head.data = reserve(Slot::local_a, t.head, steps);
         const Range head_range = to.features ? pack_head(q, steps, t.head) : Range{};
         t.sums_w = scratch<float>(Slot::local_c, steps * (across * square + two_tiles * tile_side) + steps * two_tiles * 4);
         t.bias = t.sums_w + steps * across * square;
@@ -360,11 +356,15 @@ static bool grad_on_matrix_unit(const HyperLinearGrad& p, const Staged<const flo
   const FactorsOf factors{turn_units(grad, p.groups, p.out, Slot::turned_a), turn_units(x, p.groups, p.in, Slot::turned_b)};
   const Index unit_blocks = ceil_div(count, two_tiles), param_blocks = ceil_div(params, two_tiles);
   const Shares shares(p.features, unit_blocks, param_blocks);
+  const Index of_h = shares.parts_of_features(), of_w = shares.parts_of_weight();
   const Index size_h = grad_h ? count * p.features : 0, size_w = p.grad_weight ? params * p.features : 0, size_b = p.grad_bias ? params : 0;
-  const bool direct = std::is_same_v<T, float> && shares.parts_of_weight() == 1;
-  float* parts = scratch<float>(Slot::sums, max(shares.parts_of_features() * size_h + (direct ? 0 : shares.parts_of_weight() * (size_w + size_b)), 1));
-  float* parts_w = parts + shares.parts_of_features() * size_h, *parts_b = parts_w + shares.parts_of_weight() * size_w;
-  if (direct) parts_w = static_cast<float*>(p.grad_weight), parts_b = static_cast<float*>(p.grad_bias);
+  // What is but one part goes where it belongs.
+  const bool direct_h = of_h == 1 && !add && !p.groups.ragged, direct_w = of_w == 1 && std::is_same_v<T, float>;
+  float* parts = scratch<float>(Slot::sums, max((direct_h ? 0 : of_h * size_h) + (direct_w ? 0 : of_w * (size_w + size_b)), 1));
+  float* const parts_h = direct_h ? grad_h : parts;
+  if (!direct_h) parts += of_h * size_h;
+  float* const parts_w = direct_w ? static_cast<float*>(p.grad_weight) : parts;
+  float* const parts_b = direct_w ? static_cast<float*>(p.grad_bias) : parts + of_w * size_w;
   Verdict verdict;
   const bool good = with_parts_of_gradient<T>(p.groups.ragged ? 1 : p.groups.rows, [&](auto of_g) {
     const GradientShare<T, of_g> share(p, factors);
@@ -374,7 +374,7 @@ static bool grad_on_matrix_unit(const HyperLinearGrad& p, const Staged<const flo
       for (Index i = begin; i < end; ++i) {
         const Index first = i * shares.size, last = min(first + shares.size, shares.side);
         const Index h = shares.by_units ? 0 : i, w = shares.by_units ? i : 0;
-        const ShareSums to{grad_h ? parts + h * size_h : nullptr, p.grad_weight ? parts_w + w * size_w : nullptr,
+        const ShareSums to{grad_h ? parts_h + h * size_h : nullptr, p.grad_weight ? parts_w + w * size_w : nullptr,
                            p.grad_bias ? parts_b + w * size_b : nullptr};
         if (shares.by_units ? !share.run(0, param_blocks, first, last, to, verdict)
                             : !share.run(first, last, 0, unit_blocks, to, verdict))
@@ -384,10 +384,10 @@ static bool grad_on_matrix_unit(const HyperLinearGrad& p, const Staged<const flo
     return verdict.good;
   });
   if (!good) return false;
-  if (grad_h) sum_units<float>(p, false, shares.parts_of_features(), parts, grad_h, add);
-  if (!direct) {
-    add_up<T>(shares.parts_of_weight(), size_w, parts_w, static_cast<T*>(p.grad_weight));
-    add_up<T>(shares.parts_of_weight(), size_b, parts_b, static_cast<T*>(p.grad_bias));
+  if (grad_h && !direct_h) sum_units<float>(p, false, of_h, parts_h, grad_h, add);
+  if (!direct_w) {
+    add_up<T>(of_w, size_w, parts_w, static_cast<T*>(p.grad_weight));
+    add_up<T>(of_w, size_b, parts_b, static_cast<T*>(p.grad_bias));
   }
   return true;
 }

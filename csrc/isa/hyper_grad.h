@@ -207,7 +207,6 @@ template <class T>
 static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad, const Staged<const Acc<T>>& x,
                            const TurnedRows<Acc<T>>* turned) {
   using C = Acc<T>;
-  if (grad_of_shared_features<T>(p, grad, x)) return;
   if (turned && p.features >= width<C>) {
     const Index size = p.params() * p.features;
     if constexpr (std::is_same_v<C, T>) return grad_weight_contract<T>(p, turned->grad, turned->x, static_cast<C*>(p.grad_weight));
@@ -306,20 +305,17 @@ static void hyper_linear_grad_typed(HyperLinearGrad p, Acc<T>* grad_h, bool add)
     bias.features = 1;
     bias.h = {&one, 0, 0};
     bias.grad_weight = p.grad_bias;
-    grad_of_weight<T>(bias, grad, x, lanes);
+    if (!grad_of_shared_features<T>(bias, grad, x)) grad_of_weight<T>(bias, grad, x, lanes);
   }
 }
 
 static void hyper_linear_grad(const HyperLinearGrad& p) {
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
-    using C = Acc<T>;
-    const Index size = p.grad_h ? p.groups.tasks * p.features : 0;
-    C* grad_h = static_cast<C*>(p.grad_h);
-    if constexpr (!std::is_same_v<C, T>) grad_h = p.grad_h ? scratch<C>(Slot::gradients, max(size, 1)) : nullptr;
+    const Index size = p.groups.tasks * p.features;
+    Acc<T>* grad_h = accumulator<T>(p.grad_h, size);
     hyper_linear_grad_typed<T>(p, grad_h, false);
-    if constexpr (!std::is_same_v<C, T>)
-      for (Index j = 0; j < size; ++j) static_cast<T*>(p.grad_h)[j] = narrow<T>(grad_h[j]);
+    round_off<T>(grad_h, size, p.grad_h);
   });
 }
 

@@ -121,7 +121,7 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   if (is_kept(p.net, p.net.count - 1)) back_through(p.net.layers[p.net.count - 1], grad, nullptr);
 
   // In the accumulation type, lest the sum over the layers be rounded after each.
-  C* total = b.grad_h ? scratch<C>(Slot::gradients, max(sums, 1)) : nullptr;
+  C* total = accumulator<T>(b.grad_h, sums);
   T* inputs = scratch<T>(Slot::hidden_c, max(rows * most, 1));
   Index first = params_of(p.net);
   for (Index l = p.net.count - 1; l >= 0; --l) {
@@ -148,10 +148,7 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
                                total, l + 1 < p.net.count);
     grad = next;
   }
-  if (b.grad_h)
-    each_stretch(sums, [&](Index at, Index n) {
-      for (Index j = at; j < at + n; ++j) static_cast<T*>(b.grad_h)[j] = narrow<T>(total[j]);
-    });
+  round_off<T>(total, sums, b.grad_h);
 }
 
 // ---- many rows a task ----
