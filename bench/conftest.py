@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from . import ceilings, machine, memory
-from .contest import Outcome, hold
-from .rivals import RIVALS, entry
-from .workloads import WORKLOADS
+from bench.measure import ceilings, machine, memory
+from bench.measure.contest import Outcome, hold
+from bench.rivals import RIVALS, entry
+from bench.workloads import WORKLOADS
 
 ABSENT = pytest.StashKey[list[dict[str, str]]]()
 MEMORY = pytest.StashKey[str]()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .workloads import AnyWorkload, BankWorkload, Workload
+from bench.workloads import AnyWorkload, BankWorkload, Workload
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sin": torch.sin}
 

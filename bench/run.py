@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import calibrate, machine, plots, report, results
-from .rivals import OURS, RIVALS
-from .workloads import WORKLOADS
+from bench.measure import calibrate, machine
+from bench.rivals import OURS, RIVALS
+from bench.show import plots
+from bench.show import results_file as results
+from bench.show import tables as report
+from bench.workloads import WORKLOADS
 
 BENCH = Path(__file__).resolve().parent
 
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--calibrate",
         action="store_true",
-        help="time every plan of single layers instead, fit the rates of hyperfast/plan.py, and "
+        help="time every plan of single layers instead, fit the rates of the plans, and "
         "save the measurements as calibration.json, or where --json says; about 2 minutes",
     )
     p.add_argument(

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from .conftest import ABSENT, chosen
-from .contest import Outcome
-from .machine import commit, versions
-from .memory import Peaks
-from .rivals import RIVALS, entry
-from .workloads import WORKLOADS
+from bench.conftest import ABSENT, chosen
+from bench.measure.contest import Outcome
+from bench.measure.machine import commit, versions
+from bench.measure.memory import Peaks
+from bench.rivals import RIVALS, entry
+from bench.workloads import WORKLOADS
 
 
 class ReplayClock:

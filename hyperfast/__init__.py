@@ -2,16 +2,16 @@
 
 from hyperfast import functional
 from hyperfast.activations import Sine
-from hyperfast.backend import use_backend
 from hyperfast.bank import TaskBank
-from hyperfast.hypernet import HyperNet
-from hyperfast.model import HyperMLP
-from hyperfast.module_target import ModuleTarget
-from hyperfast.plan import explain
+from hyperfast.distributed.sharded_bank import ShardedTaskBank
+from hyperfast.layout import MLPSpec
+from hyperfast.nn.any_module import ModuleTarget
+from hyperfast.nn.hypernet import HyperNet
+from hyperfast.nn.model import HyperMLP
+from hyperfast.nn.target import TargetNet
+from hyperfast.ops.backends import use_backend
+from hyperfast.plans.choose import explain
 from hyperfast.server import TaskServer
-from hyperfast.sharded_bank import ShardedTaskBank
-from hyperfast.spec import MLPSpec
-from hyperfast.target import TargetNet
 
 __all__ = [
     "HyperMLP",

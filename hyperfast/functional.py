@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hyperfast import backend, checks, mlp_ops, ops, reference
+from hyperfast import checks
 from hyperfast.activations import encode
-from hyperfast.plan import PLANS
-from hyperfast.spec import MLPSpec
+from hyperfast.kernels import reference
+from hyperfast.layout import MLPSpec
+from hyperfast.ops import backends as backend
+from hyperfast.ops import layer as ops
+from hyperfast.ops import network as mlp_ops
+from hyperfast.plans.choose import PLANS
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -188,7 +192,7 @@ def task_mlp(
     target_bias: bool,
     activations: str,
 ) -> Tensor:
-    """The op ``task_mlp`` (:mod:`hyperfast.mlp_ops`), or what :func:`hyperfast.use_backend` insists
+    """The op ``task_mlp``, or what :func:`hyperfast.use_backend` insists
     on; the caller has checked the arguments."""
     if backend.forced == "reference":
         checks.in_range(task_ids, len(weight))

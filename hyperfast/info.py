@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import hyperfast
-from hyperfast.backend import KEYS, OPS, has_kernel, why_missing
+from hyperfast.ops.backends import KEYS, OPS, has_kernel, why_missing
 
 
 def report() -> str:

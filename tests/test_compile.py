@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import close
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hyperfast
+from tests.support.cases import close
 
 # PyTorch's compiler imports modules of its own that still use torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

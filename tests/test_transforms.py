@@ -4,12 +4,13 @@ from itertools import product
 
 import pytest
 import torch
-from cases import close
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import hyperfast
-from hyperfast import functional, reference
+from hyperfast import functional
+from hyperfast.kernels import reference
+from tests.support.cases import close
 
 # PyTorch's own rules of forward mode still use torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")

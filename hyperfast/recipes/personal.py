@@ -29,7 +29,7 @@ import hyperfast
 from hyperfast.recipes.personal_model import FEW, Data, Sorters, Users, accuracy, adapt, load, train
 from hyperfast.recipes.personal_rivals import HEAD, SPEC, best_fit, ceiling, fresh, run
 from hyperfast.recipes.personal_rivals import train as train_rival
-from hyperfast.server_stats import ServerStats
+from hyperfast.server.stats import ServerStats
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,0 +1,1 @@
+"""What a race measures: time, memory, the machine and its ceilings."""

@@ -1,0 +1,219 @@
+"""``python -m hyperfast bench --calibrate``: times every plan of a generated layer over a grid of
+sizes, fits the rates of `plans` to that, and holds the rule of the C++ kernels
+against it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import machine
+from bench.measure.race import race
+from bench.show import results_file as results
+from bench.workloads import WORKLOADS, Workload
+from hyperfast.kernels import eager
+from hyperfast.plans import choose as plan
+from hyperfast.plans.choose import PLANS, Layer, Work
+
+FILE = Path(__file__).resolve().parents[1] / "results" / "calibration.json"
+PASSES, ROUNDS = 3, 2  # over the grid, and in each of them over the plans of a layer
+HOPELESS = 10  # times the FLOPs of another plan: not timed
+ITEMSIZE = 4
+MOST = 1.15  # a chosen plan may take so many times as long as the fastest
+
+Row = dict[str, Any]  # {"device": ..., "layer": [...], "seconds": {plan: ...}}
+
+
+def table_layers() -> list[Layer]:
+    """Every layer of the bench table."""
+    layers = [
+        Layer(w.B, w.B * w.N, i, o, w.H)
+        for w in WORKLOADS.values()
+        if isinstance(w, Workload)
+        for i, o in w.layers
+    ]
+    return list(dict.fromkeys(layers))
+
+
+def grid() -> list[Layer]:
+    """The bench table, a spread around it, and weights that fill no cache."""
+    spread = [
+        Layer(tasks, tasks * rows, i, o, features)
+        for i, o in ((2, 64), (8, 32), (32, 1), (64, 10), (64, 64), (128, 128))
+        for features in (32, 128)
+        for tasks in (1, 4, 16, 64, 256)
+        for rows in (1, 8, 64)
+    ]
+    large = [Layer(2048, 2048 * rows, 128, 128, 32) for rows in (1, 8)]
+    return list(dict.fromkeys(table_layers() + spread + large))
+
+
+def calls(layer: Layer, device: str) -> dict[str, Callable[[], Tensor]]:
+    """The forward pass of a layer by every plan that is worth timing."""
+    b, r, i, _, k, *_ = layer
+    x, h = torch.randn(b, r // b, i), torch.randn(b, k)
+    weight, bias = torch.randn(layer.params, k), torch.randn(layer.params)
+    op = torch.ops.hyperfast.hyper_linear.default if device == "cpp" else eager.hyper_linear
+    flops = {name: cost.flops for name, cost in plan.costs(layer, ITEMSIZE, device).items()}
+    names = [name for name in flops if flops[name] <= HOPELESS * min(flops.values())]
+    return {name: partial(op, x, h, weight, bias, None, True, name) for name in names}
+
+
+def time_all(layers: Sequence[Layer], device: str) -> list[Row]:
+    """Seconds of every plan: of all rounds' medians the first quartile, as others only add time.
+    The whole grid is passed several times in changing order, so that no layer always meets the
+    same disturbance."""
+    samples: dict[Layer, dict[str, list[float]]] = {layer: {} for layer in layers}
+    for number in range(PASSES):
+        for layer in random.Random(number).sample(layers, len(layers)):
+            plans = calls(layer, device)
+            for call in plans.values():
+                call()
+            for name, rounds in race(plans, ROUNDS).items():
+                samples[layer].setdefault(name, []).extend(map(median, rounds))
+    return [
+        {
+            "device": device,
+            "layer": layer[:5],
+            "seconds": {
+                name: results.rounded(sorted(times)[len(times) // 4])
+                for name, times in samples[layer].items()
+            },
+        }
+        for layer in layers
+    ]
+
+
+def fit(rows: Sequence[Row], device: str, steps: int = 2000) -> dict[str, Work]:
+    """The rates of every plan, from the rows of one device: least squares of log time and of the
+    log regret of a soft choice; from there a search that lowers the worst regrets of the hard one.
+
+    The first keeps every prediction near its measurement, whatever its size; the others weigh what
+    the model is for.
+    """
+    plans = list(plan.RATES[device])
+    tables = [plan.work(Layer(*row["layer"]), ITEMSIZE, device) for row in rows]
+    amounts = torch.tensor([[t[name] for name in plans] for t in tables], dtype=torch.float64)
+    seconds = [[row["seconds"].get(name, math.inf) for name in plans] for row in rows]
+    time = torch.tensor(seconds, dtype=torch.float64).log()  # (rows, plans); amounts: (.., kinds)
+    lost = (time - time.amin(1, keepdim=True)).clamp_max(math.log(HOPELESS))
+    rates = _search(amounts, time, lost, _descend(amounts, time, lost, steps), 5 * steps)
+    values = rates.exp() * (amounts > 0).any(0)
+    return {
+        name: Work(*(results.rounded(v, 3) or 0 for v in row))
+        for name, row in zip(plans, values.tolist(), strict=True)
+    }
+
+
+def _log_time(amounts: Tensor, rates: Tensor) -> Tensor:
+    return (amounts * rates.exp()).sum(-1).log()
+
+
+def _descend(amounts: Tensor, time: Tensor, lost: Tensor, steps: int) -> Tensor:
+    """Log rates (plans, kinds) by gradient descent; choices are softened by 3% of a time."""
+    timed = time.isfinite()
+    # At first every kind of work takes its share of the time of a typical layer.
+    typical = amounts.clamp_min(1).log().mean(0)
+    share = torch.where(timed, time, 0).sum(0) / timed.sum(0) - math.log(amounts.shape[-1])
+    rates = (share.unsqueeze(1) - typical).requires_grad_()
+    optimizer = torch.optim.Adam([rates], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        predicted = _log_time(amounts, rates)
+        error = torch.where(timed, predicted - time, 0).square().sum() / timed.sum()
+        chosen = torch.softmax(-predicted / 0.03, 1)
+        loss = error + 30 * (chosen * lost).sum(1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return rates.detach()
+
+
+def _search(amounts: Tensor, time: Tensor, lost: Tensor, rates: Tensor, steps: int) -> Tensor:
+    """Random changes of some rates, small and large, kept when they lower the 8-norm of regrets."""
+    generator = torch.Generator().manual_seed(0)
+
+    def score(rates: Tensor) -> float:
+        predicted = torch.where(time.isfinite(), _log_time(amounts, rates), math.inf)
+        return lost.gather(1, predicted.argmin(1, keepdim=True)).pow(8).sum().item()
+
+    best = score(rates)
+    for _ in range(steps):
+        scale = 0.03 * 40 ** torch.rand((), generator=generator)
+        some = torch.rand(rates.shape, generator=generator) < 0.3
+        step = torch.randn(rates.shape, generator=generator, dtype=rates.dtype)
+        trial = rates + scale * some * step
+        if (found := score(trial)) < best:
+            rates, best = trial, found
+    return rates
+
+
+def regret(row: Row, rates: dict[str, Work] | None) -> tuple[float, str]:
+    """How many times longer the plan of least cost (without rates: the one that is chosen now)
+    takes than the fastest one, and which it is."""
+    layer = Layer(*row["layer"])
+    if rates is None:
+        chosen = plan.choose(layer, ITEMSIZE, row["device"])
+    else:
+        table = plan.work(layer, ITEMSIZE, row["device"])
+        chosen = min(row["seconds"], key=lambda name: table[name].seconds(rates[name]))
+    return row["seconds"][chosen] / min(row["seconds"].values()), chosen
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The regret of every case by the rates fitted to all; the worst and the mean, also by those
+    that ``plan.py`` holds now; and the fitted rates as ``plan.py`` would hold them."""
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = [row for row in rows if row["device"] == device]
+        fitted = fit(mine, device) if device in plan.RATES else None
+        cells = "".join(f"{name:>13}" for name in (*Layer._fields[:5], *PLANS))
+        lines.append(f"{device}:{cells[len(device) + 1 :]}  regret  (microseconds)")
+        for row in mine:
+            times = [row["seconds"].get(name) for name in PLANS]
+            values = [*row["layer"], *(f"{t * 1e6:.4g}" if t else "-" for t in times)]
+            lost, chosen = regret(row, fitted)
+            lines.append("".join(f"{v:>13}" for v in values) + f"  {lost:6.2f}  {chosen}")
+        ways = {"fitted": fitted} if fitted else {}
+        for whose, rates in {**ways, "plan.py": None}.items():
+            losses = [regret(row, rates)[0] for row in mine]
+            mean = geometric_mean(losses)
+            lines.append(
+                f"{device}, {whose}: regret {max(losses):.2f} at worst, {mean:.3f}"
+                f" in the mean, above {MOST} in {sum(r > MOST for r in losses)} of {len(mine)}"
+            )
+        if fitted is None:
+            continue
+        lines += [f'    "{device}": {{']
+        for name, work in fitted.items():
+            lines.append(f'        "{name}": Work({", ".join(f"{v:.3g}" for v in work)}),')
+        lines += ["    },", ""]
+    return "\n".join(lines)
+
+
+def save(threads: int, path: Path) -> None:
+    """Measures everything on so many threads."""
+    machine.use_threads(threads)
+    devices = ["cpu"]
+    if plan.device_key("cpu", torch.float32) == "cpp":
+        devices.append("cpp")
+    with torch.no_grad():
+        rows = [row for device in devices for row in time_all(grid(), device)]
+    found = {
+        "date": machine.today(),
+        "commit": machine.commit(),
+        "threads": threads,
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "results": rows,
+    }
+    results.write(found, path)

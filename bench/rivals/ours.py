@@ -1,0 +1,60 @@
+"""hyperfast itself, called as a user calls it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.problem import Problem
+from bench.rivals.plain import compiled
+from bench.rivals.rival import (
+    Call,
+    Network,
+    Rival,
+    Unavailable,
+    load_linears,
+    on_one_thread,
+    torch_rival,
+)
+
+
+def hyper_mlp(problem: Problem) -> Network:
+    import hyperfast
+
+    w = problem.workload
+    hyper = hyperfast.HyperNet(
+        w.z_dim,
+        w.sizes[0],
+        w.sizes[1:-1],
+        w.sizes[-1],
+        hidden=(w.H,),
+        target_activation=w.activation,
+        dtype=problem.z.dtype,
+    )
+    leaves = load_linears(hyper.generator, problem)
+    model = hyperfast.HyperMLP(hyper, hyperfast.TargetNet(w.activation))
+
+    def function(z: Tensor, x: Tensor) -> Tensor:
+        return model(x, z)
+
+    return function, leaves
+
+
+def _bf16(problem: Problem, mode: str) -> Call:
+    if mode != "forward":
+        raise Unavailable("bfloat16 is timed forward only: training keeps float32 parameters")
+    return torch_rival("hyperfast bf16", "", hyper_mlp).build(problem, mode)
+
+
+def _no_bank(problem: Problem, mode: str) -> Call:
+    raise Unavailable("serves stored weights; here they are generated")
+
+
+OURS = torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp)
+HYPERFAST = (
+    OURS,
+    on_one_thread(OURS),
+    Rival("hyperfast bf16", "the same in bfloat16, forward", _bf16, torch.bfloat16),
+    Rival("hyperfast TaskBank", "TaskBank, for given weights", _no_bank),
+    torch_rival("hyperfast compiled", "the same under torch.compile", compiled(hyper_mlp)),
+)

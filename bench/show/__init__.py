@@ -1,0 +1,1 @@
+"""Results: their file, tables and plots."""

@@ -1,0 +1,206 @@
+"""The three plans of a generated layer in plain PyTorch: what runs where no kernel is built.
+
+``materialize`` is the specification itself. ``tile`` is the same, one block of tasks at a time, so
+that the generated weights stay in cache. ``contract`` never forms the weights: a layer is the
+trilinear form ``y[r,o] = sum_ik V[o,i,k] x[r,i] h[r,k]``, and so is each of its derivatives.
+
+Signatures are those of the registered ops; shapes are those of :mod:`hyperfast.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperfast.kernels import reference
+from hyperfast.plans.choose import BLOCK, Layer, choose
+
+
+def hyper_linear(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    target_bias: bool,
+    plan: str,
+) -> Tensor:
+    ins = x.shape[-1]
+    out = reference.out_features(weight, ins, target_bias)
+    plan = plan or _choose(x, len(h), out, ins, h.shape[1], task_ids)
+    if plan == "materialize":
+        return reference.hyper_linear(x, h, weight, bias, task_ids, target_bias)
+    if plan == "tile":
+        y = x.new_empty(*x.shape[:-1], out)
+        for tasks, rows, ids in _task_blocks(task_ids, len(h), len(weight)):
+            y[rows] = reference.hyper_linear(x[rows], h[tasks], weight, bias, ids, target_bias)
+        return y
+    n = out * ins
+    v, v_bias = weight[:n].unflatten(0, (out, ins)), weight[n:]
+    shared, shared_bias = (None, None) if bias is None else (bias[:n].view(out, ins), bias[n:])
+    y = _contract(x, h, v, shared, task_ids)
+    if target_bias:
+        b = F.linear(h, v_bias, shared_bias)
+        y += b.unsqueeze(1) if task_ids is None else b.index_select(0, task_ids)
+    return y
+
+
+def hyper_linear_grad_x(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    plan: str,
+) -> Tensor:
+    out = grad.shape[-1]
+    ins = len(weight) // out
+    plan = plan or _choose(grad, len(h), out, ins, h.shape[1], task_ids)
+    if plan == "materialize":
+        return reference.hyper_linear_grad_x(grad, h, weight, bias, task_ids)
+    if plan == "tile":
+        gx = grad.new_empty(*grad.shape[:-1], ins)
+        for tasks, rows, ids in _task_blocks(task_ids, len(h), len(weight)):
+            gx[rows] = reference.hyper_linear_grad_x(grad[rows], h[tasks], weight, bias, ids)
+        return gx
+    v = weight.unflatten(0, (out, ins)).transpose(0, 1)
+    shared = None if bias is None else bias.view(out, ins).mT
+    return _contract(grad, h, v, shared, task_ids)
+
+
+def hyper_linear_grad_h(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    task_ids: Tensor | None,
+    tasks: int,
+    target_bias: bool,
+    plan: str,
+) -> Tensor:
+    out, ins, features = grad.shape[-1], x.shape[-1], weight.shape[1]
+    plan = plan or _choose(x, tasks, out, ins, features, task_ids)
+    if plan == "materialize":
+        return reference.hyper_linear_grad_h(grad, x, weight, task_ids, tasks, target_bias)
+    if plan == "tile":
+        gh = grad.new_empty(tasks, features)
+        for block, rows, ids in _task_blocks(task_ids, tasks, len(weight)):
+            gh[block] = reference.hyper_linear_grad_h(
+                grad[rows], x[rows], weight, ids, block.stop - block.start, target_bias
+            )
+        return gh
+    n = out * ins
+    v = weight[:n].unflatten(0, (out, ins)).permute(2, 0, 1)
+    per_row = _trilinear(grad.reshape(-1, out), x.reshape(-1, ins), v)
+    if target_bias:
+        per_row += grad.reshape(-1, out) @ weight[n:]
+    if task_ids is None:
+        per_row = per_row.view(*grad.shape[:-1], features)
+    return reference.sum_rows(per_row, task_ids, tasks)
+
+
+def hyper_linear_grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    task_ids: Tensor | None,
+    target_bias: bool,
+    plan: str,
+) -> Tensor:
+    out, ins, features = grad.shape[-1], x.shape[-1], h.shape[1]
+    plan = plan or _choose(x, len(h), out, ins, features, task_ids)
+    if plan == "materialize":
+        return reference.hyper_linear_grad_weight(grad, x, h, task_ids, target_bias)
+    # Blocks of 16-bit inputs are summed in fp32, or the rounding would grow with their number.
+    total_dtype = torch.promote_types(grad.dtype, torch.float32)
+    n = out * ins
+    total = grad.new_zeros(n + out * target_bias, features, dtype=total_dtype)
+    if plan == "tile":
+        for tasks, rows, ids in _task_blocks(task_ids, len(h), len(total)):
+            total += reference.hyper_linear_grad_weight(
+                grad[rows], x[rows], h[tasks], ids, target_bias
+            )
+        return total.to(grad.dtype)
+    h = _rows_of(h, x, task_ids)
+    grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
+    for rows in _blocks(len(x), ins * features):
+        pairs = (x[rows].unsqueeze(2) * h[rows].unsqueeze(1)).flatten(1)
+        total[:n] += (grad[rows].mT @ pairs).view(n, features)
+    if target_bias:
+        total[n:] = grad.mT @ h
+    return total.to(grad.dtype)
+
+
+def _contract(
+    x: Tensor, h: Tensor, v: Tensor, shared: Tensor | None, task_ids: Tensor | None
+) -> Tensor:
+    """``y[r,o] = sum_i x[r,i] (shared[o,i] + sum_k v[o,i,k] h[b(r),k])``."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = _trilinear(rows, _rows_of(h, x, task_ids), v)
+    if shared is not None:
+        y += rows @ shared.mT
+    return y.view(*x.shape[:-1], len(v))
+
+
+def _trilinear(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """``y[r,c] = sum_ij v[c,i,j] a[r,i] b[r,j]``, by the smallest of its three temporaries.
+
+    ``a (R, I)``, ``b (R, J)``, ``v (C, I, J)`` of any strides; returns ``(R, C)``.
+    """
+    c, i, j = v.shape
+    width = min(i * j, c * j, c * i)
+    if width == i * j:
+        m = v.flatten(1).mT
+    elif width == c * j:
+        m = v.transpose(0, 1).flatten(1)
+    else:
+        return _trilinear(b, a, v.mT)  # the other operand goes first
+    y = a.new_empty(len(a), c)
+    for rows in _blocks(len(a), width):
+        if width == i * j:
+            y[rows] = (a[rows].unsqueeze(2) * b[rows].unsqueeze(1)).flatten(1) @ m
+        else:
+            y[rows] = torch.bmm((a[rows] @ m).view(-1, c, j), b[rows].unsqueeze(2)).squeeze(2)
+    return y
+
+
+def _rows_of(h: Tensor, x: Tensor, task_ids: Tensor | None) -> Tensor:
+    """``(R, K)``: the features of the task of every row of ``x``."""
+    if task_ids is not None:
+        return h.index_select(0, task_ids)
+    return h.unsqueeze(1).expand(-1, x.shape[1], -1).reshape(-1, h.shape[1])
+
+
+def _blocks(count: int, width: int) -> Iterator[slice]:
+    """Slices of ``range(count)`` of at most ``BLOCK`` elements, ``width`` each."""
+    step = max(1, BLOCK // width)
+    return (slice(n, min(n + step, count)) for n in range(0, count, step))
+
+
+def _task_blocks(
+    task_ids: Tensor | None, tasks: int, params: int
+) -> Iterator[tuple[slice, slice | Tensor, Tensor | None]]:
+    """Blocks of tasks, the rows of each, and these rows' task ids counted from the block's first.
+
+    ``params`` is the number of generated weights a task.
+    """
+    if task_ids is None:
+        for block in _blocks(tasks, params):
+            yield block, block, None
+        return
+    order = task_ids.argsort(stable=True)
+    ends = task_ids.bincount(minlength=tasks).cumsum(0).tolist()
+    for block in _blocks(tasks, params):
+        first = ends[block.start - 1] if block.start else 0
+        rows = order[first : ends[block.stop - 1]]
+        yield block, rows, task_ids[rows] - block.start
+
+
+def _choose(
+    x: Tensor, tasks: int, out: int, ins: int, features: int, task_ids: Tensor | None
+) -> str:
+    rows = x.shape[:-1].numel()
+    layer = Layer(tasks, rows, ins, out, features, ragged=task_ids is not None)
+    return choose(layer, x.element_size(), x.device.type)

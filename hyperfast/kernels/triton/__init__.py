@@ -1,0 +1,37 @@
+"""The registered ops as Triton kernels, for CUDA and ROCm devices; signatures are those of the ops.
+
+``layers``     the ops of single layers: which plan, hence which kernels
+``trilinear``  a generated layer and its derivatives, the weights never stored
+``grouped``    rows times the given weights of their tasks, and the gradient of those
+``network``    a generated network: in one kernel where it fits, else by its layers
+``stored``     given networks: likewise
+``activation`` what follows a layer, inside a kernel
+``launch``     tiles, rows and tasks, the choice of a configuration
+
+Rows of mixed tasks are never moved: they are read, and written, through the order that a stable
+sort of their task ids gives. Offsets that can pass 2^31 elements are 64-bit. No kernel adds floats
+atomically: the same arguments give the same bits.
+"""
+
+from hyperfast.kernels.triton.layers import (
+    hyper_linear,
+    hyper_linear_grad_h,
+    hyper_linear_grad_weight,
+    hyper_linear_grad_x,
+    task_linear,
+    task_linear_grad_weight,
+)
+from hyperfast.kernels.triton.network import hyper_mlp, hyper_mlp_backward
+from hyperfast.kernels.triton.stored import task_mlp
+
+__all__ = [
+    "hyper_linear",
+    "hyper_linear_grad_h",
+    "hyper_linear_grad_weight",
+    "hyper_linear_grad_x",
+    "hyper_mlp",
+    "hyper_mlp_backward",
+    "task_linear",
+    "task_linear_grad_weight",
+    "task_mlp",
+]

@@ -1,0 +1,300 @@
+"""A generated network: in one kernel where its widths fit and rows are many, else by its layers.
+
+In the kernel a program takes a block of rows through all layers, so that a hidden layer is stored
+only where the backward pass will ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyperfast.kernels.triton import generated, launch
+from hyperfast.kernels.triton.activation import NOTHING, Finish, decoded, finish
+from hyperfast.kernels.triton.launch import Config, Rows, agree, deep, entry, expect, tile, up
+from hyperfast.ops.network import Layer, kept, layers_of
+from hyperfast.plans import choose as plans
+
+
+@triton.jit
+def _transpose(a, b, rows, columns, a_r, a_c, b_r, BLOCK: tl.constexpr):
+    """``b[c, r] = a[r, c]``, read and written along the contiguous dimension of each."""
+    blocks = tl.cdiv(columns, BLOCK)
+    pid = tl.program_id(0)
+    r = (pid // blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = (r < rows)[:, None] & (c < columns)[None, :]
+    block = tl.load(a + r[:, None] * a_r + c[None, :] * a_c, mask)
+    tl.store(b + c[:, None] * b_r + r[None, :], tl.trans(block), tl.trans(mask))
+
+
+@triton.jit
+def _layer(
+    v, x_row, h_row, weight, by_feature, bias, live, K, step, x_i, h_k, w_p, w_k, bias_p,
+    I: tl.constexpr, O: tl.constexpr, BEGIN: tl.constexpr, LOOP: tl.constexpr,
+    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The sums of one layer: ``sum_ik V[o,i,k] v[r,i] h[r,k]``, and what is linear and constant.
+
+    It multiplies along inputs, once for each feature (``LOOP == "feature"``) or output, or along
+    features, once for each input: a narrow side makes few steps. Columns of ``v`` past ``I`` meet
+    weights of 0.
+    """
+    i, o = tl.arange(0, BI), tl.arange(0, BO)
+    inside = (i < I)[:, None] & (o < O)[None, :]
+    p = BEGIN + o[None, :] * I + i[:, None]
+    total = tl.zeros((BM, BO), SUM)
+    if HAS_BIAS:
+        shared = tl.load(bias + p * bias_p, inside, 0.0)
+        total = tl.dot(v, shared, total, input_precision=PRECISION, out_dtype=SUM)
+    if LOOP == "feature":
+        scales, slices = h_row, by_feature + p
+        for _ in range(K):
+            pairs = v * tl.load(scales, live, 0.0)[:, None]
+            slice = tl.load(slices, inside, 0.0)
+            total = tl.dot(pairs, slice, total, input_precision=PRECISION, out_dtype=SUM)
+            scales += h_k
+            slices += step
+    if LOOP != "feature" or TARGET_BIAS:
+        for k0 in range(0, K, BK):
+            k = k0 + tl.arange(0, BK)
+            h_tile = tl.load(
+                h_row[:, None] + k[None, :].to(tl.int64) * h_k,
+                live[:, None] & (k < K)[None, :],
+                0.0,
+            )
+            into = (k < K)[:, None] & (o < O)[None, :]
+            if LOOP == "input":
+                column = x_row
+                inputs = weight + (BEGIN + o[None, :] * I).to(tl.int64) * w_p + k[:, None] * w_k
+                for _ in range(I):
+                    made = h_tile * tl.load(column, live, 0.0)[:, None]
+                    input = tl.load(inputs, into, 0.0)
+                    total = tl.dot(made, input, total, input_precision=PRECISION, out_dtype=SUM)
+                    column += x_i
+                    inputs += w_p
+            elif LOOP == "output":
+                outputs = weight + (BEGIN + i[:, None]).to(tl.int64) * w_p + k[None, :] * w_k
+                for j in range(O):
+                    output = tl.load(outputs, (i < I)[:, None] & (k < K)[None, :], 0.0)
+                    product = tl.dot(v, output, input_precision=PRECISION, out_dtype=SUM)
+                    sums = tl.sum(product * h_tile.to(SUM), 1)
+                    total += tl.where(o[None, :] == j, sums[:, None], 0.0)
+                    outputs += I * w_p
+            if TARGET_BIAS:
+                biases = weight + (BEGIN + O * I + o[None, :]).to(tl.int64) * w_p
+                made_bias = tl.load(biases + k[:, None] * w_k, into, 0.0)
+                total = tl.dot(h_tile, made_bias, total, input_precision=PRECISION, out_dtype=SUM)
+    if HAS_BIAS and TARGET_BIAS:
+        total += tl.load(bias + (BEGIN + O * I + o) * bias_p, o < O, 0.0).to(SUM)[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "per_task"])
+def _hyper_mlp(
+    x, h, weight, by_feature, bias, keys, hidden, y, rows, per_task, K, step,
+    x_r, x_i, h_t, h_k, w_p, w_k, bias_p,
+    SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, LOOPS: tl.constexpr,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, KEPT: tl.constexpr, AT: tl.constexpr,
+    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``BM`` rows through a network; the arguments of the first ``KEPT`` activations are stored,
+    those of layer ``n`` after ``AT[n]`` for each row."""
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = r < rows
+    h_row = h + entry(r, keys, per_task, live, True, RAGGED) * h_t
+    x_row = x + r * x_r
+    i = tl.arange(0, TILES[0])
+    v = tl.load(
+        x_row[:, None] + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0
+    )
+    for n in tl.static_range(len(LOOPS)):
+        total = _layer(
+            v, x_row, h_row, weight, by_feature, bias, live, K, step,
+            x_i, h_k, w_p, w_k, bias_p,
+            SIZES[n], SIZES[n + 1], BEGINS[n], LOOPS[n], TARGET_BIAS, HAS_BIAS, SUM, PRECISION,
+            BM, TILES[n], TILES[n + 1], BK,
+        )  # fmt: skip
+        o = tl.arange(0, TILES[n + 1])
+        at = r[:, None] * SIZES[n + 1] + o[None, :]
+        mask = live[:, None] & (o < SIZES[n + 1])[None, :]
+        z = hidden + tl.cast(rows, tl.int64) * AT[n]
+        total = finish(total, z, at, mask, ACTIVATIONS[n], PARAMETERS[n], n < KEPT, False)
+        v = total.to(y.dtype.element_ty)
+    tl.store(y + at, v, mask)
+
+
+# Largest tile first; columns are the most that a layer may have, depth is that of products along
+# features. None spills on sm_90 or gfx942, and on sm_80 one of TF32 two registers.
+WHOLE = {
+    "half": (Config(128, 64, 64, 8), Config(64, 64, 64), Config(32, 64, 64)),
+    "tf32": (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)),
+    "fp32": (Config(64, 64, 16, 8, 2),),
+    "fp64": (Config(32, 64, 16, 8, 2),),
+}
+
+
+def hyper_mlp(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    sizes: Sequence[int],
+    target_bias: bool,
+    activations: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    layers = layers_of(sizes, target_bias, activations)
+    rows = _checked([x], h, weight, bias, task_ids, layers)
+    then = decoded(activations)
+    widths = kept(sizes, activations) if keep else []
+    hidden = x.new_empty(rows.total * sum(widths))
+    y = x.reshape(-1, sizes[0])
+    planned = tuple(
+        plans.Layer(rows.tasks, rows.total, v.ins, v.out, h.shape[1], rows.ragged, target_bias)
+        for v in layers
+    )
+    if plans.one_kernel(planned, h.element_size(), plans.arithmetic(h.dtype)):
+        y = _whole(y, h, weight, bias, rows, planned, then, hidden, len(widths))
+    else:
+        for n, z in enumerate(_split(hidden, widths, rows)):
+            then[n] = then[n]._replace(z=z)
+        for layer, follows in zip(layers, then, strict=True):
+            w, b = weight[layer.begin : layer.end], _bias(bias, layer)
+            y = generated.forward(y, h, w, b, rows, target_bias, then=follows)
+    return y.view(*x.shape[:-1], sizes[-1]), hidden
+
+
+def hyper_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    hidden: Tensor,
+    sizes: Sequence[int],
+    target_bias: bool,
+    activations: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layers = layers_of(sizes, target_bias, activations)
+    rows = _checked([grad, x], h, weight, bias, task_ids, layers)
+    widths = kept(sizes, activations)
+    if widths and not hidden.numel():  # it was not kept
+        hidden = hyper_mlp(x, h, weight, bias, task_ids, sizes, target_bias, activations, True)[1]
+    agree(x=x, grad=grad, hidden=hidden)
+    expect(grad, "grad", (*x.shape[:-1], sizes[-1]))
+    expect(hidden, "hidden", (rows.total * sum(widths),))
+    z, then = _split(hidden, widths, rows), decoded(activations)
+    of_x, of_h, of_weight, of_bias = output_mask
+    nothing = x.new_empty(0)
+    inputs = [x.reshape(-1, sizes[0])]
+    inputs += [f.by_torch(v) for f, v in zip(then[:-1], z, strict=False)]
+    grad = grad.reshape(-1, sizes[-1])
+    if len(z) == len(layers):
+        grad = then[-1].backward(z[-1]).by_torch(grad)
+    grad_h, weights, biases = nothing, [], []
+    for n, layer in reversed(list(enumerate(layers))):
+        w, b = weight[layer.begin : layer.end], _bias(bias, layer)
+        if of_h:
+            # Lest 16-bit sums over the layers be rounded after each.
+            part = generated.grad_h(grad, inputs[n], w, rows, target_bias)
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            grad_h = grad_h.add_(part) if grad_h.numel() else part
+        if of_weight:
+            weights.append(generated.grad_weight(grad, inputs[n], h, rows, target_bias))
+        if of_bias:
+            biases += [grad.sum(0)] * target_bias + [(grad.mT @ inputs[n]).flatten()]
+        if n or of_x:
+            m = layer.out * layer.ins
+            before = then[n - 1].backward(z[n - 1]) if n else NOTHING
+            grad = generated.grad_x(grad, h, w[:m], None if b is None else b[:m], rows, then=before)
+    return (
+        grad.view(x.shape) if of_x else nothing,
+        grad_h.to(x.dtype),
+        torch.cat(weights[::-1]) if of_weight else nothing,
+        torch.cat(biases[::-1]) if of_bias else nothing,
+    )
+
+
+def _whole(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    layers: Sequence[plans.Layer],
+    then: list[Finish],
+    hidden: Tensor,
+    keep: int,
+) -> Tensor:
+    """``(R, out)``; the arguments of the first ``keep`` activations go to ``hidden``."""
+    sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
+    params, features = weight.shape
+    loops = tuple(plans.loop(layer, n == 0) for n, layer in enumerate(layers))
+    # Along the inputs the head's weight lies in steps of its width. A transposed copy, whose rows
+    # start at multiples of 16, is read in wide pieces.
+    by_feature = weight
+    if "feature" in loops:
+        by_feature = weight.new_empty(features, 16 * up(params, 16))
+        launch.start(
+            _transpose, up(params, 64) * up(features, 64),
+            weight, by_feature, params, features, *weight.stride(), by_feature.stride(0), BLOCK=64,
+        )  # fmt: skip
+    b = weight if bias is None else bias
+    y = x.new_empty(len(x), sizes[-1])
+    table = WHOLE[plans.arithmetic(x.dtype)]
+
+    def block(config: Config) -> int:
+        return min(tile(rows.total), config.rows)
+
+    def run(config: Config) -> None:
+        launch.start(
+            _hyper_mlp, up(rows.total, block(config)),
+            x, h, weight, by_feature, b, rows.keys, hidden, y, rows.total, rows.per_task,
+            features, by_feature.stride(0), *x.stride(), *h.stride(), *weight.stride(), b.stride(0),
+            SIZES=sizes, TILES=tuple(map(tile, sizes)), LOOPS=loops,
+            BEGINS=(0, *accumulate(layer.params for layer in layers[:-1])),
+            ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
+            KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
+            TARGET_BIAS=layers[0].bias, HAS_BIAS=bias is not None, RAGGED=rows.ragged,
+            **launch.arithmetic(x.dtype), BM=block(config), BK=deep(features, config.depth),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    key = ("network", x.dtype, sizes, features, launch.power(rows.total))
+    launch.run(table, lambda c: up(rows.total, block(c)), run, key, x.device)
+    return y
+
+
+def _checked(
+    rows: list[Tensor],
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    layers: list[Layer],
+) -> Rows:
+    agree(x=rows[-1], h=h, weight=weight, bias=bias)
+    expect(weight, "weight", (layers[-1].end, h.shape[1]))
+    expect(bias, "bias", weight.shape[:1])
+    expect(rows[-1], "x", (*rows[-1].shape[:-1], layers[0].ins))
+    return launch.rows_of(rows, [h], task_ids, len(h))
+
+
+def _bias(bias: Tensor | None, layer: Layer) -> Tensor | None:
+    return None if bias is None else bias[layer.begin : layer.end]
+
+
+def _split(hidden: Tensor, widths: list[int], rows: Rows) -> list[Tensor]:
+    pieces = hidden.split([rows.total * width for width in widths])
+    return [piece.view(rows.total, width) for piece, width in zip(pieces, widths, strict=True)]

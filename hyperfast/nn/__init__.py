@@ -1,0 +1,1 @@
+"""Modules: hypernetworks, their targets, and both in one."""

@@ -1,0 +1,243 @@
+"""The target network: an MLP that owns no parameters and runs on those it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from hyperfast import checks
+from hyperfast.activations import Activation, encode, resolve
+from hyperfast.functional import task_linear, task_mlp
+from hyperfast.ops import backends as backend
+
+Transform: TypeAlias = str | Callable[[Tensor], Tensor]
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "softplus": F.softplus,
+}
+
+
+class TargetNet(nn.Module):
+    """An MLP without parameters: ``forward(x, weights)`` takes them.
+
+    Args:
+        activation: a name, a module or a function, applied after every layer but the last; or a
+            sequence of them, one a layer. A sequence as long as the network has layers also covers
+            the output, one shorter leaves it linear.
+        weight_transform: a function of every weight matrix, not of the biases, before it is used;
+            or its name, ``"abs"``, ``"exp"`` or ``"softplus"``: monotonic mixers (QMIX, Rashid et
+            al. 2018) use ``"abs"``.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an activation or a transform that cannot be called.
+    """
+
+    def __init__(
+        self,
+        activation: Activation | Sequence[Activation] = "relu",
+        weight_transform: Transform | None = None,
+    ):
+        super().__init__()
+        self.per_layer = isinstance(activation, Sequence) and not isinstance(activation, str)
+        activations = activation if self.per_layer else [activation]
+        self.activations = nn.ModuleList(resolve(a) for a in activations)  # type: ignore[union-attr, arg-type]
+        if isinstance(weight_transform, str):
+            if weight_transform not in TRANSFORMS:
+                raise ValueError(
+                    f"weight_transform must be one of {sorted(TRANSFORMS)} or a function, "
+                    f"got {weight_transform!r}"
+                )
+            weight_transform = TRANSFORMS[weight_transform]
+        if weight_transform is not None and not callable(weight_transform):
+            raise TypeError(f"weight_transform must be callable, got {weight_transform!r}")
+        self.weight_transform = weight_transform
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], task_ids: Tensor | None = None
+    ) -> Tensor:
+        """Runs one network, or one for every task.
+
+        Args:
+            x: with unbatched weights ``(N, in)`` or ``(in,)``; with batched ones ``(B, N, in)``,
+                ``(B, in)``, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with ``task_ids``.
+            weights: ``(w1, b1, w2, b2, ...)`` or ``(w1, w2, ...)``: ``w (out, in)``, ``b (out,)``,
+                all with a leading ``B`` or none.
+            task_ids: ``(R,)`` int64: row ``r`` runs through network ``task_ids[r]``.
+
+        Returns:
+            ``x`` with its last dimension replaced by the output width.
+
+        Raises:
+            ValueError: shapes that disagree.
+            TypeError: dtypes that disagree.
+            IndexError: a task id out of range.
+        """
+        layers = _layers(weights)
+        if self.weight_transform is not None:
+            layers = [(self.weight_transform(w), b) for w, b in layers]
+        activations = self.layer_activations(len(layers))
+        if layers[0][0].ndim == 2:
+            if task_ids is not None:
+                raise ValueError(
+                    "task_ids needs weights with a leading task dimension, "
+                    f"got weights[0] of shape {checks.shape(weights[0])}"
+                )
+            return _unbatched(x, layers, activations)
+        if checks.tensor("x", x).is_nested:
+            tasks = weights[0].shape[0]
+            return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
+        flat = None if self.weight_transform is not None else _flat(layers)
+        text = None if flat is None else encode(activations)
+        if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
+            sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
+            x, flat = checks.floating(x=x, weight=flat)
+            checks.rows(x, sizes[0], len(flat), task_ids, "weight")
+            bias = layers[0][1] is not None
+            return task_mlp(x, flat, None, task_ids, sizes, bias, text)
+        for (w, b), activation in zip(layers, activations, strict=True):
+            x = task_linear(x, w, b, task_ids)
+            if activation is not None:
+                x = activation(x)
+        return x
+
+    def layer_activations(self, layers: int) -> list[nn.Module | None]:
+        """The activation after each of ``layers`` layers, ``None`` after a linear output.
+
+        Raises:
+            ValueError: the sequence given does not fit that many layers.
+        """
+        if not self.per_layer:
+            (activation,) = self.activations
+            return [*[activation] * (layers - 1), None]
+        if len(self.activations) not in (layers - 1, layers):
+            raise ValueError(
+                f"activation must hold {layers - 1} or {layers} entries for a network of "
+                f"{layers} layers, got {len(self.activations)}"
+            )
+        return [*self.activations, None][:layers]
+
+
+def from_jagged(
+    x: Tensor,
+    task_ids: Tensor | None,
+    tasks: int,
+    apply: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """``apply(rows, task_ids)`` to the rows of a jagged NestedTensor, whose component is its task.
+
+    Raises:
+        ValueError: ``task_ids`` given as well, a layout other than ``torch.jagged``, or a shape
+            other than ``(tasks, j, in)``.
+    """
+    if task_ids is not None:
+        raise ValueError("task_ids must be None for a NestedTensor x, whose components are tasks")
+    if x.layout != torch.jagged:
+        raise ValueError(f"a NestedTensor x must have layout torch.jagged, got {x.layout}")
+    if x.ndim != 3 or x._ragged_idx != 1 or x.shape[0] != tasks:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"a NestedTensor x must have shape ({tasks}, j, in), jagged in j, as there are {tasks} "
+            f"tasks, got {checks.shape(x)}"
+        )
+    if x.lengths() is not None:  # type: ignore[attr-defined]  # gaps between the components
+        x = x.contiguous()
+    offsets, values = x.offsets(), x.values()  # type: ignore[attr-defined]
+    component = torch.arange(tasks, device=offsets.device)
+    ids = component.repeat_interleave(offsets.diff(), output_size=values.shape[0])
+    return torch.nested.nested_tensor_from_jagged(apply(values, ids), offsets)
+
+
+def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
+    them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
+    must see each of them."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.forced == "reference":
+        return None
+    first = layers[0][0]
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if type(first) is not Tensor or transformed:
+        return None
+    storage, step, biases = first.untyped_storage().data_ptr(), first.stride(0), 0
+    place = first.storage_offset()
+    for w, b in layers:
+        biases += b is not None
+        for t in (w, b):
+            if t is None:
+                continue
+            rows = (t.shape[2], 1) if t.ndim == 3 else (1,)
+            if (
+                t.storage_offset() != place
+                or t.stride() != (step, *rows)
+                or t.dtype != first.dtype
+                or t.untyped_storage().data_ptr() != storage
+            ):
+                return None
+            place += math.prod(t.shape[1:])
+    if biases not in (0, len(layers)):
+        return None
+    size = (first.shape[0], place - first.storage_offset())
+    return first.as_strided(size, (step, 1), first.storage_offset())
+
+
+def _unbatched(
+    x: Tensor,
+    layers: list[tuple[Tensor, Tensor | None]],
+    activations: list[nn.Module | None],
+) -> Tensor:
+    for (w, b), activation in zip(layers, activations, strict=True):
+        checks.same_kind(x=x, weight=w, bias=b)
+        if x.ndim == 0 or x.shape[-1] != w.shape[1]:
+            raise ValueError(
+                f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "
+                f"{checks.shape(w)}, got shape {checks.shape(x)}"
+            )
+        x = F.linear(x, w, b)
+        if activation is not None:
+            x = activation(x)
+    return x
+
+
+def _layers(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """``(w1, b1, ...)`` or ``(w1, w2, ...)`` as pairs; a bias has one rank less than a weight."""
+    if not isinstance(weights, Sequence) or not weights:
+        raise ValueError(f"weights must be a non-empty sequence of tensors, got {weights!r}")
+    for n, w in enumerate(weights):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"weights[{n}] must be a Tensor, got {type(w).__name__}")
+    rank = weights[0].ndim
+    if rank not in (2, 3):
+        raise ValueError(
+            f"weights[0] must have shape (out, in) or (B, out, in), got {checks.shape(weights[0])}"
+        )
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    for n, w in enumerate(weights):
+        if w.ndim == rank:
+            ins, before = w.shape[-1], layers[-1][0].shape[-2] if layers else w.shape[-1]
+            if ins != before or w.shape[:-2] != weights[0].shape[:-2]:
+                batch = f" and {weights[0].shape[0]} tasks" if rank == 3 else ""
+                raise ValueError(
+                    f"weights[{n}] must have {before} input features{batch}, like the layer "
+                    f"before it, got shape {checks.shape(w)}"
+                )
+            layers.append((w, None))
+        elif w.ndim == rank - 1 and layers[-1][1] is None:
+            out = layers[-1][0].shape[:-1]
+            if w.shape != out:
+                raise ValueError(
+                    f"weights[{n}] must have shape {tuple(out)}, the bias of the weight before it, "
+                    f"got {checks.shape(w)}"
+                )
+            layers[-1] = (layers[-1][0], w)
+        else:
+            raise ValueError(
+                f"weights[{n}] must be a weight of rank {rank} or a bias of rank {rank - 1}, "
+                f"got shape {checks.shape(w)}"
+            )
+    return layers

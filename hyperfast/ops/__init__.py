@@ -1,0 +1,24 @@
+"""The registered ops. To import this package is to register them, as who loads an exported program
+must."""
+
+from hyperfast.ops.layer import (
+    hyper_linear,
+    hyper_linear_grad_h,
+    hyper_linear_grad_weight,
+    hyper_linear_grad_x,
+    task_linear,
+    task_linear_grad_weight,
+)
+from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp
+
+__all__ = [
+    "hyper_linear",
+    "hyper_linear_grad_h",
+    "hyper_linear_grad_weight",
+    "hyper_linear_grad_x",
+    "hyper_mlp",
+    "hyper_mlp_backward",
+    "task_linear",
+    "task_linear_grad_weight",
+    "task_mlp",
+]

@@ -1,0 +1,87 @@
+"""Which backend runs: what is there, why not, and how to insist on one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from hyperfast.ops import layer as ops
+from hyperfast.plans.choose import HAS_TRITON
+
+# A backend registers its kernels for a dispatch key; the reference needs none.
+KEYS = {"cpp": "CPU", "triton": "CUDA"}
+OPS = (
+    "task_linear",
+    "task_linear_grad_weight",
+    "hyper_linear",
+    "hyper_linear_grad_x",
+    "hyper_linear_grad_h",
+    "hyper_linear_grad_weight",
+    "hyper_mlp",
+    "hyper_mlp_backward",
+    "task_mlp",
+)
+BACKENDS = ("reference", *KEYS)
+
+forced: str | None = None
+
+
+def has_kernel(backend: str, op: str) -> bool:
+    """Whether ``backend`` has registered a kernel for the op named ``op``."""
+    key = KEYS.get(backend)
+    return key is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"hyperfast::{op}", key)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_missing(backend: str) -> str:
+    """Why ``backend`` cannot be used here; empty where it can."""
+    if backend == "triton":
+        if not HAS_TRITON:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and not interpreting():
+            return "torch sees no CUDA device, nor is TRITON_INTERPRET=1 set to run on the CPU"
+        return ""
+    if backend == "cpp" and not any(has_kernel(backend, op) for op in OPS):
+        return f"the C++ extension is not loaded: {ops.EXTENSION_ERROR}"
+    return ""
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, layers run on the named backend or raise.
+
+    ``"reference"`` runs the specification in plain PyTorch, differentiated by PyTorch itself.
+    ``"cpp"`` and ``"triton"`` insist on a kernel that is otherwise chosen where there is one; with
+    ``TRITON_INTERPRET=1`` in the environment, ``"triton"`` runs on the CPU, very slowly. The choice
+    holds for the whole process, like the flags of ``torch.backends``, and a compiled graph keeps
+    the one that it was traced with.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend is not there; the message says why.
+    """
+    global forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
+    if reason := why_missing(name):
+        raise RuntimeError(f"backend {name!r} is not there: {reason}")
+    before, forced = forced, name
+    try:
+        with ops.triton_on_cpu(OPS) if name == "triton" and interpreting() else nullcontext():
+            yield
+    finally:
+        forced = before
+
+
+def insist(backend: str, op: str, device: str) -> None:
+    """Raises RuntimeError unless ``backend`` has a kernel of ``op`` for tensors on ``device``."""
+    interpreted = backend == "triton" and device == "cpu" and interpreting()
+    if not interpreted and (KEYS[backend].lower() != device or not has_kernel(backend, op)):
+        raise RuntimeError(f"backend {backend!r} has no kernel of {op} for {device} tensors")

@@ -1,0 +1,1 @@
+"""Which plan runs a layer, and why: functions of sizes."""

@@ -1,0 +1,506 @@
+"""The C++ kernels against float64 references, within a bound that their arithmetic must meet."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hyperfast.ops import layer as ops
+
+if ops.EXTENSION_ERROR:  # importing hyperfast._C here would register its kernels for all tests
+    pytest.skip(ops.EXTENSION_ERROR, allow_module_level=True)
+from hyperfast import _C
+
+op = torch.ops.hyperfast
+pytestmark = pytest.mark.usefixtures("nan_poison")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
+
+
+def rand(*shape, dtype, seed=0):
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype)
+
+
+def strided(t, how):
+    """The same values under other strides."""
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "gaps":
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+    if how == "outer gaps":
+        return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
+    return t
+
+
+def assert_within(result, formula, *args, depth):
+    """``formula`` is multilinear in ``args``. A sum of ``depth`` products, each rounded in the
+    accumulation type, errs by at most ``depth`` roundings times the sum of its terms' absolute
+    values; the result is rounded once more to the storage type."""
+    exact = formula(*(a.double() for a in args))
+    size = formula(*(a.double().abs() for a in args))
+    assert result.shape == exact.shape
+    assert result.dtype == args[0].dtype
+    unit = torch.finfo(torch.promote_types(result.dtype, torch.float32)).eps / 2
+    bound = (depth + 4) * unit * size
+    if result.dtype != torch.promote_types(result.dtype, torch.float32):
+        info = torch.finfo(result.dtype)
+        bound = bound + info.eps / 2 * (exact.abs() + bound) + info.smallest_normal * info.eps
+    error = (result.double() - exact).abs()
+    assert bool((error <= bound).all()), f"{(error / bound).max().item():.3g} times the bound"
+
+
+def mix(rows, tasks, seed=0):
+    """Shuffled ids of ``rows`` rows a task, and where each task's rows went."""
+    ids = torch.arange(tasks).repeat_interleave(rows)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    return ids, torch.argsort(ids, stable=True)
+
+
+def unsort(t, where):
+    """``(B, N, C)`` to rows ``(R, C)`` such that row ``where[n]`` is the n-th."""
+    flat = t.flatten(0, 1)
+    return torch.empty_like(flat).index_copy(0, where, flat)
+
+
+def linear(x, w, b):
+    return torch.einsum("boi,bni->bno", w, x) + b[:, None]
+
+
+def outer(g, x):
+    return torch.einsum("bno,bni->boi", g, x)
+
+
+SIZES = [  # B, N, in, out
+    (1, 1, 1, 1),
+    (3, 2, 17, 63),
+    (2, 3, 64, 65),
+    (5, 7, 129, 3),
+    (2, 63, 65, 10),
+    (2, 65, 1, 129),
+    (1, 600, 3, 70),
+    (40, 1, 64, 10),
+    (0, 3, 4, 5),
+    (3, 0, 4, 5),
+    (3, 2, 0, 5),
+    (3, 2, 4, 0),
+]
+
+
+@pytest.mark.parametrize("how", ["plain", "transposed", "gaps", "outer gaps"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestTaskValues:
+    def test_batched(self, dtype, size, how):
+        b, n, i, o = size
+        x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+        w, bias = rand(b, o, i, dtype=dtype, seed=2), rand(b, o, dtype=dtype, seed=3)
+        y = op.task_linear(strided(x, how), strided(w, how), strided(bias, how), None)
+        assert_within(y, linear, x, w, bias, depth=i)
+        gw = op.task_linear_grad_weight(strided(g, how), strided(x, how), None, b)
+        assert_within(gw, outer, g, x, depth=n)
+
+    def test_ragged(self, dtype, size, how):
+        b, n, i, o = size
+        x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+        w, bias = rand(b, o, i, dtype=dtype, seed=2), rand(b, o, dtype=dtype, seed=3)
+        ids, where = mix(n, b)
+        rows, grads = unsort(x, where), unsort(g, where)
+        y = op.task_linear(strided(rows, how), strided(w, how), bias, ids)
+        assert_within(y[where].view(b, n, o), linear, x, w, bias, depth=i)
+        gw = op.task_linear_grad_weight(strided(grads, how), strided(rows, how), ids, b)
+        assert_within(gw, outer, g, x, depth=n)
+
+
+HYPER_SIZES = [  # B, N, in, out, features
+    (1, 1, 64, 64, 64),
+    (5, 3, 7, 9, 4),
+    (70, 1, 65, 63, 33),
+    (50, 2, 129, 66, 17),
+    (100, 8, 17, 3, 16),
+    (17, 64, 63, 1, 3),
+    (12, 9, 1, 1, 1),
+    (3, 2100, 2, 18, 20),
+    (13, 3, 300, 70, 5),
+    (3, 2, 5000, 1, 3),
+    (7, 2, 3, 4, 200),
+    (130, 2, 40, 30, 64),  # from here to 1500 tasks, so many that a matrix unit pays
+    (390, 1, 33, 11, 33),
+    (400, 8, 12, 13, 100),
+    (512, 8, 65, 63, 97),
+    (700, 1, 1, 99, 32),
+    (1500, 1, 8, 13, 200),
+    (1500, 1, 20, 17, 200),  # several stretches of parameters
+    (500, 1, 33, 20, 200),  # and of tasks
+    (400, 3, 64, 7, 33),
+    (70, 3, 32, 9, 33),
+    (100, 1, 65, 64, 64),
+    (100, 16, 64, 33, 97),
+    (400, 0, 12, 13, 40),
+    (400, 2, 0, 999, 40),
+    (0, 3, 4, 5, 6),
+    (3, 0, 4, 5, 6),
+    (3, 2, 0, 5, 6),
+    (3, 2, 4, 5, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("plan", "ragged", "target_bias", "head_bias"),
+    [
+        ("contract", False, True, True),
+        ("contract", True, False, False),
+        ("tile", False, True, True),
+        ("tile", True, True, False),
+        ("materialize", False, False, True),
+        ("materialize", True, True, True),
+    ],
+)
+@pytest.mark.parametrize("size", HYPER_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
+    b, n, i, o, k = size
+    x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+    h, v = rand(b, k, dtype=dtype, seed=2), rand(o * (i + target_bias), k, dtype=dtype, seed=3)
+    v0 = rand(len(v), dtype=dtype, seed=4) if head_bias else None
+    how = ["plain", "transposed", "gaps", "outer gaps"][(b + k + ragged) % 4]
+    ids, where, xs, gs = None, None, x, g
+    if ragged:
+        ids, where = mix(n, b)
+        xs, gs = unsort(x, where), unsort(g, where)
+    xs, gs, hs, vs = (strided(t, how) for t in (xs, gs, h, v))
+    m = o * i
+
+    def sort(rows):
+        return rows[where].view(b, n, rows.shape[-1]) if ragged else rows
+
+    def flat(h, v, v0):
+        return h @ v.mT + v0
+
+    def forward(x, h, v, v0):
+        p = flat(h, v, v0)
+        y = torch.einsum("boi,bni->bno", p[:, :m].view(b, o, i), x)
+        return y + p[:, None, m:] if target_bias else y
+
+    def grad_x(g, h, v, v0):
+        return torch.einsum("boi,bno->bni", flat(h, v, v0).view(b, o, i), g)
+
+    def grad_flat(g, x):
+        w = outer(g, x).flatten(1)
+        return torch.cat([w, g.sum(1)], 1) if target_bias else w
+
+    zero = torch.zeros(len(v), dtype=dtype) if v0 is None else v0
+    if i + target_bias == 0:
+        with pytest.raises(ValueError, match="at least one column"):
+            op.hyper_linear(xs, hs, vs, v0, ids, target_bias, plan)
+        return
+    y = op.hyper_linear(xs, hs, vs, v0, ids, target_bias, plan)
+    assert_within(sort(y), forward, x, h, v, zero, depth=i + k + 2)
+    shared = None if v0 is None else v0[:m]
+    if o:
+        gx = op.hyper_linear_grad_x(gs, hs, vs[:m], shared, ids, plan)
+        args = (g, h, v[:m], zero[:m])
+        assert_within(sort(gx), grad_x, *args, depth=o + k + 2)
+    gh = op.hyper_linear_grad_h(gs, xs, vs, ids, b, target_bias, plan)
+    assert_within(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
+    gv = op.hyper_linear_grad_weight(gs, xs, hs, ids, target_bias, plan)
+    assert_within(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
+
+
+@pytest.mark.parametrize("plan", ["contract", "tile", "materialize"])
+def test_a_long_sum_is_no_less_exact_than_a_matrix_product(plan):
+    """The gradient of h is a sum over 16,512 parameters: one after another they came to 2e-6."""
+    x, g = rand(64, 1, 128, dtype=torch.float32), rand(64, 1, 128, dtype=torch.float32, seed=1)
+    v = rand(128 * 129, 40, dtype=torch.float32, seed=2)
+    exact = torch.cat([outer(g.double(), x.double()).flatten(1), g[:, 0].double()], 1) @ v.double()
+    error = op.hyper_linear_grad_h(g, x, v, None, 64, True, plan).double() - exact
+    assert error.norm() < 8 * 2.0**-24 * exact.norm()
+
+
+MANY = (400, 2, 20, 17, 40)  # B, N, in, out, features: enough for a matrix unit
+
+
+def many(dtype=torch.float32, size=MANY):
+    b, n, i, o, k = size
+    sizes = (b, n, i), (b, n, o), (b, k), (o * i + o, k)
+    return [rand(*size, dtype=dtype, seed=seed) for seed, size in enumerate(sizes)]
+
+
+def hyper_ops(x, g, h, v, plan="contract"):
+    """The forward pass and the gradients of a layer without a bias of the head."""
+    m = g.shape[-1] * x.shape[-1]
+    return (
+        op.hyper_linear(x, h, v, None, None, True, plan),
+        op.hyper_linear_grad_x(g, h, v[:m], None, None, plan),
+        op.hyper_linear_grad_h(g, x, v, None, len(x), True, plan),
+        op.hyper_linear_grad_weight(g, x, h, None, True, plan),
+    )
+
+
+def exact_ops(x, g, h, v):
+    """The same in fp64, and the sums of the absolute values of their terms."""
+
+    def compute(x, g, h, v):
+        m, b = g.shape[-1] * x.shape[-1], len(x)
+        p, w = h @ v.mT, (h @ v[:m].mT).view(b, g.shape[-1], x.shape[-1])
+        flat = torch.cat([outer(g, x).flatten(1), g.sum(1)], 1)
+        y = torch.einsum("boi,bni->bno", w, x) + p[:, None, m:]
+        return y, torch.einsum("boi,bno->bni", w, g), flat @ v, flat.mT @ h
+
+    args = [t.double() for t in (x, g, h, v)]
+    return zip(compute(*args), compute(*(t.abs() for t in args)), strict=True)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "every second"])
+@pytest.mark.parametrize("exponent", [-140, -120, -110, -90, -60, -30, 30, 60, 90])
+def test_numbers_far_from_one(exponent, some):
+    for which in range(4):
+        args = many()
+        args[which][:: 1 + some] *= 2.0**exponent
+        largest = max(t.abs().max().item() for t in args)
+        smallest = 2.0**-149 if not some or exponent > -130 else 2.0**-133
+        for result, (exact, size) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
+            error = (result.double() - exact).abs()
+            bound = 16 * 2.0**-24 * size + 300 * smallest * max(largest, 1) ** 2
+            assert bool((error <= bound).all()), (which, (error / bound).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e37])
+def test_numbers_at_the_end_of_the_range(dtype, value):
+    """What is not finite, and what is near that, shows where it belongs and nowhere else."""
+    for which in range(4):
+        args = many(dtype)
+        args[which].view(-1)[7] = value
+        for result, (exact, size) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
+            finite = size.isfinite()
+            error = (result.double() - exact).abs()[finite]
+            eps = torch.finfo(dtype).eps
+            assert bool((error <= 300 * 2.0**-24 * size[finite] + eps * exact[finite].abs()).all())
+            assert not result[~finite].isfinite().any()
+            assert torch.equal(result.isnan(), exact.isnan())
+
+
+def test_a_nan_of_any_bits():
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    half = torch.tensor([0x7FFF, -1, 0x7F81], dtype=torch.int16)
+    for nan in (*bits.view(torch.float32), *half.view(torch.bfloat16)):
+        for which in range(4):
+            args = many(nan.dtype)
+            args[which].view(-1)[7] = nan
+            for result, (exact, _) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
+                assert torch.equal(result.isnan(), exact.isnan())
+
+
+@pytest.mark.parametrize(
+    "size", [MANY, (1024, 1, 12, 12, 32), (96, 1, 20, 97, 40), (96, 8, 32, 9, 40)], ids=str
+)
+@pytest.mark.parametrize("exponent", [0, -100])
+def test_results_do_not_depend_on_threads(size, exponent):
+    args = many(size=size)
+    for t in args:
+        t[len(t) // 4 : len(t) // 2] *= 2.0**exponent
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            results.append(hyper_ops(*args))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def test_beside_another_user_of_the_matrix_unit():
+    """oneDNN multiplies bf16 on it too, in the same threads."""
+    a, b = rand(300, 300, dtype=torch.bfloat16), rand(300, 300, dtype=torch.bfloat16, seed=1)
+    args = many()
+    first, product = hyper_ops(*args), a @ b
+    for _ in range(5):
+        assert torch.equal(a @ b, product)
+        assert all(map(torch.equal, hyper_ops(*args), first))
+
+
+@pytest.mark.parametrize("tasks", [2, 30])
+def test_hyper_plans_by_any_name(tasks):
+    f32 = torch.float32
+    x, h, v = rand(tasks, 2, 5, dtype=f32), rand(tasks, 3, dtype=f32), rand(24, 3, dtype=f32)
+    plans = ["tile", "contract", "materialize", ""]
+    tile, *others = [op.hyper_linear(x, h, v, None, None, True, plan) for plan in plans]
+    for other in others:
+        torch.testing.assert_close(other, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hyper_stride_zero(dtype):
+    x, g = rand(1, dtype=dtype).expand(20, 3, 17), rand(17, dtype=dtype).expand(20, 3, 17)
+    h, v = rand(1, dtype=dtype).expand(20, 5), rand(1, 5, dtype=dtype).expand(17 * 18, 5)
+
+    def flat(g, x):
+        return torch.cat([outer(g, x).flatten(1), g.sum(1)], 1)
+
+    gv = op.hyper_linear_grad_weight(g, x, h, None, True, "")
+    assert_within(gv, lambda g, x, h: flat(g, x).mT @ h, g, x, h, depth=60)
+    gh = op.hyper_linear_grad_h(g, x, v, None, 20, True, "")
+    assert_within(gh, lambda g, x, v: flat(g, x) @ v, g, x, v, depth=400)
+    gx = op.hyper_linear_grad_x(g, h, v[: 17 * 17], None, None, "")
+    same = lambda g, h, v: torch.einsum("boi,bno->bni", (h @ v.mT).view(20, 17, 17), g)  # noqa: E731
+    assert_within(gx, same, g, h, v[: 17 * 17], depth=30)
+
+
+def test_hyper_memory_does_not_grow_with_the_generated_weights():
+    """64 MB of weights are generated; nothing near that may be allocated."""
+    code = (
+        "import resource, torch\n"
+        "from hyperfast import ops\n"
+        "op = torch.ops.hyperfast\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "x, h, v = torch.ones(1024, 1, 128), torch.ones(1024, 8), torch.ones(128 * 129, 8)\n"
+        "run = lambda n: [(op.hyper_linear(x[:n], h[:n], v, None, None, True, plan),\n"
+        "  op.hyper_linear_grad_h(x[:n], x[:n], v, None, n, True, plan),\n"
+        "  op.hyper_linear_grad_weight(x[:n], x[:n], h[:n], None, True, plan))\n"
+        "  for plan in ('contract', 'tile')] and None\n"
+        "run(64); before = peak(); run(1024); print(peak() - before)\n"
+    )
+    done = run(_C.isa(), "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 1024  # KiB
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestTaskStrideZero:
+    def test_expanded(self, dtype):
+        one = rand(1, dtype=dtype)
+        x, w = one.expand(4, 5, 33), rand(1, 7, 33, dtype=dtype).expand(4, 7, 33)
+        bias = one.expand(4, 7)
+        y = op.task_linear(x, w, bias, None)
+        assert_within(y, linear, x, w, bias, depth=33)
+        gw = op.task_linear_grad_weight(one.expand(4, 5, 70), x, None, 4)
+        assert_within(gw, outer, one.expand(4, 5, 70), x, depth=5)
+
+    def test_tasks_without_rows(self, dtype):
+        x, g = rand(3, 20, dtype=dtype), rand(3, 6, dtype=dtype)
+        ids = torch.tensor([4, 1, 4])
+        gw = op.task_linear_grad_weight(g, x, ids, 6)
+        assert_within(gw[1], lambda g, x: g[1, :, None] * x[1], g, x, depth=1)
+        both = lambda g, x: g[0, :, None] * x[0] + g[2, :, None] * x[2]  # noqa: E731
+        assert_within(gw[4], both, g, x, depth=2)
+        assert not gw[[0, 2, 3, 5]].any()
+
+
+def test_fp16_and_bf16_keep_infinity_nan_and_subnormals():
+    for dtype in (torch.float16, torch.bfloat16):
+        tiny = torch.finfo(dtype).smallest_normal / 4
+        values = torch.tensor([torch.inf, -torch.inf, torch.nan, tiny, -tiny, 3.0], dtype=dtype)
+        y = op.task_linear(values.view(1, 6, 1), torch.ones(1, 1, 1, dtype=dtype), None, None)
+        torch.testing.assert_close(y.flatten(), values, rtol=0, atol=0, equal_nan=True)
+    y = op.task_linear(*[torch.full((1, 1, 1), 300.0, dtype=torch.float16)] * 2, None, None)
+    assert y.isinf().all()
+
+
+@pytest.mark.parametrize("plan", ["contract", "tile"])
+def test_result_does_not_depend_on_threads(plan):
+    x, w = rand(9, 700, 65, dtype=torch.float32), rand(9, 33, 65, dtype=torch.float32)
+    g, h = rand(9, 700, 33, dtype=torch.float32), rand(9, 40, dtype=torch.float32)
+    v = rand(33 * 65, 40, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y, gw = op.task_linear(x, w, None, None), op.task_linear_grad_weight(g, x, None, 9)
+        hyper = op.hyper_linear(x, h, v, None, None, False, plan)
+        gx = op.hyper_linear_grad_x(g, h, v, None, None, plan)
+        gh = op.hyper_linear_grad_h(g, x, v, None, 9, False, plan)
+        gv = op.hyper_linear_grad_weight(g, x, h, None, False, plan)
+        results.append((y, gw, hyper, gx, gh, gv))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+X, W, BIAS = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5)
+IDS, H, V = torch.tensor([0, 1, 0]), torch.zeros(2, 3), torch.zeros(25, 3)
+BAD = [
+    (op.task_linear, (X[0], W, None, None), r"x must have shape \(B, N"),
+    (op.task_linear, (X.sum(), W, None, None), r"x must .*got \(\)"),
+    (op.task_linear, (X, W[0], None, None), r"weight must have shape"),
+    (op.task_linear, (X[..., :3], W, None, None), r"x.size\(-1\) must be 4"),
+    (op.task_linear, (X[:1], W, None, None), r"x.size\(0\) must be 2"),
+    (op.task_linear, (X, W, BIAS[:1], None), r"bias.size\(0\)"),
+    (op.task_linear, (X, W, BIAS[:, :1], None), r"bias.size\(1\)"),
+    (op.task_linear, (X, W, BIAS[0], None), r"bias must have shape"),
+    (op.task_linear, (X.double(), W, None, None), r"dtype of x, float64"),
+    (op.task_linear, (X.long(), W.long(), None, None), r"got int64"),
+    (op.task_linear, (X[0], W, None, IDS.int()), r"task_ids must .* got int32"),
+    (op.task_linear, (X[0], W, None, IDS[:2]), r"task_ids.size\(0\) must be 3"),
+    (op.task_linear, (X[0], W, None, IDS[None]), r"task_ids must have shape"),
+    (op.task_linear, (X, W, None, IDS), r"x must have shape \(R, columns\)"),
+    (op.task_linear_grad_weight, (X[:, :2], X, None, 2), r"grad must have as many rows"),
+    (op.task_linear_grad_weight, (X, X, None, 3), r"x.size\(0\) must be 3"),
+    (op.task_linear_grad_weight, (X, X, None, -1), r"tasks must not be negative"),
+    (op.hyper_linear, (X, H, V[:-1], None, None, True, ""), r"weight.size\(0\) must be 20"),
+    (op.hyper_linear, (X, H, V[:, :1], None, None, True, ""), r"weight.size\(1\) must be 3"),
+    (op.hyper_linear, (X, H[0], V, None, None, True, ""), r"h must have shape"),
+    (op.hyper_linear, (X, H, V[0], None, None, True, ""), r"weight must have shape"),
+    (op.hyper_linear, (X, H[:1], V, None, None, True, ""), r"x.size\(0\) must be 1"),
+    (op.hyper_linear, (X, H, V, V[:3, 0], None, True, ""), r"bias.size\(0\) must be 25"),
+    (op.hyper_linear, (X, H, V, V, None, True, ""), r"bias must have shape"),
+    (op.hyper_linear, (X, H.double(), V, None, None, True, ""), r"h must have the dtype of x"),
+    (op.hyper_linear, (X, H, V, None, None, True, "best"), r'plan must be .* got "best"'),
+    (op.hyper_linear, (X[..., :0], H, V, None, None, False, ""), r"x must have at least one col"),
+    (op.hyper_linear_grad_x, (X[..., :0], H, V, None, None, ""), r"grad must have at least one"),
+    (op.hyper_linear_grad_x, (X, H, V, None, None, ""), r"weight.size\(0\) must be 24"),
+    (op.hyper_linear_grad_h, (X, X, V, None, 2, True, ""), r"weight.size\(0\) must be 20"),
+    (op.hyper_linear_grad_h, (X, X, V, None, -2, True, ""), r"tasks must not be negative"),
+    (op.hyper_linear_grad_h, (X[0], X, V, None, 2, True, ""), r"grad must have as many rows"),
+    (op.hyper_linear_grad_weight, (X, X, H[:1], None, True, ""), r"x.size\(0\) must be 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "args", "message"), BAD)
+def test_bad_arguments(call, args, message):
+    with pytest.raises(ValueError, match=message):
+        call(*args)
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 2**40])
+def test_task_ids_out_of_range(bad):
+    ids = torch.tensor([0, bad, 1])
+    with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
+        op.task_linear(X[0], W, None, ids)
+    with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
+        op.task_linear_grad_weight(X[0], X[0], ids, 2)
+    with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
+        op.hyper_linear(X[0], H, V, None, ids, True, "")
+
+
+def run(isa, *command):
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "HYPERFAST_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.skipif("HYPERFAST_ISA" in os.environ, reason="this is such a run")
+def test_every_instruction_set(isa):
+    which = run(isa, "-c", "import torch, hyperfast._C as c; print(c.isa())")
+    if "not available on this machine" in which.stderr or "must be one of" in which.stderr:
+        pytest.skip(f"no {isa} here")
+    assert which.stdout.strip() == isa, which.stderr
+    if isa == _C.isa():
+        return  # the tests above ran it
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not bad")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_unknown_instruction_set():
+    done = run("sse9", "-c", "import torch, hyperfast._C as c; c.isa()")
+    assert "HYPERFAST_ISA must be one of" in done.stderr
+    assert done.returncode != 0

@@ -1,0 +1,215 @@
+"""Whole networks in C++: every dtype, layout and instruction set, against the layers in float64."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from hyperfast.ops import layer as ops
+from hyperfast.ops import network as mlp_ops
+from tests.support.networks import expected
+
+if ops.EXTENSION_ERROR:  # importing hyperfast._C here would register its kernels for all tests
+    pytest.skip(ops.EXTENSION_ERROR, allow_module_level=True)
+from hyperfast import _C
+from hyperfast.activations import decode
+
+op = torch.ops.hyperfast
+pytestmark = pytest.mark.usefixtures("nan_poison")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# sizes, tasks, rows a task, features: few rows and many, few tasks and many, narrow and wide
+CASES = [
+    ((64, 64, 10), 1, 1, 64),
+    ((8, 32, 1), 70, 1, 33),
+    ((17, 65, 3), 40, 6, 16),
+    ((12, 32, 9), 400, 2, 40),
+    ((5, 63, 66, 4), 9, 20, 7),
+    ((2, 33, 1), 12, 70, 12),
+    ((2, 64, 64, 1), 2, 700, 24),
+    ((3, 5, 2), 0, 4, 3),
+    ((3, 5, 2), 4, 0, 3),
+]
+
+
+def random(case, dtype, ragged, gaps):
+    """Arguments up to the sizes; with gaps, NaN lies between the elements."""
+    sizes, tasks, rows, features = case
+    params = sum(o * (i + 1) for i, o in pairwise(sizes))
+    scale = (features * max(sizes)) ** -0.5
+    lead = (tasks * rows,) if ragged else (tasks, rows)
+    ids = torch.randperm(tasks * rows) % max(tasks - 1, 1) if ragged else None
+    made = [(*lead, sizes[0]), (tasks, features), (params, features), (params,)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in made]
+    tensors[2] *= scale
+    tensors[3] *= max(sizes) ** -0.5
+    tensors = [t.to(dtype) for t in tensors]
+    if gaps:
+        tensors = [torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for t in tensors]
+    return [*tensors, ids]
+
+
+def wide(args):
+    return [a.double() if a is not None and a.is_floating_point() else a for a in args]
+
+
+def specification(args, options, grad):
+    """Output and gradients of the layers by the specification, differentiated by PyTorch."""
+    tensors = [a.detach().clone().requires_grad_() for a in args[:4]]
+    y = expected(*tensors, args[4], *options)
+    return [y.detach(), *torch.autograd.grad(y, tensors, grad)]
+
+
+def within(result, exact, theirs):
+    """At most twice the specification's own error in that dtype, and 8 roundings of the largest; in
+    fp64, where the specification is what is exact, 1e-9."""
+    assert result.shape == exact.shape
+    if result.dtype == torch.float64:
+        torch.testing.assert_close(result, exact, rtol=1e-9, atol=1e-9)
+        return
+    if not exact.numel():
+        return
+    unit = torch.finfo(result.dtype).eps
+    budget = 2 * (theirs.double() - exact).abs().max() + 8 * unit * exact.abs().max()
+    error = (result.double() - exact).abs().max()
+    assert error <= budget, f"{error / budget:.3g} of the budget"
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(dtype, case, ragged):
+    gaps = ragged == (len(case[0]) % 2 == 0)
+    args = random(case, dtype, ragged, gaps)
+    for last in ("identity", "tanh"):
+        options = (case[0], True, ",".join(["sin:1.5"] * (len(case[0]) - 2) + [last]))
+        y, hidden = op.hyper_mlp(*args, *options, True)
+        assert torch.equal(op.hyper_mlp(*args, *options, False)[0], y)
+        grad = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+        exact = specification(wide(args), options, grad.double())
+        theirs = specification(args, options, grad)
+        within(y, exact[0], theirs[0])
+        for z in (hidden, hidden.new_empty(0)):  # kept, or computed again
+            found = op.hyper_mlp_backward(grad, *args, z, *options, [True] * 4)
+            for result in zip(found, exact[1:], theirs[1:], strict=True):
+                within(*result)
+
+
+def test_more_networks_than_are_held_at_a_time():
+    """47 of 54,450 parameters, in two blocks whose gradients add up."""
+    case = ((16, 250, 200), 47, 50, 8)
+    args, options = random(case, torch.float32, False, False), (case[0], True, "elu,identity")
+    y, hidden = op.hyper_mlp(*args, *options, True)
+    grad = torch.randn_like(y)
+    exact = specification(wide(args), options, grad.double())
+    theirs = specification(args, options, grad)
+    within(y, exact[0], theirs[0])
+    for mask in ([True] * 4, [False, True, True, True]):  # all weights are needed, or the last
+        found = op.hyper_mlp_backward(grad, *args, hidden, *options, mask)
+        for result, wanted, *other in zip(found, mask, exact[1:], theirs[1:], strict=True):
+            if wanted:
+                within(result, *other)
+
+
+@pytest.mark.parametrize("activation", ["elu", "tanh", "sin"])
+@pytest.mark.parametrize("case", [*CASES[:7], ((1, 63), 4001, 1, 33)], ids=str)
+def test_result_does_not_depend_on_threads(case, activation):
+    before = torch.get_num_threads()
+    try:
+        args = random(case, torch.float32, False, False)
+        options = (case[0], True, ",".join([activation] * (len(case[0]) - 1)))
+        results = []
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            y, hidden = op.hyper_mlp(*args, *options, True)
+            results.append((y, hidden))
+            for z in (hidden, hidden.new_empty(0)):
+                results[-1] += op.hyper_mlp_backward(y, *args, z, *options, [True] * 4)
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def test_many_pieces_of_a_task_do_not_drown_in_a_16_bit_sum():
+    """200,000 rows in pieces of 2,048: a bf16 total would stop growing."""
+    x, h = torch.ones(1, 200_000, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    head = torch.ones(1, 1, dtype=torch.bfloat16)
+    args = (x, h, head, None, None)
+    _, grad_h, *_ = op.hyper_mlp_backward(
+        x, *args, x.new_empty(0), (1, 1), False, "identity", [True] * 4
+    )
+    torch.testing.assert_close(grad_h.float().item(), 200_000.0, rtol=0.005, atol=0)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_stored_networks(dtype, case, ragged):
+    sizes, tasks, _, _ = case
+    plain = torch.float32 if dtype == torch.int8 else dtype
+    x, _, _, _, ids = random(case, plain, ragged, True)
+    outs = sum(sizes[1:])
+    matrices = sum(i * o for i, o in pairwise(sizes))
+    affine = None
+    if dtype == torch.int8:
+        weight = torch.randint(-127, 128, (tasks, matrices), dtype=torch.int8)
+        affine = torch.randn(tasks, 2 * outs) / 100
+    else:
+        weight = (torch.randn(tasks, matrices + outs) / max(sizes) ** 0.5).to(dtype)
+    options = (sizes, True, ",".join(["silu"] * (len(sizes) - 2) + ["identity"]))
+    y = op.task_mlp(x, weight, affine, ids, *options)
+    whole = None if affine is None else affine.double()
+    stored = weight if affine is not None else weight.double()
+    exact = mlp_ops.by_task_layers(x.double(), stored, whole, ids, *options)
+    within(y, exact, mlp_ops.by_task_layers(x, weight, affine, ids, *options))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 20.0, 2000.0, 1e6])
+@pytest.mark.parametrize(
+    "name", ["relu", "leaky_relu:0.2", "elu", "sigmoid", "silu", "sin:1", "tanh", "identity"]
+)
+def test_activations_to_the_last_bits(name, scale):
+    """Within 3 units in the last place of the correctly rounded value, or of what PyTorch does."""
+    x = torch.linspace(-scale, scale, 4001).view(1, -1, 1)
+    unit = torch.ones(1, 2)
+    unit[0, 1] = 0
+    y = op.task_mlp(x, unit, None, None, (1, 1), True, name).flatten().double()
+    [(formula, parameter)] = decode(name)
+    exact = formula.value(x.flatten().double(), parameter)
+    theirs = (formula.value(x.flatten(), parameter).double() - exact).abs()
+    last = torch.finfo(torch.float32).eps * exact.abs().clamp(min=2.0**-126)
+    # A sine next to a multiple of pi: as many places of its argument as floats have, no more.
+    last = last.clamp(min=2.0**-24) if name.startswith("sin") else last
+    assert bool(((y - exact).abs() <= 3 * last + theirs).all())
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "leaky_relu:0.2", "elu", "sigmoid", "silu", "sin", "tanh"]
+)
+def test_activations_of_what_is_not_finite(name):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-42, 3e38, -3e38])
+    for dtype in (torch.float32, torch.float64):
+        values = x.to(dtype).view(1, -1, 1)
+        weight = torch.tensor([[1.0, 0.0]], dtype=dtype)
+        y = op.task_mlp(values, weight, None, None, (1, 1), True, name).flatten()
+        [(formula, parameter)] = decode(name)
+        torch.testing.assert_close(
+            y, formula.value(values.flatten(), parameter), equal_nan=True, rtol=1e-6, atol=1e-42
+        )
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.skipif("HYPERFAST_ISA" in os.environ, reason="this is such a run")
+def test_every_instruction_set(isa):
+    if isa == _C.isa():
+        return  # the tests above ran it
+    environment = {**os.environ, "HYPERFAST_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "not available on this machine" in done.stdout + done.stderr:
+        pytest.skip(f"no {isa} here")
+    assert done.returncode == 0, done.stdout[-4000:]

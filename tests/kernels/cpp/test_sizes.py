@@ -1,0 +1,33 @@
+"""Sizes that multiply beyond 64 bits: expanded and empty tensors can name any; none may crash."""
+
+import pytest
+import torch
+
+from hyperfast.ops import layer as ops
+
+pytestmark = pytest.mark.skipif(bool(ops.EXTENSION_ERROR), reason=ops.EXTENSION_ERROR or "built")
+op = torch.ops.hyperfast
+WIDE = torch.zeros(1).expand(1, 1, 2**32)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: op.hyper_linear_grad_weight(WIDE, WIDE, torch.ones(1, 4), None, False, ""),
+        lambda: op.hyper_linear_grad_h(WIDE, WIDE, torch.empty(0, 4), None, 1, False, ""),
+        lambda: op.task_linear_grad_weight(WIDE, WIDE, None, 1),
+        lambda: op.hyper_linear(
+            *(torch.empty(4, 0, 2**30), torch.empty(4, 0), torch.empty(2**60, 0)),
+            *(None, None, False, "materialize"),
+        ),
+    ],
+    ids=["grad_weight", "grad_h", "task_grad_weight", "forward"],
+)
+def test_products_beyond_64_bits_are_refused(call):
+    with pytest.raises(ValueError, match="must not multiply to more than"):
+        call()
+
+
+def test_no_parameters_and_very_many_inputs():
+    y = op.hyper_linear_grad_x(WIDE, torch.ones(1, 4), torch.empty(0, 4), None, None, "")
+    assert y.shape == (1, 1, 0)

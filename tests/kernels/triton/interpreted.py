@@ -1,0 +1,459 @@
+"""The Triton kernels on CPU tensors, by Triton's interpreter; run by test_triton.py.
+
+The interpreter has no 16-bit arithmetic, and knows nothing of a GPU's memory or its parallelism.
+"""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import hyperfast
+from hyperfast.activations import FORMULAS
+from hyperfast.bank.rows import Format
+from hyperfast.functional import hyper_linear, task_linear
+from hyperfast.kernels import reference
+from hyperfast.kernels.triton import grouped, launch, trilinear
+from hyperfast.kernels.triton import stored as stored_networks
+from hyperfast.ops import network as mlp_ops
+from hyperfast.plans import choose as plan
+from tests.support.cases import (
+    FUSED,
+    VARIANTS,
+    Sizes,
+    Variant,
+    close,
+    every_fused,
+    every_size,
+    floats,
+    is_float,
+    value_and_gradients,
+)
+from tests.support.networks import apply_stored, expected, random, stored, text
+
+FP64, FP32 = torch.float64, torch.float32
+LARGE = [
+    (Sizes(17, 1, 63, 17, 3), FP64),
+    (Sizes(3, 17, 17, 129, 1), FP64),
+    (Sizes(2, 3, 129, 3, 17), FP64),
+    (Sizes(1, 63, 3, 17, 63), FP64),
+    (Sizes(5, 3, 17, 33, 17), FP32),
+]
+STORED = [v for v in VARIANTS if v.plan in ("tile", "materialize") and v.bias and v.target_bias]
+
+# What computes each op when the weights are not stored; a library does where rows are many.
+KERNELS = {
+    "task_linear": "_task_linear",
+    "task_linear_grad_weight": "_task_outer",
+    "hyper_linear": "_contract",
+    "hyper_linear_grad_x": "_contract",
+    "hyper_linear_grad_h": "_contract",
+    "hyper_linear_grad_weight": "_outer",
+}
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch, nan_poison):
+    """Runs the ops on Triton kernels, and counts their launches."""
+    count = Counter()
+    start = launch.start
+
+    def counting(kernel, programs, *args, **options):
+        count[kernel.fn.__name__] += programs
+        start(kernel, programs, *args, **options)
+
+    monkeypatch.setattr(launch, "start", counting)
+    with hyperfast.use_backend("triton"):
+        yield count
+
+
+@every_size
+@every_fused
+def test_value_and_gradients(variant, sizes):
+    value_and_gradients(variant, sizes)
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), LARGE, ids=str)
+@every_fused
+def test_value_of_larger_sizes(variant, sizes, dtype, launched):
+    args = variant.random(sizes, dtype=dtype)
+    y = variant.op(*args)
+    exact = variant.expected(*(a.double() if is_float(a) else a for a in args))
+    if dtype == FP64:
+        close(y, exact)
+    else:  # twice the error of the specification itself in fp32, and a rounding
+        error = (variant.expected(*args).double() - exact).abs().max()
+        budget = 2 * error + exact.abs().max() * torch.finfo(dtype).eps
+        assert (y.double() - exact).abs().max() <= budget
+    if variant.ragged or sizes.rows < grouped.MANY:
+        assert launched[KERNELS[variant.name]]
+
+
+@pytest.mark.parametrize("variant", STORED, ids=str)
+def test_stored_weights(variant, monkeypatch):
+    """In one piece, and in blocks of a few tasks."""
+    monkeypatch.setattr(plan, "GPU_BLOCK", 8 * 60)
+    args = variant.random(Sizes(7, 3, 3, 4, 6))
+    close(variant.op(*args), variant.expected(*args))
+
+
+@every_fused
+def test_gradcheck(variant):
+    args = variant.random(Sizes(2, 2, 2, 3, 2), grad=True)
+    assert gradcheck(variant.op, args, fast_mode=True)
+
+
+def strided(t, how):
+    """The same values under other strides; what lies between them is NaN."""
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "gaps":
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+    return t[..., :1].expand_as(t)  # other values, of stride 0
+
+
+@pytest.mark.parametrize("how", ["transposed", "gaps", "expanded"])
+@every_fused
+def test_strides(variant, how):
+    args = variant.random(Sizes(5, 2, 3, 4, 6))
+    args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
+    close(variant.op(*args), variant.expected(*args))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+@pytest.mark.parametrize("variant", [v for v in FUSED if "grad_weight" in v.name], ids=str)
+def test_rows_summed_in_parts(variant, multiprocessors, monkeypatch):
+    """Few tiles and many rows: each part has a sum of its own."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    args = variant.random(Sizes(300, 1, 3, 4, 2))
+    close(variant.op(*args), variant.expected(*args))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+@pytest.mark.parametrize("plan", ["contract", "materialize"])
+def test_tiles_for_few_and_many_multiprocessors(plan, multiprocessors, monkeypatch):
+    """The largest and the smallest tile, with a ragged edge in every direction."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    variant = Variant("hyper_linear", True, plan=plan)
+    args = variant.random(Sizes(67, 2, 3, 35, 18))
+    close(variant.op(*args), variant.expected(*args))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_stays_with_its_task():
+    x, w, b = torch.randn(43, 3), torch.randn(5, 4, 3), torch.randn(5, 4)
+    ids = torch.arange(43) ** 2 % 5  # unevenly many, so that blocks of rows mix tasks
+    expected = reference.task_linear(x, w, b, ids)
+    w[1], x[5] = torch.inf, torch.nan
+    y = task_linear(x, w, b, ids)
+    clean = (ids != 1) & (torch.arange(43) != 5)
+    close(y[clean], expected[clean], 1e-5)
+    assert not y[~clean].isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_ids_out_of_range(bad):
+    ids = torch.tensor([0, bad, 1])
+    with pytest.raises(IndexError, match=rf"\[0, 5\), got {bad}"):
+        task_linear(torch.randn(3, 4), torch.randn(5, 2, 4), None, ids)
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    """Rows, tasks and weights that lie 2^31 elements apart, in memory that is only reserved."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    far = 2**31
+
+    def apart(*shape, far=far):
+        steps = [1] * len(shape)
+        for n in range(len(shape) - 2, 0, -1):
+            steps[n] = steps[n + 1] * shape[n + 1]
+        t = torch.empty(far * (shape[0] - 1) + 4096).as_strided(shape, (far, *steps[1:]))
+        return t.copy_(torch.randn(shape))
+
+    x, w = apart(2, 1, 3), apart(2, 4, 3)
+    close(task_linear(x, w), reference.task_linear(x, w), 1e-5)
+    close(
+        torch.ops.hyperfast.task_linear_grad_weight(x, x, None, 2),
+        reference.task_linear_grad_weight(x, x, None, 2),
+        1e-5,
+    )
+    h, weight = apart(2, 2), apart(3, 2)
+    args = x, h, weight, None, None, False
+    close(
+        hyper_linear(*args[:5], target_bias=False, plan="contract"),
+        reference.hyper_linear(*args),
+        1e-5,
+    )
+    choose(monkeypatch, True)
+    weight = apart(3, 2, far=far // 2)  # the product with a row's number leaves 32 bits
+    for loop, bias in product(("feature", "input", "output"), (False, True)):
+        monkeypatch.setattr(plan, "loop", lambda layer, first, loop=loop: loop)
+        ins = 3 - bias
+        args = apart(2, 1, ins), h, weight, None, None, (ins, 1), bias, "tanh"
+        close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
+    w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
+    x, sizes = apart(3, 3), (3, 2, 1)
+    y = torch.ops.hyperfast.task_mlp(x, w, None, ids, sizes, True, "relu,identity")
+    close(y.double(), apply_stored(x, w, ids, sizes, "relu,identity"), 1e-5)
+
+
+# sizes of the network, tasks, rows a task, features
+NETWORKS = [
+    ((3, 6, 2), 3, 5, 4),
+    ((1, 1), 1, 1, 1),
+    ((17, 3, 17, 1), 3, 1, 17),
+    ((3, 17, 63, 3, 2), 5, 3, 3),
+    ((2, 33, 1), 3, 23, 5),
+    ((5, 3, 2), 0, 2, 3),
+    ((5, 3, 2), 3, 0, 2),
+]
+WIDE = ((3, 129, 2), 2, 3, 3)
+ragged_or_not = pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+one_kernel_or_layers = pytest.mark.parametrize("whole", [False, True], ids=["layers", "one"])
+
+
+def choose(monkeypatch, whole):
+    """One kernel for a network, or one for each layer, whatever the plan says; and fp64 in blocks
+    of rows, as narrower types are."""
+    monkeypatch.setitem(stored_networks.TOGETHER, "fp64", (16, 8))
+    monkeypatch.setattr(plan, "one_kernel", lambda *args: whole)
+    monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes: whole)
+
+
+def check_network(size, activations, ragged, *, bias=True, target_bias=True, tolerance=1e-9):
+    """The value, what is kept, and every gradient."""
+    args = random(*size, ragged=ragged, bias=bias, target_bias=target_bias)
+    options = (size[0], target_bias, activations)
+    y = expected(*args, *options)
+    weight = torch.randn_like(y)
+    tensors = [a for a in args[:4] if a is not None]
+    gradients = torch.autograd.grad(y, tensors, weight)
+    ours, hidden = torch.ops.hyperfast.hyper_mlp(*args, *options, True)
+    close(ours, y)
+    close(hidden, mlp_ops._hyper_mlp(*args, *options, True)[1])
+    close(torch.autograd.grad(ours, tensors, weight), gradients)
+    with torch.no_grad():
+        alone, nothing = torch.ops.hyperfast.hyper_mlp(*args, *options, False)
+    assert torch.equal(alone, ours)
+    assert not nothing.numel()
+
+
+@ragged_or_not
+@one_kernel_or_layers
+@pytest.mark.parametrize("size", NETWORKS, ids=str)
+def test_generated_networks(size, whole, ragged, monkeypatch, launched):
+    choose(monkeypatch, whole)
+    for both in (False, True):
+        last = "tanh" if both else "identity"
+        activations = text(size[0], "silu", last)
+        check_network(size, activations, ragged, bias=both, target_bias=both)
+    assert bool(launched["_hyper_mlp"]) == (whole and size[1] * size[2] > 0)
+
+
+@one_kernel_or_layers
+@pytest.mark.parametrize("activation", [*FORMULAS, "leaky_relu:0.2", "sin:3.0"])
+def test_activations(activation, whole, monkeypatch):
+    choose(monkeypatch, whole)
+    check_network(NETWORKS[0], f"{activation},{activation}", True, bias=False)
+
+
+@pytest.mark.parametrize("first", ["feature", "input", "output"])
+@pytest.mark.parametrize("later", ["feature", "output"])
+def test_every_way_through_a_layer(first, later, monkeypatch):
+    choose(monkeypatch, True)
+    monkeypatch.setattr(plan, "loop", lambda layer, is_first: first if is_first else later)
+    for bias, target_bias in product((False, True), (False, True)):
+        size = (3, 5, 4), 3, 2, 18
+        check_network(size, "tanh,identity", False, bias=bias, target_bias=target_bias)
+
+
+def test_a_wide_network_runs_by_its_layers(launched):
+    check_network(WIDE, "relu,identity", False)
+    assert launched["_contract"]
+    assert not launched["_hyper_mlp"]
+
+
+@ragged_or_not
+@one_kernel_or_layers
+def test_networks_in_fp32(whole, ragged, monkeypatch):
+    """Twice the error of PyTorch in fp32, and a rounding, in norm: value and gradients. Without the
+    head's bias, of a size that takes hidden layers to where rounding is amplified."""
+    choose(monkeypatch, whole)
+    size = (3, 33, 20, 2), 9, 3, 17
+    given = random(*size, ragged=ragged, bias=False)
+    args, exact = (
+        [a.detach().to(FP32).to(dtype).requires_grad_() if is_float(a) else a for a in given]
+        for dtype in (FP32, FP64)
+    )
+    options = (size[0], True, "elu,silu,sigmoid")
+
+    def run(function, args):
+        y = function(*args, *options)
+        return y, *torch.autograd.grad(y.sum(), floats(args))
+
+    ours = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], args)
+    for a, b, c in zip(ours, run(expected, args), run(expected, exact), strict=True):
+        rounding = c.norm() * torch.finfo(FP32).eps
+        assert a.dtype == FP32
+        assert (a - c).norm() <= 2 * (b - c).norm() + rounding
+
+
+@ragged_or_not
+@one_kernel_or_layers
+def test_gradcheck_of_networks(whole, ragged, monkeypatch):
+    choose(monkeypatch, whole)
+    *args, ids = random((2, 3, 2), 2, 2, 3, ragged=ragged)
+
+    def network(*tensors):
+        return torch.ops.hyperfast.hyper_mlp(*tensors, ids, (2, 3, 2), True, "sin:2.0,tanh", True)[
+            0
+        ]
+
+    assert gradcheck(network, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("how", ["transposed", "gaps", "expanded"])
+@one_kernel_or_layers
+def test_strides_of_networks(whole, how, monkeypatch):
+    choose(monkeypatch, whole)
+    options = (3, 5, 4), True, "relu,tanh"
+    args = random((3, 5, 4), 3, 2, 6, grad=False)
+    args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
+    y, hidden = torch.ops.hyperfast.hyper_mlp(*args, *options, True)
+    close(y, expected(*args, *options))
+    for grad in (torch.randn_like(y), torch.randn(1, 1, 1, dtype=FP64).expand_as(y)):
+        given = grad, *args, hidden, *options, [True, True, True, True]
+        close(torch.ops.hyperfast.hyper_mlp_backward(*given), mlp_ops._hyper_mlp_backward(*given))
+    x, weight, _ = stored((3, 5, 4), 3, 2, ragged=False)
+    x, weight = strided(x, how), strided(weight, how)
+    close(
+        torch.ops.hyperfast.task_mlp(x, weight, None, None, *options),
+        apply_stored(x, weight, None, options[0], options[2]),
+    )
+
+
+@ragged_or_not
+@one_kernel_or_layers
+@pytest.mark.parametrize("size", [*NETWORKS, WIDE, ((5, 20, 3), 3, 40, 1)], ids=str)
+def test_stored_networks(size, whole, ragged, monkeypatch):
+    choose(monkeypatch, whole)
+    sizes, tasks, rows, _ = size
+    x, weight, ids = stored(sizes, tasks, rows, ragged=ragged)
+    activations = text(sizes, "silu", "tanh")
+    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, sizes, True, activations)
+    close(y, apply_stored(x, weight, ids, sizes, activations))
+
+
+@ragged_or_not
+@one_kernel_or_layers
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [NETWORKS[3], ((5, 20, 3), 3, 40, 1)], ids=str)
+def test_stored_steps_of_int8(size, bias, whole, ragged, monkeypatch):
+    choose(monkeypatch, whole)
+    sizes, tasks, rows, _ = size
+    kept = Format(hyperfast.MLPSpec(sizes, bias), torch.int8)
+    flat = torch.randn(tasks, kept.spec.numel, dtype=FP64)
+    steps, affine = kept.encode(flat)
+    x, _, ids = stored(sizes, tasks, rows, ragged=ragged)
+    given = x, steps, affine.double(), ids, sizes, bias, text(sizes, "tanh", "identity")
+    close(torch.ops.hyperfast.task_mlp(*given), mlp_ops.by_task_layers(*given))
+
+
+@one_kernel_or_layers
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_stays_with_its_network(whole, monkeypatch):
+    choose(monkeypatch, whole)
+    sizes, activations = (3, 4, 2), "relu,identity"
+    x, weight, _ = stored(sizes, 5, 9, ragged=True)
+    ids = torch.arange(45) ** 2 % 5  # unevenly many, so that blocks of rows mix tasks
+    clean = apply_stored(x, weight, ids, sizes, activations)
+    weight[1], x[5] = torch.nan, torch.nan
+    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, sizes, True, activations)
+    others = (ids != 1) & (torch.arange(45) != 5)
+    close(y[others], clean[others])
+    assert not y[~others].isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_ids_of_networks_out_of_range(bad):
+    sizes = (3, 4, 2), True, "relu,identity"
+    args = random(sizes[0], 3, 2, 3, ragged=True, grad=False)
+    x, weight, ids = stored(sizes[0], 3, 2, ragged=True)
+    args[4][1] = ids[1] = bad
+    with pytest.raises(IndexError, match=rf"\[0, 3\), got {bad}"):
+        torch.ops.hyperfast.hyper_mlp(*args, *sizes, False)
+    with pytest.raises(IndexError, match=rf"\[0, 3\), got {bad}"):
+        torch.ops.hyperfast.task_mlp(x, weight, None, ids, *sizes)
+
+
+@pytest.mark.parametrize("name", ["x", "h", "weight", "bias"])
+def test_shapes_and_dtypes_of_networks(name):
+    options = (3, 4, 2), True, "relu,identity", False
+    n = ["x", "h", "weight", "bias"].index(name)
+    args = random((3, 4, 2), 3, 2, 3, grad=False)
+    good, args[n] = args[n], args[n][..., 1:]
+    with pytest.raises(ValueError, match="weight" if name == "h" else name):
+        torch.ops.hyperfast.hyper_mlp(*args, *options)
+    args[n] = good.float()
+    with pytest.raises(TypeError, match="dtype"):
+        torch.ops.hyperfast.hyper_mlp(*args, *options)
+    args[n] = good
+    hidden, grad = torch.randn(24, dtype=FP64), torch.randn(3, 2, 2, dtype=FP64)
+    for name, given in {"hidden": (grad, hidden[1:]), "grad": (grad[..., 1:], hidden)}.items():
+        with pytest.raises(ValueError, match=name):
+            torch.ops.hyperfast.hyper_mlp_backward(
+                given[0], *args, given[1], *options[:3], [True, True, True, True]
+            )
+
+
+def test_shapes_and_dtypes_of_stored_networks():
+    x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
+    options = ids, (3, 4, 2), True, "relu,identity"
+    steps, affine = weight[:, 6:].to(torch.int8), weight[:, :12]
+    for told, (given, error) in {
+        "x": ((x[:, 1:], weight, None), ValueError),
+        "weight": ((x, weight[:, 1:], None), ValueError),
+        "affine": ((x, steps, affine[:, 1:]), ValueError),
+        "dtype": ((x.float(), weight, None), TypeError),
+        "affine must be of x's dtype": ((x.float(), steps, affine), TypeError),
+    }.items():
+        with pytest.raises(error, match=told):
+            torch.ops.hyperfast.task_mlp(*given, *options)
+
+
+def test_a_model_and_its_gradients(launched):
+    hyper = hyperfast.HyperNet(3, 4, (5, 6), 2, target_activation="silu").double()
+    model = hyperfast.HyperMLP(hyper)
+    x, z = torch.randn(17, 4, dtype=FP64), torch.randn(4, 3, dtype=FP64)
+    ids = torch.randint(4, (17,))
+    y = model(x, z, ids)
+    assert launched["_hyper_mlp"]
+    gradients = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    with hyperfast.use_backend("reference"):
+        expected = model(x, z, ids)
+        wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    close(y, expected)
+    close(gradients, wanted)
+
+
+def test_tuning_keeps_the_fastest(monkeypatch):
+    """Every configuration is tried once for a size, and is as right as the default."""
+    variant = Variant("hyper_linear", False, plan="contract")
+    args = variant.random(Sizes(40, 1, 3, 20, 5))
+    times = iter([3.0, 1.0, 2.0])
+    tried = []
+
+    def clock(call):
+        call()
+        tried.append(call)
+        return next(times)
+
+    monkeypatch.setattr(launch, "AUTOTUNE", True)
+    monkeypatch.setattr(launch, "tuned", {})
+    monkeypatch.setattr(launch, "milliseconds", clock)
+    for _ in range(2):
+        close(variant.op(*args), variant.expected(*args))
+    assert len(tried) == len(trilinear.CONTRACT["fp64"])
+    assert list(launch.tuned.values()) == [trilinear.CONTRACT["fp64"][1]]

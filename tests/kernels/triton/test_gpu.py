@@ -1,0 +1,315 @@
+"""The Triton kernels on a GPU, where there is one: all dtypes, graphs, compilation, memory.
+
+What takes long to compile comes last, lest a limit on the time should hide the rest."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+
+import hyperfast
+from hyperfast.bank.rows import Format
+from hyperfast.functional import hyper_linear, task_linear
+from hyperfast.kernels import reference
+from hyperfast.ops import network as mlp_ops
+from hyperfast.plans import choose as plan
+from tests.support.cases import FUSED, PAIRED, Sizes, Variant, close, every_fused, is_float
+from tests.support.networks import expected, random, stored
+
+pytest.importorskip("triton")
+# Deterministic algorithms, which the poison needs, ask this of the library of matrix products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.usefixtures("nan_poison"),
+]
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LARGE = [
+    Sizes(1000, 1, 128, 128, 64),
+    Sizes(300, 3, 63, 17, 129),
+    Sizes(7, 100, 17, 129, 3),
+    Sizes(64, 16, 2, 32, 128),
+]
+FEW = [Sizes(), Sizes(63, 1, 3, 3, 1), Sizes(tasks=0), Sizes(rows=0)]
+# Each size and dtype is a compilation, a third of a second: hence no more.
+STORED = [v for v in PAIRED if v.plan in ("tile", "materialize")]
+
+
+def to(args, device="cuda", dtype=None):
+    return [
+        a.to(device, dtype if dtype and is_float(a) else None) if isinstance(a, torch.Tensor) else a
+        for a in args
+    ]
+
+
+def assert_as_good(y, plain, exact):
+    """``y`` errs by at most twice what plain PyTorch does in the same dtype, and a rounding, where
+    errors are the largest over the whole tensor."""
+    assert y.shape == exact.shape
+    assert y.dtype == plain.dtype
+    if y.dtype == torch.float64:
+        close(y, exact)
+        return
+    error, other = ((t.double() - exact).abs().max() for t in (y, plain))
+    rounding = exact.abs().max() * torch.finfo(y.dtype).eps
+    assert error <= 2 * other + rounding, f"{error:.3g}, plain PyTorch {other:.3g}"
+
+
+@pytest.fixture
+def model():
+    hyper = hyperfast.HyperNet(8, 16, (32, 24), 4, hidden=(32,))
+    return hyperfast.HyperMLP(hyper).cuda()
+
+
+def batch(ragged, tasks=200, rows=3):
+    z = torch.randn(tasks, 8, device="cuda")
+    if not ragged:
+        return torch.randn(tasks, rows, 16, device="cuda"), z
+    ids = torch.randint(tasks, (tasks * rows,), device="cuda")
+    return torch.randn(tasks * rows, 16, device="cuda"), z, ids
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_graph_captures_and_replays(model, ragged):
+    """Nothing in a call waits for the device; new inputs, ids too, take effect at a replay."""
+    inputs, fresh = batch(ragged), batch(ragged)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(*inputs)  # compiles the kernels
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(*inputs)
+        for old, new in zip(inputs, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(y, model(*fresh))
+
+
+def test_a_graph_of_stored_networks():
+    x, weight, ids = (t.cuda() for t in stored((16, 32, 4), 50, 3, ragged=True))
+    args = x.float(), weight.float(), None, ids, (16, 32, 4), True, "relu,identity"
+    torch.ops.hyperfast.task_mlp(*args)  # compiles the kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.hyperfast.task_mlp(*args)
+    args[0].normal_()
+    ids.copy_(ids.flip(0))
+    graph.replay()
+    assert torch.equal(y, torch.ops.hyperfast.task_mlp(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(model, dtype):
+    x, z = batch(False)
+    with torch.autocast("cuda", dtype):
+        y = model(x, z)
+    assert y.dtype == dtype
+    close(y.float(), model(x, z), 0.1)
+
+
+def test_fused_backend_is_what_runs(model):
+    x, z = batch(False)
+    with hyperfast.use_backend("triton"):
+        y = model(x, z)
+    assert torch.equal(y, model(x, z))
+    with hyperfast.use_backend("reference"):
+        close(model(x, z), y, 1e-4)
+
+
+def test_contract_stores_no_weights():
+    """Memory does not grow with the number of tasks times that of parameters."""
+    tasks, ins, out = 4096, 64, 64
+    x, h = torch.randn(tasks, 1, ins, device="cuda"), torch.randn(tasks, 64, device="cuda")
+    weight = torch.randn(out * ins + out, 64, device="cuda")
+    hyper_linear(x, h, weight, None, plan="contract")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    hyper_linear(x, h, weight, None, plan="contract")
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 2 * x.numel() * 4
+    assert extra < tasks * weight.shape[0] * 4 / 100
+
+
+def test_nan_stays_with_its_task():
+    x, w = torch.randn(43, 3, device="cuda"), torch.randn(5, 4, 3, device="cuda")
+    ids = torch.arange(43, device="cuda") ** 2 % 5  # unevenly many: blocks of rows mix tasks
+    expected = reference.task_linear(x, w, None, ids)
+    w[1] = torch.inf
+    y = task_linear(x, w, None, ids)
+    close(y[ids != 1], expected[ids != 1], 1e-5)
+    assert not y[ids == 1].isfinite().any()
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    x, h = torch.randn(500, 33, device="cuda"), torch.randn(90, 20, device="cuda")
+    weight, w = torch.randn(34 * 17, 20, device="cuda"), torch.randn(90, 17, 33, device="cuda")
+    ids, shuffle = torch.randint(90, (500,), device="cuda"), torch.randperm(500, device="cuda")
+    for layer in (
+        lambda x, ids: hyper_linear(x, h, weight, None, ids, plan="contract"),
+        lambda x, ids: task_linear(x, w, None, ids),
+    ):
+        assert torch.equal(layer(x[shuffle], ids[shuffle]), layer(x, ids)[shuffle])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tf32_follows_pytorch(dtype):
+    """As PyTorch's own products: fp32 loses digits where TF32 is allowed, and only there."""
+    variant = Variant("hyper_linear", False, plan="contract")
+    args = to(variant.random(Sizes(1000, 1, 128, 128, 64), dtype=dtype))
+    errors = {}
+    exact = variant.expected(*to(args, dtype=torch.float64))
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            errors[precision] = (variant.op(*args).double() - exact).abs().max() / exact.abs().max()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    if dtype == torch.float32:
+        assert errors["highest"] < 1e-5 < errors["high"] < 1e-2
+    else:
+        assert errors["highest"] == errors["high"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [*product(LARGE, DTYPES[1:3]), (LARGE[1], torch.float64), (LARGE[1], torch.float16)],
+    ids=str,
+)
+@every_fused
+def test_value(variant, sizes, dtype):
+    args = to(variant.random(sizes, dtype=dtype))
+    exact = variant.expected(*to(args, dtype=torch.float64))
+    assert_as_good(variant.op(*args), variant.expected(*args), exact)
+
+
+# sizes of the network, tasks, rows a task, features, activations
+NETWORKS = [
+    ((64, 64, 10), 9000, 1, 64, "relu,identity"),
+    ((2, 64, 33, 1), 700, 3, 17, "sin:3.0,tanh,identity"),
+    ((8, 32, 1), 64, 1, 20, "elu,sigmoid"),
+]
+
+
+def in_norm(y, plain, exact):
+    """``y`` errs by at most twice what plain PyTorch does in the same dtype, and a rounding."""
+    error, other = ((t.double() - exact.double()).norm() for t in (y, plain))
+    eps = 1e-12 if y.dtype == torch.float64 else torch.finfo(y.dtype).eps
+    assert y.dtype == plain.dtype
+    assert error <= 2 * other + eps * exact.norm(), f"{error:.3g}, plain PyTorch {other:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_networks_in_one_kernel_and_by_layers(network, ragged, dtype, monkeypatch):
+    """Value and every gradient; without the head's bias, of a size that amplifies rounding."""
+    *size, activations = network
+    given = to(random(*size, ragged=ragged, bias=False, grad=False))
+    options = size[0], True, activations
+
+    def run(function, at):
+        args = [a.to(at).requires_grad_() if is_float(a) else a for a in given]
+        y = function(*args, *options)
+        return y, *torch.autograd.grad(y.sum(), [a for a in args if is_float(a)])
+
+    given = [a.to(dtype) if is_float(a) else a for a in given]
+    plain, exact = run(expected, dtype), run(expected, torch.float64)
+    for whole in (False, True):
+        monkeypatch.setattr(plan, "one_kernel", lambda *args, whole=whole: whole)
+        ours = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], dtype)
+        again = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], dtype)
+        for a, b, c, d in zip(ours, plain, exact, again, strict=True):
+            in_norm(a, b, c)
+            assert torch.equal(a, d)
+
+
+def plain_stored(x, weight, affine, ids, sizes, target_bias, activations):
+    layers = mlp_ops._stored(weight, affine, sizes, target_bias, activations, x.dtype)
+    for w, b, layer in layers:
+        x = layer.activate(reference.task_linear(x, w, b, ids))
+    return x
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_stored_networks(dtype, rows, monkeypatch):
+    sizes, activations = (64, 64, 10), "silu,identity"
+    x, weight, ids = stored(sizes, 300, rows, ragged=True)
+    weight, affine = weight / 8, None
+    if dtype == torch.int8:
+        weight, affine = Format(hyperfast.MLPSpec(sizes), dtype).encode(weight)
+    kind = torch.float32 if affine is not None else dtype
+    x, ids = x.to("cuda", kind), ids.cuda()
+    weight, affine = weight.to("cuda", dtype), None if affine is None else affine.cuda()
+    options = ids, sizes, True, activations
+    plain = plain_stored(x, weight, affine, *options)
+    exact = [t if t is None or t.dtype == torch.int8 else t.double() for t in (weight, affine)]
+    exact = plain_stored(x.double(), *exact, *options)
+    for whole in (False, True):
+        monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes, whole=whole: whole)
+        in_norm(torch.ops.hyperfast.task_mlp(x, weight, affine, *options), plain, exact)
+
+
+@pytest.mark.parametrize("sizes", FEW, ids=lambda s: "x".join(map(str, s)))
+@every_fused
+def test_gradients(variant, sizes):
+    args = to(variant.random(sizes))
+    args = [a.requires_grad_() if is_float(a) else a for a in args]
+    leaves = [a for a in args if is_float(a)]
+    expected = variant.expected(*args)
+    weight = torch.randn_like(expected)
+    y = variant.op(*args)
+    close(y, expected)
+    close(torch.autograd.grad(y, leaves, weight), torch.autograd.grad(expected, leaves, weight))
+
+
+@pytest.mark.parametrize("variant", STORED, ids=str)
+def test_value_by_stored_weights(variant):
+    args = to(variant.random(LARGE[1]))
+    close(variant.op(*args), variant.expected(*args))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_every_time(dtype, ragged):
+    """No order of summation is left to chance, and rows do not depend on their neighbours."""
+    for variant in (v for v in FUSED if v.ragged == ragged):
+        args = to(variant.random(Sizes(500, 3, 33, 17, 20), dtype=dtype))
+        first = variant.op(*args)
+        assert all(torch.equal(variant.op(*args), first) for _ in range(3))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own advice
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_compiles_in_one_graph(model, ragged, mode, dynamo):
+    torch.use_deterministic_algorithms(False)  # max-autotune's choice of products is not
+    inputs = batch(ragged)
+    expected = model(*inputs)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    y = torch.compile(model, fullgraph=True, mode=mode)(*inputs)
+    close(y, expected, 1e-3)
+    close(torch.autograd.grad(y.square().sum(), list(model.parameters())), gradients, 1e-2)
+
+
+def test_ids_out_of_range_trap():
+    """A device-side assertion, as of PyTorch's own indexing; it ends a process, hence another."""
+    import subprocess
+    import sys
+
+    code = """
+import torch
+from hyperfast.functional import task_linear
+ids = torch.tensor([0, 5], device="cuda")
+task_linear(torch.randn(2, 3, device="cuda"), torch.randn(5, 2, 3, device="cuda"), None, ids)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "task_ids out of range" in done.stdout + done.stderr

@@ -1,0 +1,30 @@
+"""Starts the tests of the Triton kernels under Triton's interpreter, which is chosen by the
+environment before the first import: hence a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+triton = pytest.importorskip("triton")
+
+
+def version(package):
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(
+    version(triton) < (3, 7) and version(numpy) >= (2, 4),
+    reason="the interpreter of Triton before 3.7 needs NumPy before 2.4",
+)
+def test_by_the_interpreter():
+    tests = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout

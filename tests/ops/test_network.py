@@ -1,0 +1,197 @@
+"""Whole networks as one op against their layers: values, every gradient, and what is refused."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from hyperfast.activations import FORMULAS, encode, resolve
+from hyperfast.ops import network as mlp_ops
+from tests.support.cases import close
+from tests.support.networks import apply_stored, expected, random, stored, text
+
+ops = torch.ops.hyperfast
+LAST = ("identity", "tanh", "sin:0.5")
+# sizes of the network, tasks, rows a task, features
+SIZES = [
+    ((3, 6, 2), 3, 5, 4),
+    ((1, 1), 1, 1, 1),
+    ((63, 3, 63, 1), 3, 1, 3),
+    ((3, 65, 7), 70, 1, 63),
+    ((2, 32, 1), 5, 70, 3),
+    ((4, 33, 33, 3), 2, 300, 9),
+    ((5, 3, 2), 0, 2, 3),
+    ((5, 3, 2), 3, 0, 2),
+]
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("activation", [*FORMULAS, "leaky_relu:0.2", "sin:3.0"])
+def test_value_and_gradients(activation, size, ragged):
+    sizes = size[0]
+    for last, bias, target_bias in product(LAST[:2], (False, True), (False, True)):
+        args = random(*size, ragged=ragged, bias=bias, target_bias=target_bias)
+        options = (sizes, target_bias, text(sizes, activation, last))
+        y = expected(*args, *options)
+        weight = torch.randn_like(y)
+        tensors = [a for a in args[:4] if a is not None]
+        gradients = torch.autograd.grad(y, tensors, weight)
+        for keep in (True, False):
+            ours, hidden = ops.hyper_mlp(*args, *options, keep)
+            close(ours, y)
+            assert bool(hidden.numel()) <= keep
+            close(torch.autograd.grad(ours, tensors, weight), gradients)
+
+
+@pytest.mark.parametrize("mask", list(product((False, True), repeat=4)))
+def test_only_the_gradients_asked_for(mask):
+    size = SIZES[0]
+    args = random(*size)
+    options = (size[0], True, "tanh,identity")
+    y, hidden = ops.hyper_mlp(*args, *options, True)
+    with torch.no_grad():
+        full = ops.hyper_mlp_backward(y, *args, hidden, *options, [True] * 4)
+        some = ops.hyper_mlp_backward(y, *args, hidden, *options, mask)
+    for wanted, one, other in zip(mask, some, full, strict=True):
+        assert torch.equal(one, other) if wanted else one.numel() == 0
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+def test_derivatives_of_derivatives(ragged):
+    args = random((3, 4, 2), 3, 2, 3, ragged=ragged)
+    ids = args.pop()
+
+    def f(*tensors):
+        return ops.hyper_mlp(*tensors, ids, (3, 4, 2), True, "sin:2.0,tanh", True)[0]
+
+    assert gradcheck(f, args)
+    assert gradgradcheck(f, args)
+
+
+def test_gradients_where_one_argument_comes_of_another():
+    """The output of a network fed to it again: both orders count each path once."""
+    args = random((3, 4, 3), 3, 2, 3)
+    ids = args.pop()
+    options = ((3, 4, 3), True, "sin:2.0,tanh")
+    flat = torch.randn(3, 31, dtype=torch.float64, requires_grad=True)
+
+    def twice(f, x, *rest):
+        return f(f(x, *rest), *rest).square().sum()
+
+    def generated(x, *rest):
+        return ops.hyper_mlp(x, *rest, ids, *options, True)[0]
+
+    def plain(x, *rest):
+        return expected(x, *rest, ids, *options)
+
+    def stored_op(x, w):
+        return ops.task_mlp(x, w, None, None, *options)
+
+    def stored_layers(x, w):
+        return mlp_ops.by_task_layers(x, w, None, None, *options)
+
+    for ours, theirs, tensors in (
+        (generated, plain, args),
+        (stored_op, stored_layers, [args[0], flat]),
+    ):
+        results = []
+        for f in (ours, theirs):
+            first = torch.autograd.grad(twice(f, *tensors), tensors, create_graph=True)
+            penalty = sum(g.square().sum() for g in first)
+            second = torch.autograd.grad(penalty, tensors)
+            alone = torch.autograd.grad(twice(f, *tensors), tensors)
+            results.append((first, second, alone))
+        close(*results)
+
+
+def test_a_gradient_passes_a_nan_as_in_pytorch():
+    args = random((3, 4, 2), 5, 1, 3)
+    with torch.no_grad():
+        args[0][1] = torch.nan
+    options = ((3, 4, 2), True, "relu,identity")
+    y = ops.hyper_mlp(*args, *options, True)[0]
+    want = expected(*args, *options)
+    tensors = args[:2]
+    for one, other in zip(
+        torch.autograd.grad(y.nansum(), tensors),
+        torch.autograd.grad(want.nansum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+def test_opcheck(grad, dynamo):
+    args = random((3, 4, 2), 3, 2, 3, grad=grad)
+    torch.library.opcheck(ops.hyper_mlp.default, (*args, (3, 4, 2), True, "elu,identity", grad))
+    hidden = torch.randn(3 * 2 * 4, dtype=torch.float64)
+    args = [*random((3, 4, 2), 3, 2, 3, grad=False), hidden, (3, 4, 2), True, "elu,identity"]
+    y = torch.randn(3, 2, 2, dtype=torch.float64)
+    torch.library.opcheck(ops.hyper_mlp_backward.default, (y, *args, [True, True, False, True]))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_stored_networks(size, ragged):
+    sizes, tasks, rows, _ = size
+    x, weight, ids = stored(sizes, tasks, rows, ragged=ragged)
+    activations = text(sizes, "silu", "identity")
+    y = ops.task_mlp(x, weight, None, ids, sizes, True, activations)
+    close(y, apply_stored(x, weight, ids, sizes, activations))
+
+
+def test_gradients_of_stored_networks(dynamo):
+    x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    options = ((3, 4, 2), True, "tanh,identity")
+    assert gradcheck(lambda x, w: ops.task_mlp(x, w, None, ids, *options), (x, weight))
+    assert gradgradcheck(lambda x, w: ops.task_mlp(x, w, None, ids, *options), (x, weight))
+    torch.library.opcheck(ops.task_mlp.default, (x, weight, None, ids, *options))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({5: (3, 4, 3)}, ValueError, "weight"),
+        ({5: (3,)}, ValueError, "sizes"),
+        ({5: (3, 0, 2)}, ValueError, "sizes"),
+        ({7: "relu"}, ValueError, "activations"),
+        ({7: "relu,what"}, ValueError, "activations"),
+        ({7: "relu,sin:x"}, ValueError, "activations"),
+        ({0: torch.randn(3, 2, 5, dtype=torch.float64)}, ValueError, "x"),
+        ({1: torch.randn(2, 3, dtype=torch.float64)}, ValueError, "task"),
+        ({3: torch.randn(7, dtype=torch.float64)}, ValueError, "bias"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, match):
+    args = [*random((3, 4, 2), 3, 2, 3, grad=False), (3, 4, 2), True, "relu,identity", False]
+    for n, value in change.items():
+        args[n] = value
+    with pytest.raises(error, match=match):
+        ops.hyper_mlp(*args)
+
+
+@pytest.mark.parametrize("task", [-1, 3])
+def test_ids_out_of_range(task):
+    args = random((3, 4, 2), 3, 2, 3, ragged=True, grad=False)
+    args[4][2] = task
+    with pytest.raises(IndexError, match="task_ids"):
+        ops.hyper_mlp(*args, (3, 4, 2), True, "relu,identity", False)
+    x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
+    ids[1] = task
+    with pytest.raises(IndexError, match="task_ids"):
+        ops.task_mlp(x, weight, None, ids, (3, 4, 2), True, "relu,identity")
+
+
+def test_encode_knows_what_it_may_replace():
+    assert encode([resolve("sin"), None]) == "sin:1.0,identity"
+    assert encode([torch.nn.LeakyReLU(0.3), torch.nn.Identity()]) == "leaky_relu:0.3,identity"
+    assert encode([torch.nn.ELU(2.0), None]) is None
+    assert encode([torch.nn.GELU(), None]) is None
+    hooked = torch.nn.ReLU()
+    hooked.register_forward_hook(lambda *_: None)
+    assert encode([hooked, None]) is None
+    for name in FORMULAS:
+        assert encode([resolve(name)]).partition(":")[0] == name
