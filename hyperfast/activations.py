@@ -17,14 +17,17 @@ Activation: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor]
 
 
 class Sine(nn.Module):
-    """``sin(w0 * x)``, the activation of SIREN (Sitzmann et al. 2020)."""
+    """``sin(w0 * x)``, the activation of SIREN (Sitzmann et al. 2020).
 
-    def __init__(self, w0: float = 1.0):
+    A ``w0`` that is a Parameter is trained; its network then runs layer by layer.
+    """
+
+    def __init__(self, w0: float | Tensor = 1.0):
         super().__init__()
-        self.w0 = w0
+        self.w0 = float(w0) if isinstance(w0, int) else w0
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(x if self.w0 == 1 else self.w0 * x)
+        return torch.sin(x if type(self.w0) is float and self.w0 == 1 else self.w0 * x)
 
     def extra_repr(self) -> str:
         return f"w0={self.w0}"
@@ -42,6 +45,16 @@ class _Function(nn.Module):
 
     def extra_repr(self) -> str:
         return getattr(self.fn, "__name__", repr(self.fn))
+
+
+# Without parameters, elementwise and deterministic: these may see rows in any shape, and may stand
+# between the layers of a plain stack.
+ELEMENTWISE = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
+    *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU),
+    *(nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold),
+    Sine,
+)
 
 
 NAMES: dict[str, type[nn.Module]] = {
@@ -74,6 +87,28 @@ def resolve(activation: Activation, name: str = "activation") -> nn.Module:
     if callable(activation) and not isinstance(activation, type):
         return _Function(activation)
     raise TypeError(f"{name} must be a name, a module or a function, got {activation!r}")
+
+
+def activate(activation: nn.Module | None, x: Tensor) -> Tensor:
+    """``activation`` of ``x (..., C)``, which it sees as it would in an ``nn.Sequential`` that runs
+    on a batch of rows: as ``(R, C)``. So ``PReLU(C)`` has a slope a column, and ``Softmax(dim=1)``
+    is taken over the columns.
+
+    Raises:
+        ValueError: it returns another shape.
+    """
+    if activation is None:
+        return x
+    if x.ndim == 2 or (type(activation) in ELEMENTWISE and not checks.hooked(activation)):
+        y = activation(x)
+    else:
+        y = activation(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+    if y.shape != x.shape:
+        raise ValueError(
+            f"{activation} must keep the shape of its rows, {checks.shape(x)}, "
+            f"got {checks.shape(y)}"
+        )
+    return y
 
 
 def second_moment(activation: nn.Module) -> float:
@@ -137,6 +172,8 @@ def encode(activations: Sequence[nn.Module | None]) -> str | None:
         if activation is None or type(activation) is nn.Identity:
             name = "identity"
         elif type(activation) is Sine:
+            if not isinstance(activation.w0, int | float):
+                return None
             name = f"sin:{float(activation.w0)!r}"
         elif type(activation) is nn.LeakyReLU:
             name = f"leaky_relu:{float(activation.negative_slope)!r}"

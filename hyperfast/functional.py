@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperfast import checks
-from hyperfast.activations import encode
+from hyperfast.activations import activate, encode
 from hyperfast.kernels import reference
 from hyperfast.layout import MLPSpec
 from hyperfast.ops import backends as backend
@@ -172,8 +172,7 @@ def generated_mlp(
         biases = [None] * len(numels) if bias is None else bias.split(numels)
         for w, b, activation in zip(weight.split(numels), biases, activations, strict=True):
             x = hyper_linear(x, h, w, b, task_ids, target_bias=spec.bias)
-            if activation is not None:
-                x = activation(x)
+            x = activate(activation, x)
         return x
     x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
     if backend.forced is not None:

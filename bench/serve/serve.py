@@ -1,4 +1,4 @@
-"""``python -m bench.serve.serve``: a TaskServer under many client threads, beside the bank without it.
+"""``python -m bench.serve.serve``: a TaskServer under many threads, beside the bank without it.
 
 Every client asks for one row of a random task, waits for the answer, and asks again. The ways to
 answer take turns, so that a machine that slows down slows all; every answer of a turn is checked

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from hyperfast.activations import encode
+from hyperfast.activations import activate, encode
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.kernels.rows import blocks
 from hyperfast.layout import MLPSpec, ParamSpec
@@ -134,8 +134,7 @@ def stack(
     of ``flat[rows[r]]``."""
     for (weight, bias), activation in zip(pairs(spec, flat), activations, strict=True):
         x = task_linear(x, weight, bias, rows)
-        if activation is not None:
-            x = activation(x)
+        x = activate(activation, x)
     return x
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.placement_types import Partial
 
 from hyperfast import checks
+from hyperfast.activations import activate
 from hyperfast.functional import hyper_linear
 from hyperfast.kernels import reference
 from hyperfast.layout import LayerSpec
@@ -112,8 +113,7 @@ class ColwiseHyperMLP(nn.Module):
         activations = self.target.layer_activations(len(self.layers))
         for layer, activation in zip(self._slices, activations, strict=True):
             x = layer(x, h, task_ids)
-            if activation is not None:
-                x = activation(x)
+            x = activate(activation, x)
         return x
 
     @property

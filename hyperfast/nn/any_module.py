@@ -17,19 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from hyperfast import checks
-from hyperfast.activations import Sine
+from hyperfast.activations import ELEMENTWISE
 from hyperfast.layout import MLPSpec, ParamSpec
 from hyperfast.nn.target import TargetNet
 
 Params: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
-
-# Without parameters, elementwise and deterministic: what may stand between the layers of an MLP.
-ELEMENTWISE = (
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
-    *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU),
-    *(nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold),
-    Sine,
-)
 
 
 def _lstm(*args: Any) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperfast import checks
-from hyperfast.activations import Activation, encode, resolve
+from hyperfast.activations import Activation, activate, encode, resolve
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.ops import backends as backend
 
@@ -104,8 +104,7 @@ class TargetNet(nn.Module):
             return task_mlp(x, flat, None, task_ids, sizes, bias, text)
         for (w, b), activation in zip(layers, activations, strict=True):
             x = task_linear(x, w, b, task_ids)
-            if activation is not None:
-                x = activation(x)
+            x = activate(activation, x)
         return x
 
     def layer_activations(self, layers: int) -> list[nn.Module | None]:
@@ -199,8 +198,7 @@ def _unbatched(
                 f"{checks.shape(w)}, got shape {checks.shape(x)}"
             )
         x = F.linear(x, w, b)
-        if activation is not None:
-            x = activation(x)
+        x = activate(activation, x)
     return x
 
 
