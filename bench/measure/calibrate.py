@@ -1,6 +1,5 @@
-"""``python -m hyperfast bench --calibrate``: times every plan of a generated layer over a grid of
-sizes, fits the rates of `plans` to that, and holds the rule of the C++ kernels
-against it."""
+"""Every plan of a generated layer timed over a grid of sizes; rates fitted to these times; what a
+choice by some rates, or by the rule of the C++ kernels, would cost."""
 
 from __future__ import annotations
 
@@ -8,26 +7,22 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.measure import machine
-from bench.measure.race import race
-from bench.show import results_file as results
+from bench.measure.race import race, rounded
 from bench.workloads import WORKLOADS, Workload
 from hyperfast.kernels import eager
 from hyperfast.plans import choose as plan
-from hyperfast.plans.choose import PLANS, Layer, Work
+from hyperfast.plans.choose import Layer, Work
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "calibration.json"
 PASSES, ROUNDS = 3, 2  # over the grid, and in each of them over the plans of a layer
 HOPELESS = 10  # times the FLOPs of another plan: not timed
 ITEMSIZE = 4
-MOST = 1.15  # a chosen plan may take so many times as long as the fastest
 
 Row = dict[str, Any]  # {"device": ..., "layer": [...], "seconds": {plan: ...}}
 
@@ -84,7 +79,7 @@ def time_all(layers: Sequence[Layer], device: str) -> list[Row]:
             "device": device,
             "layer": layer[:5],
             "seconds": {
-                name: results.rounded(sorted(times)[len(times) // 4])
+                name: rounded(sorted(times)[len(times) // 4])
                 for name, times in samples[layer].items()
             },
         }
@@ -108,7 +103,7 @@ def fit(rows: Sequence[Row], device: str, steps: int = 2000) -> dict[str, Work]:
     rates = _search(amounts, time, lost, _descend(amounts, time, lost, steps), 5 * steps)
     values = rates.exp() * (amounts > 0).any(0)
     return {
-        name: Work(*(results.rounded(v, 3) or 0 for v in row))
+        name: Work(*(rounded(v, 3) or 0 for v in row))
         for name, row in zip(plans, values.tolist(), strict=True)
     }
 
@@ -169,38 +164,7 @@ def regret(row: Row, rates: dict[str, Work] | None) -> tuple[float, str]:
     return row["seconds"][chosen] / min(row["seconds"].values()), chosen
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The regret of every case by the rates fitted to all; the worst and the mean, also by those
-    that ``plan.py`` holds now; and the fitted rates as ``plan.py`` would hold them."""
-    lines = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        mine = [row for row in rows if row["device"] == device]
-        fitted = fit(mine, device) if device in plan.RATES else None
-        cells = "".join(f"{name:>13}" for name in (*Layer._fields[:5], *PLANS))
-        lines.append(f"{device}:{cells[len(device) + 1 :]}  regret  (microseconds)")
-        for row in mine:
-            times = [row["seconds"].get(name) for name in PLANS]
-            values = [*row["layer"], *(f"{t * 1e6:.4g}" if t else "-" for t in times)]
-            lost, chosen = regret(row, fitted)
-            lines.append("".join(f"{v:>13}" for v in values) + f"  {lost:6.2f}  {chosen}")
-        ways = {"fitted": fitted} if fitted else {}
-        for whose, rates in {**ways, "plan.py": None}.items():
-            losses = [regret(row, rates)[0] for row in mine]
-            mean = geometric_mean(losses)
-            lines.append(
-                f"{device}, {whose}: regret {max(losses):.2f} at worst, {mean:.3f}"
-                f" in the mean, above {MOST} in {sum(r > MOST for r in losses)} of {len(mine)}"
-            )
-        if fitted is None:
-            continue
-        lines += [f'    "{device}": {{']
-        for name, work in fitted.items():
-            lines.append(f'        "{name}": Work({", ".join(f"{v:.3g}" for v in work)}),')
-        lines += ["    },", ""]
-    return "\n".join(lines)
-
-
-def save(threads: int, path: Path) -> None:
+def measure(threads: int) -> dict[str, object]:
     """Measures everything on so many threads."""
     machine.use_threads(threads)
     devices = ["cpu"]
@@ -208,12 +172,4 @@ def save(threads: int, path: Path) -> None:
         devices.append("cpp")
     with torch.no_grad():
         rows = [row for device in devices for row in time_all(grid(), device)]
-    found = {
-        "date": machine.today(),
-        "commit": machine.commit(),
-        "threads": threads,
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "results": rows,
-    }
-    results.write(found, path)
+    return {**machine.circumstances(threads), "results": rows}
