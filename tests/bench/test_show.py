@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bench import run
 from bench.rivals import OURS
-from bench.show import plots, results_file, tables
+from bench.show import page, plots, results_file, tables
+from bench.workloads import MODES, WORKLOADS
 
 
 def made_up(workload: str = "mlp8_1024", date: str = "2026-01-01", **ratios: float):
@@ -150,3 +153,40 @@ def test_unknown_names_are_told(argv, capsys):
         run.main(argv)
     assert exit.value.code == 2
     assert "unknown: nope; there are:" in capsys.readouterr().err
+
+
+# What the pages say is what was measured.
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "bench" / "README.md").read_text()
+MEASURED = results_file.read(
+    ROOT / "bench/results/intel-r-xeon-r-processor-family-6-model-167-2c-2t.json"
+)
+
+
+def test_tables_of_the_page_are_made_of_the_results():
+    for table in (*(page.speeds(MEASURED, mode) for mode in MODES), page.limits(MEASURED)):
+        assert table in PAGE
+    ceilings = MEASURED["ceilings"]
+    assert f"{ceilings['gflops']:,.0f} GFLOP/s in products of floats" in PAGE
+    assert f"reads {ceilings['read_gbytes']:.1f} GB/s" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("workload", "start"),
+    [
+        ("mlp8_4096", "| mixer-sized: 4,096 tasks, one row each, 8-32-1 |"),
+        ("mlp128_n1", "| few rows: 512 tasks, one row each, 128-128-128 |"),
+        ("mlp128_n64", "| many rows: 512 tasks, 64 rows each, 128-128-128 |"),
+        ("bank20000", "| a bank: 20,000 stored 64-64-10, 4,096 mixed rows |"),
+    ],
+)
+def test_rows_of_the_readme_are_the_best_rivals(workload, start):
+    line = next(x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(start))
+    for mode in WORKLOADS[workload].modes:
+        by_rival = tables.rows_of(MEASURED, mode)[workload]
+        others = [name for name in by_rival if not name.startswith(OURS)]
+        best = plots.fastest(by_rival, others)
+        name = "compiled bmm" if "compiled" in best["rival"] else best["rival"]
+        assert f"| {tables.duration(by_rival[OURS]['median_s'])} | {name}, " in line
+        assert f" {page.times(best['ratio'])}" in line
