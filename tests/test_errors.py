@@ -7,6 +7,7 @@ from torch import nn
 import hyperfast
 from hyperfast import HyperMLP, HyperNet, MLPSpec, TargetNet
 from hyperfast.functional import hyper_linear, task_linear
+from hyperfast.plans.choose import PLANS
 
 OP = torch.ops.hyperfast
 
@@ -327,7 +328,7 @@ DIRECT = {
     "hyper_linear_grad_weight": lambda ids, plan: OP.hyper_linear_grad_weight(
         GROWS, ROWS, H, ids, True, plan),
 }  # fmt: skip
-PLANS = ("", "contract", "tile", "materialize")
+NAMED = ("", *PLANS)
 
 
 @pytest.mark.parametrize("value", [-1, 2, -(2**63), 2**63 - 1])
@@ -336,7 +337,7 @@ def test_the_registered_ops_check_ids(name, value):
     """No id reaches memory unchecked, whoever calls."""
     ids = IDS.clone()
     ids[3] = value
-    for plan in PLANS if name.startswith("hyper") else (None,):
+    for plan in NAMED if name.startswith("hyper") else (None,):
         options = () if plan is None else (plan,)
         assert DIRECT[name](IDS, *options).isfinite().all()
         with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {value}"):
@@ -356,7 +357,7 @@ GARBAGE = [
     lambda: OP.task_linear_grad_weight(GROWS, ROWS, IDS, -1),
     *[
         lambda plan=plan, make=make: make(plan)
-        for plan in PLANS
+        for plan in NAMED
         for make in (
             lambda p: OP.hyper_linear(X, H[:1], HEAD, HEAD_B, None, True, p),
             lambda p: OP.hyper_linear(X[:, :, :0], H, HEAD[:0], None, None, False, p),
