@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import hyperfast
-from hyperfast.ops.backends import KEYS, OPS, has_kernel, why_missing
+from hyperfast.ops.backends import KEYS, has_kernel, why_missing
+from hyperfast.ops.define import OPS
 
 
 def report() -> str:

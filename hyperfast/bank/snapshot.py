@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hyperfast.activations import NAMES, resolve
+from hyperfast.activations import KNOWN, resolve
 from hyperfast.bank.file import Array, BankFileError, Snapshot, raw, write_snapshot
 from hyperfast.bank.keys import pack, unpack
 from hyperfast.bank.log import Log
@@ -139,10 +139,10 @@ def _activation_name(activation: nn.Module | None) -> str | None:
     """The name by which a file knows ``activation``."""
     if activation is None:
         return None
-    for name, kind in NAMES.items():
-        if type(activation) is kind and repr(activation) == repr(resolve(name)):
+    for name, known in KNOWN.items():
+        if type(activation) is known.module and repr(activation) == repr(resolve(name)):
             return name
-    raise ValueError(f"a file can hold the activations {sorted(NAMES)}, and not {activation}")
+    raise ValueError(f"a file can hold the activations {sorted(KNOWN)}, and not {activation}")
 
 
 def _read_keys(packed: Tensor, guard: Guard, path: Path, ids: set[int]) -> Named:
