@@ -194,16 +194,16 @@ def activate(activation: nn.Module | None, x: Tensor) -> Tensor:
     """
     if activation is None:
         return x
-    if x.ndim == 2 or (type(activation) in ELEMENTWISE and not checks.hooked(activation)):
-        y = activation(x)
-    else:
-        y = activation(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-    if y.shape != x.shape:
+    if type(activation) in ELEMENTWISE and not checks.hooked(activation):
+        return activation(x)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = activation(rows)
+    if y.shape != rows.shape:
         raise ValueError(
-            f"{activation} must keep the shape of its rows, {checks.shape(x)}, "
+            f"{activation} must keep the shape of its rows, {checks.shape(rows)}, "
             f"got {checks.shape(y)}"
         )
-    return y
+    return y if x.ndim == 2 else y.reshape(x.shape)
 
 
 def run_layers(
