@@ -389,6 +389,13 @@ class Generated(NamedTuple):
         return Generated(self.matrix.transpose(0, 1), None if shared is None else shared.mT)
 
 
+def of_layer(weight: Tensor, bias: Tensor | None, layer: Layer) -> Generated:
+    """What makes one layer: its rows of ``weight (P, K)`` and ``bias (P,)``, a network's head."""
+    part = slice(layer.begin, layer.end)
+    shared = None if bias is None else bias[part]
+    return Generated.of_head(weight[part], shared, layer.in_features, layer.bias == "b")
+
+
 def positive(name: str, value: int) -> int:
     """``value`` if it is an int of at least 1; raises TypeError or ValueError naming ``name``."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -97,7 +97,7 @@ def error_report(bank: TaskBank, ids: Tensor, weights: Tensor | None, rows: int)
             layers, activations, errors, strict=True
         ):
             piece = slice(start, start + layer.numel)
-            spec = MLPSpec((layer.in_features, layer.out_features), layer.bias)
+            spec = MLPSpec((layer.in_features, layer.out_features), bank.spec.bias)
             x = stack(spec, [activation], stored[:, piece], x, tasks)
             right = stack(spec, [_double(activation)], exact[:, piece], right, tasks)
             of_weight.add(stored[:, piece], exact[:, piece])

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast.kernels import reference
@@ -41,11 +40,9 @@ def hyper_linear(
             y[rows] = reference.hyper_linear(x[rows], h[tasks], *made, ids)
         return y
     y = _contract(x, h, matrix, matrix_bias, task_ids)
-    if vector is not None:
-        b = F.linear(h, vector, vector_bias)
+    b = reference.biases(h, vector, vector_bias)
+    if b is not None:
         y += b.unsqueeze(1) if task_ids is None else b.index_select(0, task_ids)
-    elif vector_bias is not None:
-        y += vector_bias
     return y
 
 

@@ -47,6 +47,13 @@ def weights(h: Tensor, matrix: Tensor, matrix_bias: Tensor | None) -> Tensor:
     return F.linear(h, matrix.flatten(0, 1), shared).unflatten(1, matrix.shape[:2])
 
 
+def biases(h: Tensor, vector: Tensor | None, vector_bias: Tensor | None) -> Tensor | None:
+    """``c (B, O)``: ``c_b = vector . h_b + vector_bias``; ``None`` where there is neither."""
+    if vector is not None:
+        return F.linear(h, vector, vector_bias)
+    return None if vector_bias is None else vector_bias.expand(len(h), -1)
+
+
 def hyper_linear(
     x: Tensor,
     h: Tensor,
@@ -56,12 +63,8 @@ def hyper_linear(
     vector_bias: Tensor | None = None,
     task_ids: Tensor | None = None,
 ) -> Tensor:
-    """:func:`task_linear` with generated weights ``W_b`` and biases
-    ``c_b = vector . h_b + vector_bias``."""
-    c = vector_bias if vector_bias is None else vector_bias.expand(len(h), -1)
-    if vector is not None:
-        c = F.linear(h, vector, vector_bias)
-    return task_linear(x, weights(h, matrix, matrix_bias), c, task_ids)
+    """:func:`task_linear` with the :func:`weights` and :func:`biases` that are generated."""
+    return task_linear(x, weights(h, matrix, matrix_bias), biases(h, vector, vector_bias), task_ids)
 
 
 def hyper_linear_grad_h(

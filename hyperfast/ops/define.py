@@ -25,9 +25,7 @@ assert cpu  # its import loads the extension
 OPS: list[str] = []
 
 
-def define(
-    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Registers an op and returns it as the dispatcher knows it.
 
     Args:
@@ -45,13 +43,13 @@ def define(
 
 
 def differentiate(
-    op: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
     """Gives an op its first derivative; how this is differentiated is its own affair."""
     torch.library.register_autograd(op, backward, setup_context=setup_context)
 
 
-def vectorize(op: Callable[..., Any], rule: Callable[..., Any]) -> None:
+def vectorize(op: Any, rule: Callable[..., Any]) -> None:
     """Gives an op its rule for ``torch.vmap``."""
     torch.library.register_vmap(op, rule)
 
@@ -92,7 +90,7 @@ def triton_on_cpu() -> Iterator[None]:
         library._destroy()
 
 
-def views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def views(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Views, so that a gradient with respect to one argument does not run through another that was
     computed from it: the engine adds that path itself."""
     return [None if t is None else t.view_as(t) for t in tensors]

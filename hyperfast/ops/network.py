@@ -20,7 +20,7 @@ from torch import Tensor
 from hyperfast import checks
 from hyperfast.activations import run_layers
 from hyperfast.kernels.rows import blocks
-from hyperfast.layout import Generated, Layer, Network
+from hyperfast.layout import Layer, Network, of_layer
 from hyperfast.ops import layer as ops
 from hyperfast.ops.define import count_flops, define, differentiate, views
 from hyperfast.plans import cpu
@@ -47,13 +47,6 @@ def _check(
     if rows[-1].shape[-1] != net.sizes[0]:
         raise ValueError(f"x must have {net.sizes[0]} columns, got {checks.shape(rows[-1])}")
     return net
-
-
-def of_layer(weight: Tensor, bias: Tensor | None, layer: Layer) -> Generated:
-    """What makes one layer: its rows of a network's head."""
-    part = slice(layer.begin, layer.end)
-    shared = None if bias is None else bias[part]
-    return Generated.of_head(weight[part], shared, layer.in_features, layer.bias == "b")
 
 
 def by_layers(
@@ -157,7 +150,7 @@ def _gradients(ctx, grad):
         return [None] * 4
     if torch.is_grad_enabled():  # the gradient is to be differentiated itself
         own = views(tensors)
-        y = by_layers(*own, ctx.network)
+        y = by_layers(own[0], own[1], own[2], own[3], own[4], ctx.network)
         wanted = [t for t, n in zip(own, need, strict=False) if n]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return [next(found) if n else None for n in need]
@@ -251,7 +244,7 @@ def _task_mlp_autograd(ctx, grad):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         tensors = views(ctx.saved_tensors)
-        y = by_task_layers(*tensors, ctx.network)
+        y = by_task_layers(tensors[0], tensors[1], tensors[2], tensors[3], ctx.network)
     wanted = [t for t, n in zip(tensors, need, strict=False) if n]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
     return *[next(found) if n else None for n in need], None, None

@@ -5,8 +5,7 @@ from itertools import pairwise
 import torch
 
 from hyperfast.kernels import reference
-from hyperfast.layout import Network
-from hyperfast.ops.network import of_layer
+from hyperfast.layout import Network, of_layer
 
 
 def random(sizes, tasks, rows, features, *, ragged=False, bias=True, target_bias=True, grad=True):
