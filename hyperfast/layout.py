@@ -382,6 +382,14 @@ class Generated(NamedTuple):
             constant[0] if constant else None,
         )
 
+    def check(self, in_features: int, features: int) -> None:
+        """Raises ValueError unless all shapes agree, with these numbers of inputs and features."""
+        out = self.matrix.shape[0] if self.matrix.ndim else 0
+        shapes = (out, in_features, features), (out, in_features), (out, features), (out,)
+        for name, t, shape in zip(self._fields, self, shapes, strict=True):
+            if t is not None and t.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+
     @property
     def transposed(self) -> Generated:
         """What maps gradients of outputs to those of inputs."""

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.kernels import eager, reference
+from hyperfast.layout import Generated
 from hyperfast.ops.define import count_flops, define, differentiate, vectorize
 from hyperfast.plans.sizes import PLANS
 
@@ -211,7 +212,7 @@ def _hyper_linear_grad_h_backward(need, grad, g, x, matrix, vector, ids, tasks, 
 
 def _hyper_linear_grad_weight_backward(need, grad, g, x, h, ids, vector, plan):
     n = g.shape[-1] * x.shape[-1]
-    matrix, of_vector = grad[:n].unflatten(0, (g.shape[-1], x.shape[-1])), grad[n:]
+    matrix, of_vector = grad[:n].reshape(g.shape[-1], x.shape[-1], h.shape[-1]), grad[n:]
     made = of_vector if vector else None
     return (
         hyper_linear(x, h, matrix, None, made, None, ids, plan) if need[0] else None,
@@ -228,7 +229,7 @@ def _grad_x(grad, h, matrix, matrix_bias, ids, plan):
 def _split(flat: Tensor, matrix: Tensor, vector: bool) -> tuple[Tensor, Tensor | None]:
     """The gradients of a matrix and a vector, back to back in ``flat (O*I [+ O], K)``."""
     n = matrix.shape[0] * matrix.shape[1]
-    return flat[:n].unflatten(0, matrix.shape[:2]), flat[n:] if vector else None
+    return flat[:n].reshape(matrix.shape), flat[n:] if vector else None
 
 
 def _one(rows: Tensor) -> Tensor:
@@ -240,6 +241,16 @@ def grad_shared(grad: Tensor, x: Tensor) -> Tensor:
     """``(O, I)``: the gradient of a matrix that all tasks share: they count as one."""
     grad, x = grad.reshape(1, -1, grad.shape[-1]), x.reshape(1, -1, x.shape[-1])
     return task_linear_grad_weight(grad, x, None, 1).squeeze(0)
+
+
+def _hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, plan):
+    Generated(matrix, matrix_bias, vector, vector_bias).check(x.shape[-1], h.shape[-1])
+    return eager.hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, plan)
+
+
+def _hyper_linear_grad_h(grad, x, matrix, vector, ids, tasks, plan):
+    Generated(matrix, None, vector).check(x.shape[-1], matrix.shape[-1])
+    return eager.hyper_linear_grad_h(grad, x, matrix, vector, ids, tasks, plan)
 
 
 def _layer_flops(x, h, matrix, vector) -> int:
@@ -276,7 +287,7 @@ hyper_linear = _define(
     "(Tensor x, Tensor h, Tensor matrix, Tensor? matrix_bias, Tensor? vector, Tensor? vector_bias,"
     " Tensor? task_ids, str plan) -> Tensor",
     roles=(ROW, TASK, SHARED, SHARED, SHARED, SHARED, IDS),
-    kernel=eager.hyper_linear,
+    kernel=_hyper_linear,
     plain=reference.hyper_linear,
     shape=lambda x, h, matrix, *_: (*x.shape[:-1], matrix.shape[0]),
     flops=lambda x, h, matrix, _, vector, *rest: _layer_flops(x, h, matrix, vector),
@@ -288,7 +299,7 @@ hyper_linear_grad_h = _define(
     "(Tensor grad, Tensor x, Tensor matrix, Tensor? vector, Tensor? task_ids, SymInt tasks,"
     " str plan) -> Tensor",
     roles=(ROW, ROW, SHARED, SHARED, IDS),
-    kernel=eager.hyper_linear_grad_h,
+    kernel=_hyper_linear_grad_h,
     plain=reference.hyper_linear_grad_h,
     shape=lambda grad, x, matrix, vector, ids, tasks, _: (tasks, matrix.shape[2]),
     flops=lambda grad, x, matrix, vector, ids, tasks, _: (
