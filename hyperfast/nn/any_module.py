@@ -112,8 +112,9 @@ class ModuleTarget(nn.Module):
 
     All tasks run in one ``torch.vmap``, recurrent layers and attention included. A module that
     vmap cannot run (a branch on values, ``.item()``) raises torch's error; loop over the tasks
-    with unbatched weights then. Nor can what must run again in the backward pass, as a part under
-    ``torch.utils.checkpoint``, for which checkpoint the whole model. An output that is no tensor is
+    with unbatched weights then. The weights are there during the call alone, so no part of the net
+    may run again in the backward pass, as under ``torch.utils.checkpoint``: checkpoint the whole
+    model. An output that is no tensor is
     returned once, as it is. Dropout draws anew for every task. ``torch.compile`` takes all but
     recurrent layers, which Dynamo refuses, and attention in eval mode, which wants
     ``torch.backends.mha.set_fastpath_enabled(False)`` first.
@@ -197,8 +198,8 @@ class ModuleTarget(nn.Module):
         self._refuse_running_statistics()
         if any(t.is_nested for t in _tensors(x)):
             raise TypeError(
-                "x must be dense where a ModuleTarget has batched weights, got a NestedTensor: give "
-                "its rows with task_ids, or loop over x.unbind()"
+                "x must be dense where a ModuleTarget has batched weights, got a NestedTensor: "
+                "give its rows with task_ids, or loop over x.unbind()"
             )
         if task_ids is None:
             for t in _tensors(x):
@@ -255,9 +256,10 @@ class ModuleTarget(nn.Module):
             alias: w for w, names in zip(weights, self._aliases, strict=True) for alias in names
         }
         try:
-            if isinstance(x, dict):
-                return functional_call(self.net, named, (), x)
-            return functional_call(self.net, named, x)
+            with _no_checkpoint():
+                if isinstance(x, dict):
+                    return functional_call(self.net, named, (), x)
+                return functional_call(self.net, named, x)
         finally:
             for module, name, value in self._computed:
                 setattr(module, name, value)
@@ -279,11 +281,7 @@ class ModuleTarget(nn.Module):
 
         run = torch.vmap(call, (in_dims, 0), randomness="different")
         # vmap has no rule for the CPU's flash attention and would loop over the tasks
-        with (
-            _Replaced(),
-            sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext(),
-            _no_checkpoint(),
-        ):
+        with _Replaced(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             tensors = iter(run(x, tuple(weights)))
         leaves = [next(tensors) if other is None else other.value for other in others]
         return tree_unflatten(leaves, structure)
@@ -318,16 +316,16 @@ def _plain(value: Any) -> _Plain:
 
 @contextmanager
 def _no_checkpoint() -> Iterator[None]:
-    """Refuses what would run parts of a vmapped net again, when vmap is over. Hooks around the call
-    stay in force."""
+    """Refuses what would run parts of a net again in the backward pass, when its weights are gone.
+    Hooks around the call stay in force."""
     if torch.compiler.is_compiling():
         yield
         return
     autograd = torch._C._autograd
     before = autograd._saved_tensors_hooks_get_disabled_error_message()
     autograd._saved_tensors_hooks_disable(
-        "net must not use torch.utils.checkpoint or saved-tensor hooks itself where weights are "
-        "batched: checkpoint the call of the whole model",
+        "net must not use torch.utils.checkpoint or saved-tensor hooks itself, as its weights are "
+        "there during the call alone: checkpoint the call of the whole model",
         False,
     )
     try:
