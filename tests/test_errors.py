@@ -334,13 +334,16 @@ def made(**change):
     return MADE._replace(**change)
 
 
+NAMED = ("", *PLANS)
+
+
 @pytest.mark.parametrize("value", [-1, 2, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("name", DIRECT)
 def test_the_registered_ops_check_ids(name, value):
     """No id reaches memory unchecked, whoever calls."""
     ids = IDS.clone()
     ids[3] = value
-    for plan in ("", *PLANS) if name.startswith("hyper") else (None,):
+    for plan in NAMED if name.startswith("hyper") else (None,):
         options = () if plan is None else (plan,)
         assert DIRECT[name](IDS, *options).isfinite().all()
         with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {value}"):
@@ -360,7 +363,7 @@ GARBAGE = [
     lambda: OP.task_linear_grad_weight(GROWS, ROWS, IDS, -1),
     *[
         lambda plan=plan, make=make: make(plan)
-        for plan in ("", *PLANS)
+        for plan in NAMED
         for make in (
             lambda p: OP.hyper_linear(X, H[:1], *MADE, None, p),
             lambda p: OP.hyper_linear(X, H[:, :3], *MADE, None, p),

@@ -1,21 +1,17 @@
-"""``python -m bench.serve.serve``: a TaskServer under many threads, beside the bank without it.
+"""A TaskServer under many threads, beside its bank without it.
 
 Every client asks for one row of a random task, waits for the answer, and asks again. The ways to
 answer take turns, so that a machine that slows down slows all; every answer of a turn is checked
-after it. ``--stress SECONDS`` adds what a service must survive: see :mod:`bench.serve.stress`.
+after it.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
-import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,15 +19,11 @@ import torch
 from torch import Tensor
 
 import hyperfast
-from bench.measure import machine
 from bench.measure.load import ForeignLoad
-from bench.measure.race import quartiles
-from bench.serve.stress import stress
-from bench.show.results_file import rounded
+from bench.measure.race import quartiles, rounded
 from hyperfast.server.stats import percentile
 
 TASKS, SIZES = 20_000, (64, 64, 10)
-CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 POOL = 256  # different requests of a client
 
 # task, row (in,) -> (out,)
@@ -151,43 +143,3 @@ def show(row: dict[str, Any]) -> str:
         f"p50 {row['p50_ms']:>7.3f} ms  p99 {row['p99_ms']:>7.3f} ms  "
         f"TaskServer {row['ratio']:.2f}x ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 fine, 1 an error or a lost future under stress; a wrong answer raises."""
-    p = argparse.ArgumentParser("python -m bench.serve.serve", description=__doc__.split("\n")[0])
-    p.add_argument("--clients", type=int, nargs="*", default=CLIENTS, help="numbers of threads")
-    p.add_argument("--rounds", type=int, default=5, help="turns of each way (5)")
-    p.add_argument("--seconds", type=float, default=0.5, help="of a turn (0.5)")
-    p.add_argument("--stress", type=float, metavar="SECONDS", help="and then this")
-    p.add_argument("--json", type=Path, metavar="FILE", help="where to save what was measured")
-    args = p.parse_args(argv)
-    result: dict[str, Any] = {
-        "date": machine.today(),
-        "threads": torch.get_num_threads(),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "bank": {"tasks": TASKS, "sizes": SIZES},
-    }
-    # What is not measured now is kept from before.
-    old = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    result |= {key: old[key] for key in ("turns", "stress") if key in old}
-    if args.clients:
-        result["turns"] = {
-            "commit": machine.commit(),
-            "rounds": args.rounds,
-            "seconds": args.seconds,
-            "results": race(TASKS, args.clients, args.rounds, args.seconds),
-        }
-    status = 0
-    if args.stress:
-        found = result["stress"] = {"commit": machine.commit(), **stress(args.stress)}
-        print(json.dumps(found, indent=1))
-        status = int(bool(found["errors"] or found["lost"]))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
