@@ -1,6 +1,6 @@
 // The face of the kernels: plain structs over raw pointers, no torch type.
 //
-// Everything here has already been checked (ops.cpp): pointers are valid for the sizes and strides
+// Everything here has already been checked (torch/): pointers are valid for the sizes and strides
 // given, task numbers are in range. Strides are in elements, may be zero, and are 64-bit throughout.
 #pragma once
 
@@ -23,7 +23,7 @@ struct Rows {
 // One matrix a task, shape (out, in).
 struct TaskMatrix {
   void* data;
-  Index task, out, in;
+  Index task, out_stride, in_stride;
 };
 
 // One vector a task; data may be null (absent).
@@ -69,29 +69,21 @@ struct TaskLinearGradWeight {
 };
 
 // What the head makes of features h: entry (o, i) of a task's matrix is <weight(o, i), h> + bias(o, i),
-// where weight(o, i) starts at weight + o * out + i * in and its features are `feature` apart.
+// where weight(o, i) starts at weight + o * out_stride + i * in_stride and its features are `feature` apart.
 struct HeadMatrix {
   void* weight;
-  Index out, in, feature;
+  Index out_stride, in_stride, feature;
   void* bias;  // or null
-  Index bias_out, bias_in;
+  Index bias_out_stride, bias_in_stride;
 
   // What maps outputs to inputs.
-  HeadMatrix transposed() const { return {weight, in, out, feature, bias, bias_in, bias_out}; }
+  HeadMatrix transposed() const { return {weight, in_stride, out_stride, feature, bias, bias_in_stride, bias_out_stride}; }
 };
 
 // How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and the
 // head read as it lies (contract); the head packed, and weights made slice by slice for blocks of tasks,
 // in the cache (tile); the head read once as it lies, and weights made whole (materialize).
 enum class Plan { contract, tile, materialize };
-
-// How an op runs best (groups.cpp): one that makes weights, and one that makes gradients of weights.
-enum class Makes { weights, gradients };
-Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
-                  bool matrix_unit);
-
-// Whether the matrix unit, where there is one, is faster at `contract` than the vector units.
-bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features);
 
 // y[r] = M_b x[r] + v_b, both generated.
 struct HyperLinear {
@@ -132,6 +124,8 @@ struct Layer {
   Index in, out;
   Act act;
   double parameter;
+  Index begin;  // its first parameter
+  bool kept;    // whether the backward pass needs its pre-activations
 };
 
 // A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has any.
@@ -139,6 +133,7 @@ struct Net {
   const Layer* layers;
   Index count;
   bool bias;
+  Index params, outputs, kept, widest;  // outputs of all layers, and of those whose pre-activations are kept
 };
 
 // What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p * bias_step].
@@ -159,12 +154,12 @@ struct HyperMlp {
   TaskVector h;
   NetHead head;
   Rows y;        // contiguous
-  void* hidden;  // or null; pre-activations, layer by layer (rows, out), of the last only if it has one
+  void* preactivations;  // or null; layer by layer (rows, out), those of the last only if it is kept
 };
 
 // Gradients of the same; those that are null are not wanted. All are contiguous.
 struct HyperMlpBackward {
-  HyperMlp forward;   // without y; hidden is null where it was not kept
+  HyperMlp forward;   // without y; preactivations are null where they were not kept
   Rows grad;          // contiguous, written over where a last activation asks for it
   void* grad_x;
   void* grad_h;       // (tasks, features)
@@ -172,8 +167,9 @@ struct HyperMlpBackward {
   void* grad_bias;    // (params)
 };
 
-// Given parameters, of each task `weight_task` apart. With `affine` they are int8, matrices without
-// biases, and affine holds of every layer scales (out), then biases (out) if there are any, as floats.
+// Given parameters, of each task `weight_task` apart. With `scales_and_biases` they are int8,
+// matrices without biases, and of every layer there are scales (out), then biases (out) if it has any,
+// as floats.
 struct TaskMlp {
   Dtype dtype;
   Groups groups;
@@ -181,8 +177,8 @@ struct TaskMlp {
   Rows x;
   void* weight;
   Index weight_task;
-  void* affine;
-  Index affine_task;
+  void* scales_and_biases;
+  Index scales_and_biases_task;
   Rows y;  // contiguous
 };
 

@@ -1,5 +1,5 @@
 // The Python module hyperfast._C: importing it loads this library, which registers the kernels
-// (ops.cpp); isa() says which build of them runs here.
+// (torch/); isa() says which build of them runs here.
 #include <Python.h>
 
 #include <stdexcept>

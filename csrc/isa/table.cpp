@@ -1,6 +1,8 @@
 // One build of the kernels. setup.py compiles this file once for every instruction set, each into the
 // namespace HF_ISA; dispatch.cpp chooses between the tables.
-#include "mlp.h"
+#include "isa/layer/task.h"
+#include "isa/network/generated.h"
+#include "isa/network/stored.h"
 
 #define HF_STRING(x) #x
 #define HF_NAME(x) HF_STRING(x)
