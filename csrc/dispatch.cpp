@@ -13,8 +13,8 @@
 
 namespace hyperfast {
 
-#define HF_DECLARE(isa) \
-  namespace isa {       \
+#define HF_DECLARE(isa)       \
+  namespace isa {             \
   extern const Kernels table; \
   }
 #ifdef HF_AMX
@@ -37,13 +37,15 @@ struct Candidate {
 };
 
 #ifdef HF_AMX
-// Whether the CPU has the matrix unit with bf16, and the kernel lets this process use it: its registers are
-// 8 KiB a thread, which Linux (5.16 and later) sets aside only for those that ask.
+// Whether the CPU has the matrix unit with bf16, and the kernel lets this process use it: its
+// registers are 8 KiB a thread, which Linux (5.16 and later) sets aside only for those that ask.
 bool matrix_unit() {
   unsigned a, b, c, d;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0)
+    return false;
+  constexpr long request_permission = 0x1023,
+                 tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
@@ -58,14 +60,13 @@ const Kernels& choose() {
                       __builtin_cpu_supports("avx512dq");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  const Candidate candidates[] = {  // best first
+  const Candidate candidates[] = {
+      // best first
 #ifdef HF_AMX
       {&amx::table, bf16, matrix_unit},
 #endif
 #ifdef HF_X86
-      {&avx512_bf16::table, bf16},
-      {&avx512::table, avx512},
-      {&avx2::table, avx2},
+      {&avx512_bf16::table, bf16},      {&avx512::table, avx512}, {&avx2::table, avx2},
 #endif
       {&portable::table, true},
   };

@@ -1,7 +1,8 @@
 // The face of the kernels: plain structs over raw pointers, no torch type.
 //
 // Everything here has already been checked (torch/): pointers are valid for the sizes and strides
-// given, task numbers are in range. Strides are in elements, may be zero, and are 64-bit throughout.
+// given, task numbers are in range. Strides are in elements, may be zero, and are 64-bit
+// throughout.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,8 @@ struct Piece {
 };
 
 // The rows of every task, cut into pieces of at most `cut` rows so that threads share big tasks.
-// Batched: `per_task` pieces of each task, in turn. Ragged: `order` lists the row numbers sorted by task.
+// Batched: `per_task` pieces of each task, in turn. Ragged: `order` lists the row numbers sorted by
+// task.
 struct Groups {
   Index tasks;
   Index rows;    // of one task (batched), of all together (ragged)
@@ -53,23 +55,24 @@ struct TaskLinear {
   Dtype dtype;
   Groups groups;
   Index out, in;
-  Rows x;            // width in
+  Rows x;  // width in
   TaskMatrix weight;
-  TaskVector bias;   // width out
-  Rows y;            // width out, col == 1
+  TaskVector bias;  // width out
+  Rows y;           // width out, col == 1
 };
 
 struct TaskLinearGradWeight {
   Dtype dtype;
   Groups groups;  // never cut: one piece a task, every task present
   Index out, in;
-  Rows grad;      // width out
-  Rows x;         // width in
-  void* y;        // (tasks, out, in), contiguous
+  Rows grad;  // width out
+  Rows x;     // width in
+  void* y;    // (tasks, out, in), contiguous
 };
 
-// What the head makes of features h: entry (o, i) of a task's matrix is <weight(o, i), h> + bias(o, i),
-// where weight(o, i) starts at weight + o * out_stride + i * in_stride and its features are `feature` apart.
+// What the head makes of features h: entry (o, i) of a task's matrix is <weight(o, i), h> + bias(o,
+// i), where weight(o, i) starts at weight + o * out_stride + i * in_stride and its features are
+// `feature` apart.
 struct HeadMatrix {
   void* weight;
   Index out_stride, in_stride, feature;
@@ -77,12 +80,15 @@ struct HeadMatrix {
   Index bias_out_stride, bias_in_stride;
 
   // What maps outputs to inputs.
-  HeadMatrix transposed() const { return {weight, in_stride, out_stride, feature, bias, bias_in_stride, bias_out_stride}; }
+  HeadMatrix transposed() const {
+    return {weight, in_stride, out_stride, feature, bias, bias_in_stride, bias_out_stride};
+  }
 };
 
-// How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and the
-// head read as it lies (contract); the head packed, and weights made slice by slice for blocks of tasks,
-// in the cache (tile); the head read once as it lies, and weights made whole (materialize).
+// How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and
+// the head read as it lies (contract); the head packed, and weights made slice by slice for blocks
+// of tasks, in the cache (tile); the head read once as it lies, and weights made whole
+// (materialize).
 enum class Plan { contract, tile, materialize };
 
 // y[r] = M_b x[r] + v_b, both generated.
@@ -98,22 +104,23 @@ struct HyperLinear {
   Rows y;             // width out, col == 1
 };
 
-// Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows of task b, they are
-// grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of G_b(p) h_b, grad_bias(p) = sum over b of
-// G_b(p), where p counts the entries of the matrix, then those of the vector. Those that are null are not wanted.
+// Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows
+// of task b, they are grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of
+// G_b(p) h_b, grad_bias(p) = sum over b of G_b(p), where p counts the entries of the matrix, then
+// those of the vector. Those that are null are not wanted.
 struct HyperLinearGrad {
   Dtype dtype;
   Plan plan;
   Groups groups;
   Index out, in, features;
   bool target_bias;
-  Rows grad;    // width out
-  Rows x;       // width in
-  TaskVector h; // for grad_weight
+  Rows grad;                  // width out
+  Rows x;                     // width in
+  TaskVector h;               // for grad_weight
   HeadMatrix matrix, vector;  // for grad_h; the vector's weight follows that of the matrix
-  void* grad_h;       // (tasks, features), contiguous like the others
-  void* grad_weight;  // (params, features)
-  void* grad_bias;    // (params)
+  void* grad_h;               // (tasks, features), contiguous like the others
+  void* grad_weight;          // (params, features)
+  void* grad_bias;            // (params)
 
   Index params() const { return out * (in + target_bias); }
 };
@@ -128,15 +135,18 @@ struct Layer {
   bool kept;    // whether the backward pass needs its pre-activations
 };
 
-// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has any.
+// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has
+// any.
 struct Net {
   const Layer* layers;
   Index count;
   bool bias;
-  Index params, outputs, kept, widest;  // outputs of all layers, and of those whose pre-activations are kept
+  Index params, outputs, kept,
+      widest;  // outputs of all layers, and of those whose pre-activations are kept
 };
 
-// What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p * bias_step].
+// What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p *
+// bias_step].
 struct NetHead {
   void* weight;
   Index row, feature;
@@ -153,14 +163,15 @@ struct HyperMlp {
   Rows x;
   TaskVector h;
   NetHead head;
-  Rows y;        // contiguous
-  void* preactivations;  // or null; layer by layer (rows, out), those of the last only if it is kept
+  Rows y;  // contiguous
+  void*
+      preactivations;  // or null; layer by layer (rows, out), those of the last only if it is kept
 };
 
 // Gradients of the same; those that are null are not wanted. All are contiguous.
 struct HyperMlpBackward {
-  HyperMlp forward;   // without y; preactivations are null where they were not kept
-  Rows grad;          // contiguous, written over where a last activation asks for it
+  HyperMlp forward;  // without y; preactivations are null where they were not kept
+  Rows grad;         // contiguous, written over where a last activation asks for it
   void* grad_x;
   void* grad_h;       // (tasks, features)
   void* grad_weight;  // (params, features)
@@ -168,8 +179,8 @@ struct HyperMlpBackward {
 };
 
 // Given parameters, of each task `weight_task` apart. With `scales_and_biases` they are int8,
-// matrices without biases, and of every layer there are scales (out), then biases (out) if it has any,
-// as floats.
+// matrices without biases, and of every layer there are scales (out), then biases (out) if it has
+// any, as floats.
 struct TaskMlp {
   Dtype dtype;
   Groups groups;

@@ -12,9 +12,10 @@ void parse(const std::string& entry, Layer& layer) {
   static constexpr struct {
     const char* name;
     Act act;
-  } known[] = {{"identity", Act::identity}, {"relu", Act::relu}, {"leaky_relu", Act::leaky_relu},
-               {"elu", Act::elu},           {"sigmoid", Act::sigmoid}, {"silu", Act::silu},
-               {"sin", Act::sin},           {"tanh", Act::tanh}};
+  } known[] = {
+      {"identity", Act::identity}, {"relu", Act::relu},       {"leaky_relu", Act::leaky_relu},
+      {"elu", Act::elu},           {"sigmoid", Act::sigmoid}, {"silu", Act::silu},
+      {"sin", Act::sin},           {"tanh", Act::tanh}};
   const std::size_t colon = std::min(entry.find(':'), entry.size());
   for (const auto& k : known) {
     if (entry.compare(0, colon, k.name) != 0) continue;
@@ -46,7 +47,8 @@ Network::Network(const std::vector<Index>& sizes, bool bias, const std::string& 
     Layer layer{sizes[l], sizes[l + 1], Act::identity, 1, params_, true};
     parse(activations.substr(begin, end - begin), layer);
     begin = end + 1;
-    // The backward pass needs the pre-activations of every layer but a last one that nothing follows.
+    // The backward pass needs the pre-activations of every layer but a last one that nothing
+    // follows.
     layer.kept = l + 2 < sizes.size() || layer.act != Act::identity;
     countable(double(layer.out) * (double(layer.in) + 1) + double(params_));
     params_ += layer.out * (layer.in + bias);

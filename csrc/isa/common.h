@@ -9,8 +9,7 @@ namespace hyperfast::HF_ISA {
 template <class F>
 static void parallel(Index n, Index grain, const F& body) {
   run_parallel(
-      n, grain,
-      [](Index begin, Index end, void* f) { (*static_cast<const F*>(f))(begin, end); },
+      n, grain, [](Index begin, Index end, void* f) { (*static_cast<const F*>(f))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

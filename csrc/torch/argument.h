@@ -73,9 +73,7 @@ class Arg {
   Index element_size() const { return Index(tensor_.element_size()); }
 
   // Of rank 3 or, ragged, 2.
-  Rows rows() const {
-    return {data(), dim() == 3 ? stride(0) : 0, stride(-2), stride(-1)};
-  }
+  Rows rows() const { return {data(), dim() == 3 ? stride(0) : 0, stride(-2), stride(-1)}; }
 
   Tensor empty(std::initializer_list<Index> sizes) const {
     return torch::stable::new_empty(tensor_, {sizes.begin(), sizes.size()});

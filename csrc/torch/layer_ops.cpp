@@ -1,5 +1,6 @@
-// Registration, and nothing else: each function checks its arguments, so that the kernels behind it can
-// never read or write out of bounds, and hands raw pointers over. The schemas are in hyperfast/ops.py.
+// Registration, and nothing else: each function checks its arguments, so that the kernels behind it
+// can never read or write out of bounds, and hands raw pointers over. The schemas are in
+// hyperfast/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch.h"
@@ -30,14 +31,19 @@ Tensor task_linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor
     bias = {b.data(), b.stride(0), b.stride(1)};
   }
   const Tensor y = x.like_rows(out);
-  kernels().task_linear({dtype, groups.view(), out, in, x.rows(),
+  kernels().task_linear({dtype,
+                         groups.view(),
+                         out,
+                         in,
+                         x.rows(),
                          {weight.data(), weight.stride(0), weight.stride(1), weight.stride(2)},
-                         bias, Arg("y", y).rows()});
+                         bias,
+                         Arg("y", y).rows()});
   return y;
 }
 
-Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const OptionalTensor& task_ids,
-                               Index tasks) {
+Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_,
+                               const OptionalTensor& task_ids, Index tasks) {
   const Arg grad("grad", grad_), x("x", x_);
   if (tasks < 0) fail("tasks must not be negative, got ", tasks);
   const Dtype dtype = x.dtype();
@@ -82,7 +88,8 @@ struct Head {
 // How to run a layer: the plan that was asked for, else the best one.
 Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Groups& groups,
                  Index params, Index features) {
-  if (wanted.empty()) return default_plan(makes, dtype, groups, params, features, kernels().matrix_unit);
+  if (wanted.empty())
+    return default_plan(makes, dtype, groups, params, features, kernels().matrix_unit);
   if (wanted == "contract") return Plan::contract;
   if (wanted == "tile") return Plan::tile;
   if (wanted == "materialize") return Plan::materialize;
@@ -108,14 +115,24 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
   const Head head(weight, bias, out, in, target_bias);
   const Tensor y = x.like_rows(out);
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, choose_plan(plan.value, Makes::weights, dtype, groups.view(), out * (in + target_bias), features), groups.view(), out, in, features,
-                          x.rows(), {h.data(), h.stride(0), h.stride(1)}, head.matrix, head.vector,
+  kernels().hyper_linear({dtype,
+                          choose_plan(plan.value, Makes::weights, dtype, groups.view(),
+                                      out * (in + target_bias), features),
+                          groups.view(),
+                          out,
+                          in,
+                          features,
+                          x.rows(),
+                          {h.data(), h.stride(0), h.stride(1)},
+                          head.matrix,
+                          head.vector,
                           Arg("y", y).rows()});
   trim_scratch();
   return y;
 }
 
-// The same layer turned around: what maps inputs to outputs maps gradients of outputs to those of inputs.
+// The same layer turned around: what maps inputs to outputs maps gradients of outputs to those of
+// inputs.
 Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& weight_,
                            const OptionalTensor& bias, const OptionalTensor& task_ids,
                            const Text& plan) {
@@ -135,9 +152,18 @@ Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& 
   const HeadMatrix matrix = Head(weight, bias, out, in, false).matrix.transposed();
   const Tensor y = grad.like_rows(in);
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, choose_plan(plan.value, Makes::weights, dtype, groups.view(), out * in, features), groups.view(), in, out, features,
-                          grad.rows(), {h.data(), h.stride(0), h.stride(1)}, matrix, {},
-                          Arg("y", y).rows()});
+  kernels().hyper_linear(
+      {dtype,
+       choose_plan(plan.value, Makes::weights, dtype, groups.view(), out * in, features),
+       groups.view(),
+       in,
+       out,
+       features,
+       grad.rows(),
+       {h.data(), h.stride(0), h.stride(1)},
+       matrix,
+       {},
+       Arg("y", y).rows()});
   trim_scratch();
   return y;
 }
@@ -157,9 +183,23 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   countable(tasks, out, in, features);
   const Head head(weight, std::nullopt, out, in, target_bias);
   const Tensor y = x.empty({tasks, features});
-  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features);
-  kernels().hyper_linear_grad({dtype, how, groups.view(), out, in, features, target_bias, grad.rows(), x.rows(), {},
-                               head.matrix, head.vector, y.mutable_data_ptr(), nullptr, nullptr});
+  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(),
+                               out * (in + target_bias), features);
+  kernels().hyper_linear_grad({dtype,
+                               how,
+                               groups.view(),
+                               out,
+                               in,
+                               features,
+                               target_bias,
+                               grad.rows(),
+                               x.rows(),
+                               {},
+                               head.matrix,
+                               head.vector,
+                               y.mutable_data_ptr(),
+                               nullptr,
+                               nullptr});
   trim_scratch();
   return y;
 }
@@ -177,9 +217,23 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
   countable(h.size(0), out, in, features);
   const Tensor y = x.empty({out * (in + target_bias), features});
-  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), out * (in + target_bias), features);
-  kernels().hyper_linear_grad({dtype, how, groups.view(), out, in, features, target_bias, grad.rows(), x.rows(),
-                               {h.data(), h.stride(0), h.stride(1)}, {}, {}, nullptr, y.mutable_data_ptr(), nullptr});
+  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(),
+                               out * (in + target_bias), features);
+  kernels().hyper_linear_grad({dtype,
+                               how,
+                               groups.view(),
+                               out,
+                               in,
+                               features,
+                               target_bias,
+                               grad.rows(),
+                               x.rows(),
+                               {h.data(), h.stride(0), h.stride(1)},
+                               {},
+                               {},
+                               nullptr,
+                               y.mutable_data_ptr(),
+                               nullptr});
   trim_scratch();
   return y;
 }

@@ -1,5 +1,5 @@
-// Registration of the ops that run whole networks: checks, and raw pointers for the kernels. The schemas
-// are in hyperfast/mlp_ops.py.
+// Registration of the ops that run whole networks: checks, and raw pointers for the kernels. The
+// schemas are in hyperfast/mlp_ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -25,7 +25,9 @@ struct Generated {
   Generated(const Tensor& x_, const Tensor& h_, const Tensor& weight_, const OptionalTensor& bias_,
             const OptionalTensor& task_ids, const std::vector<Index>& sizes, bool target_bias,
             const Text& activations)
-      : x("x", x_), h("h", h_), weight("weight", weight_),
+      : x("x", x_),
+        h("h", h_),
+        weight("weight", weight_),
         network(sizes, target_bias, activations.value),
         groups((h.rank(2, "(B, features)"), group_rows(x, task_ids, h.size(0), generated_piece))) {
     x.dtype();
@@ -49,8 +51,11 @@ struct Generated {
   }
 
   HyperMlp view(Rows y, void* hidden) const {
-    return {x.dtype(), groups.view(), network.view(), h.size(1), x.rows(),
-            {h.data(), h.stride(0), h.stride(1)}, head, y, hidden};
+    return {x.dtype(),      groups.view(),
+            network.view(), h.size(1),
+            x.rows(),       {h.data(), h.stride(0), h.stride(1)},
+            head,           y,
+            hidden};
   }
 };
 
@@ -83,8 +88,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   if (hidden.size(0))
     hidden.size(0, g.rows * g.network.kept(), "rows times the widths of what is kept, or 0");
   if (output_mask.size() != 4) fail("output_mask must have 4 entries, got ", output_mask.size());
-  const Tensor own = g.network.changes_output() ? torch::stable::contiguous(torch::stable::clone(grad_))
-                                                : torch::stable::contiguous(grad_);
+  const Tensor own = g.network.changes_output()
+                         ? torch::stable::contiguous(torch::stable::clone(grad_))
+                         : torch::stable::contiguous(grad_);
   const Tensor kept = torch::stable::contiguous(hidden_);
 
   const Index features = g.h.size(1), params = g.network.params();
@@ -94,9 +100,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   Tensor grad_x = output_mask[0] ? g.x.like_rows(g.network.in()) : g.x.empty({0});
   Tensor grad_h = wanted(1, {g.h.size(0), features});
   Tensor grad_weight = wanted(2, {params, features}), grad_bias = wanted(3, {params});
-  const auto data = [&](int i, Tensor& t) { return output_mask[i] ? t.mutable_data_ptr() : nullptr; };
-  kernels().hyper_mlp_backward({g.view({}, hidden.size(0) ? kept.data_ptr() : nullptr), Arg("grad", own).rows(), data(0, grad_x),
-                                data(1, grad_h), data(2, grad_weight), data(3, grad_bias)});
+  const auto data = [&](int i, Tensor& t) {
+    return output_mask[i] ? t.mutable_data_ptr() : nullptr;
+  };
+  kernels().hyper_mlp_backward({g.view({}, hidden.size(0) ? kept.data_ptr() : nullptr),
+                                Arg("grad", own).rows(), data(0, grad_x), data(1, grad_h),
+                                data(2, grad_weight), data(3, grad_bias)});
   trim_scratch();
   return {grad_x, grad_h, grad_weight, grad_bias};
 }

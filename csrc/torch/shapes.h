@@ -19,9 +19,10 @@ inline void countable(Index tasks, Index out, Index in, Index features = 0) {
   countable((double(tasks) + 1) * (double(features) + 1));
 }
 
-// The layout of x (and of everything shaped like it): (B, N, columns), or (R, columns) with task_ids.
-inline Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index tasks, Index cut = given_piece,
-                    bool all = false) {
+// The layout of x (and of everything shaped like it): (B, N, columns), or (R, columns) with
+// task_ids.
+inline Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index tasks,
+                           Index cut = given_piece, bool all = false) {
   if (!task_ids) {
     x.rank(3, "(B, N, columns)");
     x.size(0, tasks, "tasks");

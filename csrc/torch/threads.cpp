@@ -33,8 +33,8 @@ struct Buffer {
 
 thread_local Buffer buffers[static_cast<int>(Slot::count)];
 
-// Under the address sanitizer no buffer outlives a request: a step beyond its end, or into the buffer
-// that the same slot had before, would otherwise stay inside memory that is still ours.
+// Under the address sanitizer no buffer outlives a request: a step beyond its end, or into the
+// buffer that the same slot had before, would otherwise stay inside memory that is still ours.
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool always_new = true;
 #else

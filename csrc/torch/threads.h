@@ -1,5 +1,5 @@
-// What kernels need from the outside: threads and scratch memory. Declared here as plain functions so
-// that the files built for one instruction set instantiate no shared template (threads.cpp).
+// What kernels need from the outside: threads and scratch memory. Declared here as plain functions
+// so that the files built for one instruction set instantiate no shared template (threads.cpp).
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,9 @@
 
 namespace hyperfast {
 
-// Calls body(begin, end, context) over [0, n) from torch's own thread pool, at least `grain` items a
-// call; n <= grain runs on the calling thread. What the body throws arrives as std::runtime_error.
+// Calls body(begin, end, context) over [0, n) from torch's own thread pool, at least `grain` items
+// a call; n <= grain runs on the calling thread. What the body throws arrives as
+// std::runtime_error.
 void run_parallel(std::int64_t n, std::int64_t grain,
                   void (*body)(std::int64_t, std::int64_t, void*), void* context);
 
@@ -18,10 +19,28 @@ int thread_count();
 // buffer, kept for the next call: asking for the same slot again may move it.
 enum class Slot {
   // of the thread that calls the op
-  rows_a, rows_b, rows_out, head, features, sums, hidden_a, hidden_b, hidden_c, networks, gradients,
-  transposed_a, transposed_b, recomputed,
+  rows_a,
+  rows_b,
+  rows_out,
+  head,
+  features,
+  sums,
+  hidden_a,
+  hidden_b,
+  hidden_c,
+  networks,
+  gradients,
+  transposed_a,
+  transposed_b,
+  recomputed,
   // of each thread at work
-  panel, block, local_a, local_b, local_c, local_d, transposed,
+  panel,
+  block,
+  local_a,
+  local_b,
+  local_c,
+  local_d,
+  transposed,
   count
 };
 void* scratch(Slot slot, std::size_t bytes);

@@ -1,15 +1,16 @@
-// Generate and apply where few rows share a task: the lanes are tasks, and the head is read as it lies,
-// once for a block of them. A weight lives in a register from the moment it is generated until it has been
-// multiplied by the inputs of its task's rows: none is ever stored, nothing packed. Where the rows of tasks
-// differ in number (task_ids), every row is a task by itself: a lane.
+// Generate and apply where few rows share a task: the lanes are tasks, and the head is read as it
+// lies, once for a block of them. A weight lives in a register from the moment it is generated
+// until it has been multiplied by the inputs of its task's rows: none is ever stored, nothing
+// packed. Where the rows of tasks differ in number (task_ids), every row is a task by itself: a
+// lane.
 #pragma once
 
 #include "isa/layer/head.h"
 
 namespace hyperfast::HF_ISA {
 
-// How a strip of M weights is used: those of M inputs of one output, y += w[m] * x[m]; those of M outputs
-// of one input, y[m] += w[m] * x; or y[m] = w[m].
+// How a strip of M weights is used: those of M inputs of one output, y += w[m] * x[m]; those of M
+// outputs of one input, y[m] += w[m] * x; or y[m] = w[m].
 enum class StripUse { inputs, outputs, store };
 
 template <class T>
@@ -20,8 +21,9 @@ struct Strip {
   Index bias_step;
 };
 
-// What a strip reads and writes besides weights, in rows of `lanes<C>`: h (depth, lanes) and, for each of
-// `rows` rows of the tasks, x (inputs, lanes) and y (outputs, lanes), so many elements from row to row.
+// What a strip reads and writes besides weights, in rows of `lanes<C>`: h (depth, lanes) and, for
+// each of `rows` rows of the tasks, x (inputs, lanes) and y (outputs, lanes), so many elements from
+// row to row.
 template <class C>
 struct LaneBlock {
   Index depth, rows;
@@ -112,8 +114,10 @@ static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
 
 template <class T>
 static Strip<T> strip_of(const HeadMatrix& m, Index o, Index i, bool along_inputs) {
-  return {static_cast<const T*>(m.weight) + o * m.out_stride + i * m.in_stride, along_inputs ? m.in_stride : m.out_stride,
-          m.feature, m.bias ? static_cast<const T*>(m.bias) + o * m.bias_out_stride + i * m.bias_in_stride : nullptr,
+  return {static_cast<const T*>(m.weight) + o * m.out_stride + i * m.in_stride,
+          along_inputs ? m.in_stride : m.out_stride, m.feature,
+          m.bias ? static_cast<const T*>(m.bias) + o * m.bias_out_stride + i * m.bias_in_stride
+                 : nullptr,
           along_inputs ? m.bias_in_stride : m.bias_out_stride};
 }
 
@@ -143,7 +147,8 @@ static void contract_block(const HyperLinear& p, int vecs, const LaneBlock<Acc<T
       strips<T, StripUse::outputs>(p.out, vecs, strip_of<T>(p.matrix, 0, i, false), at(i, 0));
 }
 
-// What the lanes are: tasks of `rows` rows each, or, ragged, the rows in the order in which they are staged.
+// What the lanes are: tasks of `rows` rows each, or, ragged, the rows in the order in which they
+// are staged.
 struct Units {
   const Groups& groups;
   Index count, rows;
@@ -169,7 +174,8 @@ struct Units {
 // Units of a block: as many as there are lanes, fewer where threads would be left without.
 template <class C>
 static Index block_units(Index count) {
-  const Index blocks = max(ceil_div(count, lanes<C>), min(thread_count(), ceil_div(count, width<C>)));
+  const Index blocks =
+      max(ceil_div(count, lanes<C>), min(thread_count(), ceil_div(count, width<C>)));
   return max(round_up(ceil_div(count, max(blocks, 1)), width<C>), width<C>);
 }
 
@@ -180,30 +186,32 @@ static void hyper_linear_contract(const HyperLinear& p, const Staged<const Acc<T
   const Units all(p.groups);
   const Index size = block_units<C>(all.count), x_row = p.in * lanes<C>, y_row = p.out * lanes<C>;
   const Index work = size * p.out * (p.in + 1) * (p.features + all.rows);
-  parallel(ceil_div(all.count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-    Units units(p.groups);
-    C* h = scratch<C>(Slot::block, max(p.features * lanes<C> + units.rows * (x_row + y_row), 1));
-    C* xs = h + p.features * lanes<C>;
-    C* ys = xs + units.rows * x_row;
-    for (Index b = begin; b < end; ++b) {
-      const Index first = b * size, n = min(size, units.count - first);
-      const T* features[lanes<C>];
-      for (Index l = 0; l < n; ++l)
-        features[l] = static_cast<const T*>(p.h.data) + units.task(first + l) * p.h.task;
-      pack_lanes<C, T>(features, n, p.features, p.h.col, h, lanes<C>, lanes<C>);
-      for (Index r = 0; r < units.rows; ++r) {
-        const C* inputs[lanes<C>];
-        for (Index l = 0; l < n; ++l) inputs[l] = units.row(x, first + l, r);
-        pack_lanes<C, C>(inputs, n, p.in, x.col, xs + r * x_row, lanes<C>, lanes<C>);
-      }
-      contract_block<T>(p, int(ceil_div(n, width<C>)),
-                        {p.features, units.rows, h, xs, x_row, ys, y_row});
-      // y is contiguous, be it the result or a copy.
-      for (Index r = 0; r < units.rows; ++r)
-        pack<C, C>(n, p.out, View<const C>{ys + r * y_row, 1, lanes<C>},
-                   y.data + (first * units.rows + r) * p.out, units.rows * p.out, p.out);
-    }
-  });
+  parallel(
+      ceil_div(all.count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
+        Units units(p.groups);
+        C* h =
+            scratch<C>(Slot::block, max(p.features * lanes<C> + units.rows * (x_row + y_row), 1));
+        C* xs = h + p.features * lanes<C>;
+        C* ys = xs + units.rows * x_row;
+        for (Index b = begin; b < end; ++b) {
+          const Index first = b * size, n = min(size, units.count - first);
+          const T* features[lanes<C>];
+          for (Index l = 0; l < n; ++l)
+            features[l] = static_cast<const T*>(p.h.data) + units.task(first + l) * p.h.task;
+          pack_lanes<C, T>(features, n, p.features, p.h.col, h, lanes<C>, lanes<C>);
+          for (Index r = 0; r < units.rows; ++r) {
+            const C* inputs[lanes<C>];
+            for (Index l = 0; l < n; ++l) inputs[l] = units.row(x, first + l, r);
+            pack_lanes<C, C>(inputs, n, p.in, x.col, xs + r * x_row, lanes<C>, lanes<C>);
+          }
+          contract_block<T>(p, int(ceil_div(n, width<C>)),
+                            {p.features, units.rows, h, xs, x_row, ys, y_row});
+          // y is contiguous, be it the result or a copy.
+          for (Index r = 0; r < units.rows; ++r)
+            pack<C, C>(n, p.out, View<const C>{ys + r * y_row, 1, lanes<C>},
+                       y.data + (first * units.rows + r) * p.out, units.rows * p.out, p.out);
+        }
+      });
 }
 
 }  // namespace hyperfast::HF_ISA

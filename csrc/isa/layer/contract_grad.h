@@ -1,20 +1,25 @@
-// The gradients of contract.h: rows are lanes again. A row's share of the gradient of its task's weights,
-// G[p][row] = grad[o][row] * x[i][row] for p = (o, i), is formed a panel at a time and used from there.
+// The gradients of contract.h: rows are lanes again. A row's share of the gradient of its task's
+// weights, G[p][row] = grad[o][row] * x[i][row] for p = (o, i), is formed a panel at a time and
+// used from there.
 #pragma once
 
 #include "isa/layer/contract.h"
 
 namespace hyperfast::HF_ISA {
 
-// Parameters of a panel of G. A strip of features touches one line of each of their rows of the head:
-// these lines, a row apart, fall into few sets of the first-level cache, which they share with the panel.
-static inline Index panel_depth(Index features) { return max(min(6144 / max(features, 1), 96) / 16, 2) * 16; }
+// Parameters of a panel of G. A strip of features touches one line of each of their rows of the
+// head: these lines, a row apart, fall into few sets of the first-level cache, which they share
+// with the panel.
+static inline Index panel_depth(Index features) {
+  return max(min(6144 / max(features, 1), 96) / 16, 2) * 16;
+}
 
-// So many products at most are added up in a row where the sum is over the parameters: sums of sums lose fewer digits.
+// So many products at most are added up in a row where the sum is over the parameters: sums of sums
+// lose fewer digits.
 constexpr Index few_products = 256;
 
-// Rows turned around: entry (column) of row r of a unit is data[(r * columns + column) * count + unit],
-// where `count` is the number of units, padded with zeros to whole vectors.
+// Rows turned around: entry (column) of row r of a unit is data[(r * columns + column) * count +
+// unit], where `count` is the number of units, padded with zeros to whole vectors.
 template <class C>
 struct Transposed {
   const C* data;
@@ -26,25 +31,30 @@ struct Transposed {
 };
 
 template <class C>
-static Transposed<C> transpose_rows(const Staged<const C>& rows, const Groups& g, Index columns, Slot slot) {
+static Transposed<C> transpose_rows(const Staged<const C>& rows, const Groups& g, Index columns,
+                                    Slot slot) {
   const Units units(g);
   const Index padded = round_up(units.count, width<C>), blocks = padded / width<C>;
   C* to = scratch<C>(slot, max(units.rows * columns * padded, 1));
-  parallel(units.rows * blocks, max(parallel_work / max(16 * columns, 1), 1), [&](Index begin, Index end) {
-    for (Index j = begin; j < end; ++j) {
-      const Index r = j / blocks, first = j % blocks * width<C>, n = min(width<C>, units.count - first);
-      const C* from[width<C>];
-      for (Index l = 0; l < n; ++l) from[l] = units.row(rows, first + l, r);
-      pack_lanes<C, C>(from, n, columns, rows.col, to + r * columns * padded + first, padded, width<C>);
-    }
-  });
+  parallel(units.rows * blocks, max(parallel_work / max(16 * columns, 1), 1),
+           [&](Index begin, Index end) {
+             for (Index j = begin; j < end; ++j) {
+               const Index r = j / blocks, first = j % blocks * width<C>,
+                           n = min(width<C>, units.count - first);
+               const C* from[width<C>];
+               for (Index l = 0; l < n; ++l) from[l] = units.row(rows, first + l, r);
+               pack_lanes<C, C>(from, n, columns, rows.col, to + r * columns * padded + first,
+                                padded, width<C>);
+             }
+           });
   return {to, columns, padded, units.rows};
 }
 
-// Of a task, the sum of what all parts (n, units, features) have for its units, which are next to each other; added to
-// what is in grad_h (tasks, features), if `add`. A task without rows has none.
+// Of a task, the sum of what all parts (n, units, features) have for its units, which are next to
+// each other; added to what is in grad_h (tasks, features), if `add`. A task without rows has none.
 template <class C>
-static void sum_units(const HyperLinearGrad& p, bool by_piece, Index n, const C* parts, C* grad_h, bool add) {
+static void sum_units(const HyperLinearGrad& p, bool by_piece, Index n, const C* parts, C* grad_h,
+                      bool add) {
   const Groups& g = p.groups;
   const Index count = by_piece ? g.pieces : Units(g).count, each = by_piece ? g.per_task : 1;
   // Where the units of a task are is known at once only without task_ids.
@@ -79,7 +89,8 @@ static void add_up(Index n, Index size, const Acc<T>* parts, T* to) {
   });
 }
 
-// Where a gradient (size) adds up before it is rounded to T: where it goes, if there is nothing to round.
+// Where a gradient (size) adds up before it is rounded to T: where it goes, if there is nothing to
+// round.
 template <class T>
 static Acc<T>* accumulator(void* gradient, Index size) {
   if constexpr (std::is_same_v<T, Acc<T>>)
@@ -98,11 +109,11 @@ struct TransposedRows {
   Transposed<C> grad, x;
 };
 
-// G of parameters [p, p + count), for `vecs` vectors of units from `unit` on; `to` has `lead` lanes a
-// parameter. The head's rows are those of the matrix, then those of the vector, whose input is 1.
+// G of parameters [p, p + count), for `vecs` vectors of units from `unit` on; `to` has `lead` lanes
+// a parameter. The head's rows are those of the matrix, then those of the vector, whose input is 1.
 template <class C>
-static void form_panel(const Transposed<C>& grad, const Transposed<C>& x, Index p, Index count, Index unit,
-                       int vecs, C* to, Index lead) {
+static void form_panel(const Transposed<C>& grad, const Transposed<C>& x, Index p, Index count,
+                       Index unit, int vecs, C* to, Index lead) {
   constexpr int w = width<C>;
   const Index out = grad.columns, in = x.columns;
   while (count > 0) {
@@ -143,37 +154,39 @@ static void grad_h_contract(const HyperLinearGrad& p, const Transposed<Acc<T>>& 
   // The vector's rows follow those of the matrix.
   const T* weight = static_cast<const T*>(p.matrix.weight);
   const Index step = p.matrix.in_stride;
-  parallel(ceil_div(count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-    const Index most = panel_depth(p.features), size_h = p.features * lanes<C>;
-    C* sums = scratch<C>(Slot::block, 2 * size_h + most * lanes<C>);
-    C *part = sums + size_h, *g = part + size_h;
-    for (Index b = begin; b < end; ++b) {
-      const Index first = b * size, n = min(size, count - first);
-      const int vecs = int(ceil_div(n, width<C>));
-      for (Index q = 0, summed = 0; q < params; q += most) {
-        const Index depth = min(most, params - q);
-        form_panel<C>(grad, x, q, depth, first, vecs, g, lanes<C>);
-        View<const C> a;
-        if constexpr (std::is_same_v<C, T>) {
-          a = {weight + q * step, p.matrix.feature, step};
-        } else {
-          C* wide = scratch<C>(Slot::local_a, max(depth * p.features, 1));
-          pack<C, T>(depth, p.features, {weight + q * step, step, p.matrix.feature}, wide, p.features,
-                     p.features);
-          a = {wide, 1, p.features};
-        }
-        sweep<C, false>(p.features, vecs, depth, a, g, lanes<C>, 0,
-                        summed ? View<const C>{part, lanes<C>, 1} : View<const C>{}, {part, lanes<C>, 1},
-                        vecs * width<C>, a.at(0, depth).data);
-        summed += depth;
-        if (summed + most <= few_products && q + depth < params) continue;
-        add_part<C>(p.features, vecs * width<C>, part, lanes<C>, q + depth > summed, {sums, lanes<C>, 1});
-        summed = 0;
-      }
-      pack<C, C>(n, p.features, View<const C>{sums, 1, lanes<C>}, parts + first * p.features, p.features,
-                 p.features);
-    }
-  });
+  parallel(ceil_div(count, size), max(parallel_work / max(work, 1), 1),
+           [&](Index begin, Index end) {
+             const Index most = panel_depth(p.features), size_h = p.features * lanes<C>;
+             C* sums = scratch<C>(Slot::block, 2 * size_h + most * lanes<C>);
+             C *part = sums + size_h, *g = part + size_h;
+             for (Index b = begin; b < end; ++b) {
+               const Index first = b * size, n = min(size, count - first);
+               const int vecs = int(ceil_div(n, width<C>));
+               for (Index q = 0, summed = 0; q < params; q += most) {
+                 const Index depth = min(most, params - q);
+                 form_panel<C>(grad, x, q, depth, first, vecs, g, lanes<C>);
+                 View<const C> a;
+                 if constexpr (std::is_same_v<C, T>) {
+                   a = {weight + q * step, p.matrix.feature, step};
+                 } else {
+                   C* wide = scratch<C>(Slot::local_a, max(depth * p.features, 1));
+                   pack<C, T>(depth, p.features, {weight + q * step, step, p.matrix.feature}, wide,
+                              p.features, p.features);
+                   a = {wide, 1, p.features};
+                 }
+                 sweep<C, false>(p.features, vecs, depth, a, g, lanes<C>, 0,
+                                 summed ? View<const C>{part, lanes<C>, 1} : View<const C>{},
+                                 {part, lanes<C>, 1}, vecs * width<C>, a.at(0, depth).data);
+                 summed += depth;
+                 if (summed + most <= few_products && q + depth < params) continue;
+                 add_part<C>(p.features, vecs * width<C>, part, lanes<C>, q + depth > summed,
+                             {sums, lanes<C>, 1});
+                 summed = 0;
+               }
+               pack<C, C>(n, p.features, View<const C>{sums, 1, lanes<C>},
+                          parts + first * p.features, p.features, p.features);
+             }
+           });
 }
 
 // y (params, features), in the accumulation type.
@@ -200,37 +213,38 @@ static void grad_weight_contract(const HyperLinearGrad& p, const Transposed<Acc<
     h = {packed, lanes<C>, 1};
     h_panel = count * lanes<C>;
   }
-  // Units at a time, so that their features stay in the first-level cache (32 KiB), with G of so many
-  // parameters (at most 12 KiB). Sums of a run of parameters stay in the second level. They do not run
-  // along it, so the number of threads does not show in the result.
+  // Units at a time, so that their features stay in the first-level cache (32 KiB), with G of so
+  // many parameters (at most 12 KiB). Sums of a run of parameters stay in the second level. They do
+  // not run along it, so the number of threads does not show in the result.
   const Index together = max(min(8192 / (panels * lanes<C>), 128) / 32, 1) * 32;  // whole vectors
   constexpr Index few = 4 * tile_rows;
   const Index most = max(block_elements<C> / max(p.features, 1) / few, 1) * few;
   const Index run = min(most, round_up(ceil_div(params, 4 * thread_count()), few));
   const Index work = run * count * (p.features + grad.rows);
-  parallel(ceil_div(params, run), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-    C* g = scratch<C>(Slot::block, few * together);
-    for (Index q = begin * run; q < min(end * run, params); q += run) {
-      const Index stop = min(q + run, params);
-      Index u = 0;
-      do {  // once even without units: the gradient is then zero
-        const Index n = min(together, count - u);
-        for (Index c = q; c < stop; c += few) {
-          const Index some = min(few, stop - c);
-          form_panel<C>(grad, x, c, n ? some : 0, u, int(ceil_div(n, width<C>)), g, together);
-          for (Index j = 0; j < panels; ++j) {
-            const Index k0 = j * lanes<C>;
-            const int nk = int(min(lanes<C>, p.features - k0));
-            const View<C> to{y + c * p.features + k0, p.features, 1};
-            sweep<C, false>(some, int(ceil_div(nk, width<C>)), n, {g, together, 1},
-                            h.data + j * h_panel + u * h.row, h.row, 0,
-                            u ? View<const C>{to.data, to.row, 1} : View<const C>{}, to, nk);
-          }
+  parallel(
+      ceil_div(params, run), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
+        C* g = scratch<C>(Slot::block, few * together);
+        for (Index q = begin * run; q < min(end * run, params); q += run) {
+          const Index stop = min(q + run, params);
+          Index u = 0;
+          do {  // once even without units: the gradient is then zero
+            const Index n = min(together, count - u);
+            for (Index c = q; c < stop; c += few) {
+              const Index some = min(few, stop - c);
+              form_panel<C>(grad, x, c, n ? some : 0, u, int(ceil_div(n, width<C>)), g, together);
+              for (Index j = 0; j < panels; ++j) {
+                const Index k0 = j * lanes<C>;
+                const int nk = int(min(lanes<C>, p.features - k0));
+                const View<C> to{y + c * p.features + k0, p.features, 1};
+                sweep<C, false>(some, int(ceil_div(nk, width<C>)), n, {g, together, 1},
+                                h.data + j * h_panel + u * h.row, h.row, 0,
+                                u ? View<const C>{to.data, to.row, 1} : View<const C>{}, to, nk);
+              }
+            }
+            u += together;
+          } while (u < count);
         }
-        u += together;
-      } while (u < count);
-    }
-  });
+      });
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -1,8 +1,8 @@
 // Generate and apply: y[r] = M_b x[r] + v_b, where the head makes M_b and v_b of h_b.
 //
-// The weights of 48 tasks are generated slice by slice (some inputs, all outputs) into the second-level
-// cache and applied from there. The head's bias is the weight of a feature 1, the vector v the weight of
-// an input 1, the first of them.
+// The weights of 48 tasks are generated slice by slice (some inputs, all outputs) into the
+// second-level cache and applied from there. The head's bias is the weight of a feature 1, the
+// vector v the weight of an input 1, the first of them.
 #pragma once
 
 #include "isa/layer/contract_amx.h"
@@ -10,19 +10,19 @@
 
 namespace hyperfast::HF_ISA {
 
-// How a layer is cut into slices: as many outputs as the lanes of a tile, and all inputs if they fit, so
-// that y is written once.
+// How a layer is cut into slices: as many outputs as the lanes of a tile, and all inputs if they
+// fit, so that y is written once.
 template <class C>
 struct Slices {
-  bool pairs;       // features go in pairs of bf16
-  Index depth;      // features and 1 for the head's bias, or pairs of them
-  Index inputs;     // of the layer: in, and 1 for the vector
-  Index no, ni;     // outputs and inputs of a slice, at most
+  bool pairs;                 // features go in pairs of bf16
+  Index depth;                // features and 1 for the head's bias, or pairs of them
+  Index inputs;               // of the layer: in, and 1 for the vector
+  Index no, ni;               // outputs and inputs of a slice, at most
   Index down, across, count;  // slices along the outputs, the inputs, and in all
-  bool by_output;   // order of a slice's weights: outputs outermost
-  Index block;      // tasks at a time
+  bool by_output;             // order of a slice's weights: outputs outermost
+  Index block;                // tasks at a time
   Index panels, panel, size;  // panels of a slice; elements of a panel, of a packed slice
-  Index row;        // elements of a slice's weights of one task, and a line more against cache conflicts
+  Index row;  // elements of a slice's weights of one task, and a line more against cache conflicts
 
   explicit Slices(const HyperLinear& p) {
     pairs = has_pair_dot && p.dtype == Dtype::bf16 && p.matrix.feature == 1;
@@ -70,7 +70,8 @@ static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slic
     const HeadMatrix& m = i < 0 ? p.vector : p.matrix;
     const Index column = max(i, 0);
     rows[l] = static_cast<const T*>(m.weight) + o * m.out_stride + column * m.in_stride;
-    if (m.bias) bias[l] = static_cast<const T*>(m.bias)[o * m.bias_out_stride + column * m.bias_in_stride];
+    if (m.bias)
+      bias[l] = static_cast<const T*>(m.bias)[o * m.bias_out_stride + column * m.bias_in_stride];
   }
   if constexpr (std::is_same_v<T, bf16>) {
     if (s.pairs) {
@@ -81,8 +82,8 @@ static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slic
       if (whole == s.depth) return;
       const bool odd = p.features % 2;  // then the last feature has the bias (or 0) beside it
       for (Index l = 0; l < lanes<C>; ++l)
-        dst[whole * lanes<C> + l] =
-            widen(odd && l < n ? bf16_pair{rows[l][p.features - 1], bias[l]} : bf16_pair{bias[l], {}});
+        dst[whole * lanes<C> + l] = widen(odd && l < n ? bf16_pair{rows[l][p.features - 1], bias[l]}
+                                                       : bf16_pair{bias[l], {}});
       return;
     }
   }
@@ -114,9 +115,10 @@ static void generate(const Slices<C>& s, const Slice& c, Index tasks, const C* h
                      C* weights) {
   for (Index f = 0; f < c.ni * c.no; f += lanes<C>) {
     const int vecs = int(ceil_div(min(lanes<C>, c.ni * c.no - f), width<C>));
-    (s.pairs ? sweep_deep<C, PairDot<C>> : sweep_deep<C, MultiplyAdd>)(
-        tasks, vecs, s.depth, {h, s.depth, 1}, packed + f * s.depth, {}, {weights + f, s.row, 1},
-        vecs * width<C>);
+    (s.pairs ? sweep_deep<C, PairDot<C>>
+             : sweep_deep<C, MultiplyAdd>)(tasks, vecs, s.depth, {h, s.depth, 1},
+                                           packed + f * s.depth, {}, {weights + f, s.row, 1},
+                                           vecs * width<C>);
   }
 }
 
@@ -145,49 +147,51 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
     const Index work = tile_rows * (q1 - q0) * s.no * s.ni * (s.depth + rows_each);
     parallel(ceil_div(tasks, tile_rows), max(parallel_work / max(work, 1), 1),
              [&](Index first, Index last) {
-      C* h = scratch<C>(Slot::local_a, s.block * max(s.depth, 1));
-      C* weights = scratch<C>(Slot::block, s.block * s.row + lanes<C>);
-      const Index end = min(last * tile_rows, tasks);
-      for (Index u0 = first * tile_rows; u0 < end; u0 += s.block) {
-        const Index nu = min(s.block, end - u0);
-        for (Index u = 0; u < nu; ++u) {
-          const Index task = piece(p.groups, u0 + u).task;
-          if (s.pairs)
-            copy_feature_pairs(p.h, task, p.features, p.matrix.bias,
-                               reinterpret_cast<float*>(h + u * s.depth));
-          else
-            copy_features<T>(p.h, task, p.features, p.matrix.bias, h + u * s.depth);
-        }
-        for (Index q = q0; q < q1; ++q) {
-          const Slice c = slice(p, s, q);
-          generate<C>(s, c, nu, h, packed + (q - q0) * s.size, weights);
-          const bool add_vector = vector && c.i0 == 0;  // its weights lead the slice
-          const Index lead = add_vector ? (s.by_output ? 1 : c.no) : 0;
-          for (Index u = 0; u < nu; ++u) {
-            const Piece r = piece(p.groups, u0 + u);
-            const View<C> out = y.of(r).at(0, c.o0);
-            const C* w = weights + u * s.row;
-            const View<const C> init = add_vector ? View<const C>{w, 0, s.by_output ? c.ni : 1}
-                                       : c.i0     ? View<const C>{out.data, out.row, out.col}
-                                                  : View<const C>{};
-            apply<C>(r.end - r.begin, c.no, c.ni - add_vector,
-                     x.of(r).at(0, c.i0 + add_vector - vector), w + lead, c.ni, s.by_output,
-                     init, out);
-          }
-        }
-      }
-    });
+               C* h = scratch<C>(Slot::local_a, s.block * max(s.depth, 1));
+               C* weights = scratch<C>(Slot::block, s.block * s.row + lanes<C>);
+               const Index end = min(last * tile_rows, tasks);
+               for (Index u0 = first * tile_rows; u0 < end; u0 += s.block) {
+                 const Index nu = min(s.block, end - u0);
+                 for (Index u = 0; u < nu; ++u) {
+                   const Index task = piece(p.groups, u0 + u).task;
+                   if (s.pairs)
+                     copy_feature_pairs(p.h, task, p.features, p.matrix.bias,
+                                        reinterpret_cast<float*>(h + u * s.depth));
+                   else
+                     copy_features<T>(p.h, task, p.features, p.matrix.bias, h + u * s.depth);
+                 }
+                 for (Index q = q0; q < q1; ++q) {
+                   const Slice c = slice(p, s, q);
+                   generate<C>(s, c, nu, h, packed + (q - q0) * s.size, weights);
+                   const bool add_vector = vector && c.i0 == 0;  // its weights lead the slice
+                   const Index lead = add_vector ? (s.by_output ? 1 : c.no) : 0;
+                   for (Index u = 0; u < nu; ++u) {
+                     const Piece r = piece(p.groups, u0 + u);
+                     const View<C> out = y.of(r).at(0, c.o0);
+                     const C* w = weights + u * s.row;
+                     const View<const C> init = add_vector
+                                                    ? View<const C>{w, 0, s.by_output ? c.ni : 1}
+                                                : c.i0 ? View<const C>{out.data, out.row, out.col}
+                                                       : View<const C>{};
+                     apply<C>(r.end - r.begin, c.no, c.ni - add_vector,
+                              x.of(r).at(0, c.i0 + add_vector - vector), w + lead, c.ni,
+                              s.by_output, init, out);
+                   }
+                 }
+               }
+             });
   }
 }
 
-// All weights first, in the order in which the head's rows lie, then all rows. The head is read once and
-// never packed for few tasks, which is what this plan is for.
+// All weights first, in the order in which the head's rows lie, then all rows. The head is read
+// once and never packed for few tasks, which is what this plan is for.
 template <class T>
 static void hyper_linear_whole(const HyperLinear& p, const Staged<const Acc<T>>& x,
                                const Staged<Acc<T>>& y) {
   using C = Acc<T>;
   const Index tasks = p.groups.pieces;
-  const bool by_output = p.matrix.out_stride >= p.matrix.in_stride;  // else by input: the layer turned around
+  const bool by_output =
+      p.matrix.out_stride >= p.matrix.in_stride;  // else by input: the layer turned around
   const Index outer = by_output ? p.out : p.in, inner = by_output ? p.in : p.out;
   const Index vector = p.vector.weight ? p.out : 0, count = p.out * p.in + vector;
   C* w = scratch<C>(Slot::head, max(tasks * count, 1));
@@ -232,7 +236,8 @@ static void hyper_linear_whole(const HyperLinear& p, const Staged<const Acc<T>>&
         dots<C, C>(p.out, m, p.in, {own, p.in, 1}, rows.data, rows.row, init.transposed(),
                    y.of(r).transposed());
       } else {
-        const View<const C> transposed = by_output ? View<const C>{own, 1, p.in} : View<const C>{own, p.out, 1};
+        const View<const C> transposed =
+            by_output ? View<const C>{own, 1, p.in} : View<const C>{own, p.out, 1};
         multiply<C, C>(m, p.out, p.in, rows, transposed, init, y.of(r));
       }
     }

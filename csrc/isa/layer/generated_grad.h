@@ -1,6 +1,7 @@
-// Gradients with respect to what generates the weights. Both are matrix products with the gradient of the
-// generated weights, G_b = sum over rows of grad[r] (x) x[r], which is formed a block at a time and used
-// from the cache: G (tasks, P) times the head's weight (P, K), and G^T times h (tasks, K).
+// Gradients with respect to what generates the weights. Both are matrix products with the gradient
+// of the generated weights, G_b = sum over rows of grad[r] (x) x[r], which is formed a block at a
+// time and used from the cache: G (tasks, P) times the head's weight (P, K), and G^T times h
+// (tasks, K).
 #pragma once
 
 #include "isa/layer/contract_grad.h"
@@ -8,8 +9,9 @@
 
 namespace hyperfast::HF_ISA {
 
-// A run of consecutive rows of the head: outputs [o0, o0 + no) and inputs [i0, i0 + ni) of the matrix, or
-// of the vector, which is a matrix of the one input 1. Either no == 1 or the inputs are all there.
+// A run of consecutive rows of the head: outputs [o0, o0 + no) and inputs [i0, i0 + ni) of the
+// matrix, or of the vector, which is a matrix of the one input 1. Either no == 1 or the inputs are
+// all there.
 struct Run {
   bool vector;
   Index o0, no, i0, ni;
@@ -51,7 +53,8 @@ static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C
   static const C one = 1;
   grad = grad.at(0, run.o0);
   x = run.vector ? View<const C>{&one, 0, 0} : x.at(0, run.i0);
-  if (run.ni < run.no && (m > 1 || run.vector)) {  // lanes along the longer side; one row's g is written as it lies
+  if (run.ni < run.no &&
+      (m > 1 || run.vector)) {  // lanes along the longer side; one row's g is written as it lies
     multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
   } else {
     multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});
@@ -67,9 +70,10 @@ static void pack_run(const HyperLinearGrad& p, const Run& run, Index k0, Acc<T>*
   const HeadMatrix& m = run.vector ? p.vector : p.matrix;
   const Index nk = min(lanes<C>, p.features - k0);
   for (Index o = 0; o < run.no; ++o) {
-    const T* rows = static_cast<const T*>(m.weight) + (run.o0 + o) * m.out_stride + run.i0 * m.in_stride;
-    pack<C, T>(run.ni, nk, {rows + k0 * m.feature, m.in_stride, m.feature}, dst + o * run.ni * lanes<C>,
-               lanes<C>, lanes<C>);
+    const T* rows =
+        static_cast<const T*>(m.weight) + (run.o0 + o) * m.out_stride + run.i0 * m.in_stride;
+    pack<C, T>(run.ni, nk, {rows + k0 * m.feature, m.in_stride, m.feature},
+               dst + o * run.ni * lanes<C>, lanes<C>, lanes<C>);
   }
 }
 
@@ -84,8 +88,8 @@ static void use_run(const HyperLinearGrad& p, const Run& run, Index tasks, View<
   const Index step = run.vector ? m.out_stride : m.in_stride;
   C* part = scratch<C>(Slot::local_d, max(tasks * p.features, 1));
   for (Index k = 0; k < run.size(); k += few_products) {
-    multiply<C, T>(tasks, p.features, min(few_products, run.size() - k), g.at(0, k), {rows + k * step, step, m.feature}, {},
-                   {part, p.features, 1});
+    multiply<C, T>(tasks, p.features, min(few_products, run.size() - k), g.at(0, k),
+                   {rows + k * step, step, m.feature}, {}, {part, p.features, 1});
     add_part<C>(tasks, p.features, part, p.features, add || k, y);
   }
 }
@@ -105,10 +109,12 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGrad& p, const Staged<co
 
   for (Index q0 = 0; q0 < runs.total; q0 += together) {
     const Index q1 = min(q0 + together, runs.total);
-    if (packs) parallel((q1 - q0) * panels, max(parallel_work / (8 * panel), 1), [&](Index first, Index last) {
-      for (Index j = first; j < last; ++j)
-        pack_run<T>(p, runs[q0 + j / panels], j % panels * lanes<C>, packed + j * panel);
-    });
+    if (packs)
+      parallel((q1 - q0) * panels, max(parallel_work / (8 * panel), 1),
+               [&](Index first, Index last) {
+                 for (Index j = first; j < last; ++j)
+                   pack_run<T>(p, runs[q0 + j / panels], j % panels * lanes<C>, packed + j * panel);
+               });
 
     const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
     const Index work = tile_rows * (q1 - q0) * runs.longest() * (p.features + rows_each);
@@ -143,7 +149,8 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGrad& p, const Staged<co
 }
 
 template <class T>
-static void grad_of_features(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad, const Staged<const Acc<T>>& x,
+static void grad_of_features(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
+                             const Staged<const Acc<T>>& x,
                              const TransposedRows<Acc<T>>* transposed, Acc<T>* grad_h, bool add) {
   using C = Acc<T>;
   const Index count = transposed ? Units(p.groups).count : p.groups.pieces;
@@ -158,12 +165,12 @@ static void grad_of_features(const HyperLinearGrad& p, const Staged<const Acc<T>
 
 // ---- with respect to the head's weight ----
 
-// Tasks whose G and h a run takes at a time. With many rows a task, forming G weighs more: then fewer
-// tasks and longer runs, over which the rows are read again less often.
+// Tasks whose G and h a run takes at a time. With many rows a task, forming G weighs more: then
+// fewer tasks and longer runs, over which the rows are read again less often.
 static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 8) * tile_rows; }
 
-// Runs as long as `most`, but short enough that every thread has some. Sums do not run along a run, so
-// the number of threads does not show in the result.
+// Runs as long as `most`, but short enough that every thread has some. Sums do not run along a run,
+// so the number of threads does not show in the result.
 static inline Runs shared_runs(const HyperLinearGrad& p, Index most) {
   const Index share = round_up(ceil_div(p.out, 4 * thread_count()), tile_rows);
   return {p.out, p.in, p.target_bias, min(most, max(share * p.in, share))};
@@ -176,14 +183,16 @@ static View<const C> all_rows(const Staged<const C>& rows, const Groups& g) {
   return {g.rows == 1 ? rows.data : nullptr, rows.task, rows.col};
 }
 
-// Where all tasks share their features (a head's bias is the weight of a feature 1), the sum over the
-// tasks of G_b (x) h is the sum of all rows' products, times h. False where they do not.
+// Where all tasks share their features (a head's bias is the weight of a feature 1), the sum over
+// the tasks of G_b (x) h is the sum of all rows' products, times h. False where they do not.
 template <class T>
-static bool grad_of_shared_features(const HyperLinearGrad& p, const Staged<const Acc<T>>& staged_grad,
+static bool grad_of_shared_features(const HyperLinearGrad& p,
+                                    const Staged<const Acc<T>>& staged_grad,
                                     const Staged<const Acc<T>>& staged_x) {
   using C = Acc<T>;
   if (p.h.task != 0 || p.groups.tasks == 0) return false;
-  const View<const C> grad = all_rows<C>(staged_grad, p.groups), x = all_rows<C>(staged_x, p.groups);
+  const View<const C> grad = all_rows<C>(staged_grad, p.groups),
+                      x = all_rows<C>(staged_x, p.groups);
   if (!grad.data || !x.data) return false;
   const Runs runs = shared_runs(p, block_elements<C> / 16);
   const Index rows = total_rows(p.groups), work = runs.longest() * (rows + p.features);
@@ -204,12 +213,15 @@ static bool grad_of_shared_features(const HyperLinearGrad& p, const Staged<const
 }
 
 template <class T>
-static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad, const Staged<const Acc<T>>& x,
+static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
+                           const Staged<const Acc<T>>& x,
                            const TransposedRows<Acc<T>>* transposed) {
   using C = Acc<T>;
   if (transposed && p.features >= width<C>) {
     const Index size = p.params() * p.features;
-    if constexpr (std::is_same_v<C, T>) return grad_weight_contract<T>(p, transposed->grad, transposed->x, static_cast<C*>(p.grad_weight));
+    if constexpr (std::is_same_v<C, T>)
+      return grad_weight_contract<T>(p, transposed->grad, transposed->x,
+                                     static_cast<C*>(p.grad_weight));
     C* sums = scratch<C>(Slot::sums, size);
     grad_weight_contract<T>(p, transposed->grad, transposed->x, sums);
     return add_up<T>(1, size, sums, static_cast<T*>(p.grad_weight));
@@ -258,8 +270,8 @@ static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>&
         const View<C> out{sum, p.features, 1};
         const View<const C> before = u0 ? View<const C>{sum, p.features, 1} : View<const C>{};
         if (narrow_h)
-          multiply<C, C>(p.features, run.size(), nu, {h + u0 * row, 1, row}, View<const C>{g, g_row, 1},
-                         before.transposed(), out.transposed());
+          multiply<C, C>(p.features, run.size(), nu, {h + u0 * row, 1, row},
+                         View<const C>{g, g_row, 1}, before.transposed(), out.transposed());
         else
           for (Index j = 0; j < panels; ++j) {
             const Index k0 = j * lanes<C>;
@@ -295,7 +307,8 @@ static void hyper_linear_grad_typed(HyperLinearGrad p, Acc<T>* grad_h, bool add)
 #endif
   TransposedRows<C> transposed;
   if (contract)
-    transposed = {transpose_rows<C>(grad, p.groups, p.out, Slot::transposed_a), transpose_rows<C>(x, p.groups, p.in, Slot::transposed_b)};
+    transposed = {transpose_rows<C>(grad, p.groups, p.out, Slot::transposed_a),
+                  transpose_rows<C>(x, p.groups, p.in, Slot::transposed_b)};
   const TransposedRows<C>* lanes = contract ? &transposed : nullptr;
   if (grad_h) grad_of_features<T>(p, grad, x, lanes, grad_h, add);
   if (p.grad_weight) grad_of_weight<T>(p, grad, x, lanes);

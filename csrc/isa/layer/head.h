@@ -5,16 +5,17 @@
 
 namespace hyperfast::HF_ISA {
 
-// Tasks whose weights are alive at once. So many use a panel from the third-level cache before the next:
-// with 12, streaming the panels took longer than multiplying with them.
+// Tasks whose weights are alive at once. So many use a panel from the third-level cache before the
+// next: with 12, streaming the panels took longer than multiplying with them.
 constexpr Index task_block = 8 * tile_rows;
 
-// Elements of a block's generated weights (or of their gradient): 400 KiB, less than half of the second
-// level, and enough for 48 tasks of 64 outputs and 33 inputs.
+// Elements of a block's generated weights (or of their gradient): 400 KiB, less than half of the
+// second level, and enough for 48 tasks of 64 outputs and 33 inputs.
 template <class C>
 constexpr Index block_elements = (400 << 10) / Index(sizeof(C));
 
-// Elements packed at a time for all tasks: 2 MiB, which threads share through the third-level cache.
+// Elements packed at a time for all tasks: 2 MiB, which threads share through the third-level
+// cache.
 template <class C>
 constexpr Index head_elements = (2 << 20) / Index(sizeof(C));
 

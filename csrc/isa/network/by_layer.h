@@ -33,7 +33,8 @@ static HeadMatrix vector_of(const NetHead& head, const Net& net, const Layer& l)
           0};
 }
 
-// Threads share n elements in whole vectors of any type: what is computed one by one does not depend on them.
+// Threads share n elements in whole vectors of any type: what is computed one by one does not
+// depend on them.
 template <class F>
 static void each_stretch(Index n, const F& body) {
   constexpr Index some = 64;
@@ -48,16 +49,18 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
   T* kept = static_cast<T*>(p.preactivations);
   for (Index l = 0; l < p.net.count; ++l) {
     const Layer& layer = p.net.layers[l];
-    T* a = l + 1 == p.net.count ? static_cast<T*>(p.y.data)
-                                : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
+    T* a = l + 1 == p.net.count
+               ? static_cast<T*>(p.y.data)
+               : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     T* pre = kept && layer.kept ? kept : a;
     const Index params = layer.out * (layer.in + p.net.bias);
-    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, params, p.features, has_matrix_unit);
+    const Plan plan =
+        default_plan(Makes::weights, p.dtype, p.groups, params, p.features, has_matrix_unit);
     hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
-                           matrix_of<T>(p.head, layer),
-                           vector_of<T>(p.head, p.net, layer),
+                           matrix_of<T>(p.head, layer), vector_of<T>(p.head, p.net, layer),
                            dense_rows(pre, p.groups, layer.out)});
-    each_stretch(rows * layer.out, [&](Index at, Index n) { activate<T>(layer, n, pre + at, a + at); });
+    each_stretch(rows * layer.out,
+                 [&](Index at, Index n) { activate<T>(layer, n, pre + at, a + at); });
     if (pre != a) kept += rows * layer.out;
     x = dense_rows(a, p.groups, layer.out);
   }
@@ -83,7 +86,8 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
       slope<T>(layer, n, pre + at, g + at, a ? a + at : nullptr);
     });
   };
-  if (p.net.layers[p.net.count - 1].kept) back_through(p.net.layers[p.net.count - 1], grad, nullptr);
+  if (p.net.layers[p.net.count - 1].kept)
+    back_through(p.net.layers[p.net.count - 1], grad, nullptr);
 
   // In the accumulation type, lest the sum over the layers be rounded after each.
   C* total = accumulator<T>(b.grad_h, sums);
@@ -91,24 +95,37 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   for (Index l = p.net.count - 1; l >= 0; --l) {
     const Layer& layer = p.net.layers[l];
     const Index params = layer.out * (layer.in + p.net.bias);
-    const Plan plan =
-        default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in, p.features, has_matrix_unit);
-    const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups, params, p.features, has_matrix_unit);
+    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in,
+                                   p.features, has_matrix_unit);
+    const Plan grad_plan =
+        default_plan(Makes::gradients, p.dtype, p.groups, params, p.features, has_matrix_unit);
     const HeadMatrix matrix = matrix_of<T>(p.head, layer);
     const HeadMatrix vector = vector_of<T>(p.head, p.net, layer);
     const Rows g = dense_rows(grad, p.groups, layer.out);
     T* next = l == 0 ? static_cast<T*>(b.grad_x)
                      : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     if (next) {
-      hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.in, layer.out, p.features, g, p.h,
-                             matrix.transposed(), {}, dense_rows(next, p.groups, layer.in)});
+      hyper_linear_typed<T>({p.dtype,
+                             plan,
+                             p.groups,
+                             layer.in,
+                             layer.out,
+                             p.features,
+                             g,
+                             p.h,
+                             matrix.transposed(),
+                             {},
+                             dense_rows(next, p.groups, layer.in)});
     }
     if (l > 0) back_through(p.net.layers[l - 1], next, inputs);
     const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
-    const auto of_layer = [&](void* all, Index each) { return all ? static_cast<T*>(all) + layer.begin * each : nullptr; };
-    hyper_linear_grad_typed<T>({p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, p.net.bias, g, x, p.h,
-                                matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1)},
-                               total, l + 1 < p.net.count);
+    const auto of_layer = [&](void* all, Index each) {
+      return all ? static_cast<T*>(all) + layer.begin * each : nullptr;
+    };
+    hyper_linear_grad_typed<T>(
+        {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, p.net.bias, g, x, p.h,
+         matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1)},
+        total, l + 1 < p.net.count);
     grad = next;
   }
   round_off<T>(total, sums, b.grad_h);

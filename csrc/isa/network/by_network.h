@@ -1,4 +1,5 @@
-// The weights of a block of networks at a time, and then each for its rows: where many rows share a task.
+// The weights of a block of networks at a time, and then each for its rows: where many rows share a
+// task.
 #pragma once
 
 #include "isa/layer/generated_grad.h"
@@ -7,12 +8,14 @@
 
 namespace hyperfast::HF_ISA {
 
-// Weights (or their gradients) of a block of networks: 9 MiB, so that the head and its gradient, which lie in memory,
-// are read for many at a time. With twice as many their own way to and from the caches takes longer.
+// Weights (or their gradients) of a block of networks: 9 MiB, so that the head and its gradient,
+// which lie in memory, are read for many at a time. With twice as many their own way to and from
+// the caches takes longer.
 template <class C>
 constexpr Index networks_elements = (9 << 20) / Index(sizeof(C));
 
-// Networks at a time, of so many: whole tiles of them (36 of the largest fit), and about as many each time.
+// Networks at a time, of so many: whole tiles of them (36 of the largest fit), and about as many
+// each time.
 template <class C>
 static Index networks_together(Index params, Index pieces) {
   const Index most = networks_elements<C> / params / tile_rows * tile_rows;
@@ -38,10 +41,11 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   }
 }
 
-// The gradients of one piece: g (params) of its network's parameters, and of x. Pre-activations that were
-// not kept are computed again: to write and read them would take longer.
+// The gradients of one piece: g (params) of its network's parameters, and of x. Pre-activations
+// that were not kept are computed again: to write and read them would take longer.
 template <class T>
-static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const Acc<T>* w, Acc<T>* g) {
+static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const Acc<T>* w,
+                                Acc<T>* g) {
   using C = Acc<T>;
   static const C one = 1;
   const HyperMlp& p = b.forward;
@@ -59,7 +63,8 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
     const Index m = part.end - part.begin;
     View<const C> x0 = gather<T>(p.x, p.groups, part, net.layers[0].in, Slot::local_d);
     if (x0.col != 1) x0 = compact(x0, m, net.layers[0].in, Slot::local_d);
-    const T* kept = static_cast<const T*>(p.preactivations) + (p.preactivations ? rows * net.kept : 0);
+    const T* kept =
+        static_cast<const T*>(p.preactivations) + (p.preactivations ? rows * net.kept : 0);
     C* computed = inputs + most;
     if (recompute)
       run_layers<C, C>(net, network, m, x0, spare, most, inputs, [&](Index l, const C* from) {
@@ -79,7 +84,8 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
       const View<const C> pre = gather<T>(from, p.groups, part, layer.out, Slot::local_c);
       slope<C>(layer, m * layer.out, pre.data, to, a);
     };
-    View<const C> grad = gather<T>(b.grad, p.groups, part, net.layers[net.count - 1].out, Slot::local_a);
+    View<const C> grad =
+        gather<T>(b.grad, p.groups, part, net.layers[net.count - 1].out, Slot::local_a);
     if (net.layers[net.count - 1].kept) {
       const Index out = net.layers[net.count - 1].out;
       C* own = spare + net.count % 2 * most;
@@ -94,15 +100,16 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
       C* next = spare + l % 2 * most;
       const bool wanted = l > 0 || b.grad_x;
       if (wanted)
-        multiply<C, C>(m, layer.in, layer.out, grad, View<const C>{w + layer.begin, layer.in, 1}, {},
-                       {next, layer.in, 1});
+        multiply<C, C>(m, layer.in, layer.out, grad, View<const C>{w + layer.begin, layer.in, 1},
+                       {}, {next, layer.in, 1});
       View<const C> x;
       if (l > 0) {
         back_through(net.layers[l - 1], next, inputs);
         x = {inputs, layer.in, 1};
       } else {
         if (wanted)
-          scatter<T>(dense_rows(b.grad_x, p.groups, layer.in), p.groups, part, layer.in, next, nullptr, 0);
+          scatter<T>(dense_rows(b.grad_x, p.groups, layer.in), p.groups, part, layer.in, next,
+                     nullptr, 0);
         x = x0;
       }
       C* to = g + layer.begin;
@@ -110,7 +117,8 @@ static void differentiate_piece(const HyperMlpBackward& b, const Piece& q, const
         const View<C> transposed{to, 1, layer.in};
         multiply<C, C>(layer.in, layer.out, m, x.transposed(), grad, {to, 1, layer.in}, transposed);
       } else {
-        multiply<C, C>(layer.out, layer.in, m, grad.transposed(), x, {to, layer.in, 1}, {to, layer.in, 1});
+        multiply<C, C>(layer.out, layer.in, m, grad.transposed(), x, {to, layer.in, 1},
+                       {to, layer.in, 1});
       }
       if (net.bias)
         multiply<C, C>(1, layer.out, m, {&one, 0, 0}, grad, {to + matrix, layer.out, 1},
@@ -146,7 +154,9 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   const bool recompute = !p.preactivations && p.net.kept > 0;
   const Index used = b.grad_x || recompute ? 0 : inputs.out * (inputs.in + p.net.bias);
   const Index made = params - used;
-  C* w = scratch<C>(Slot::networks, used + block * made);  // from w + used on: w is where the first network would start
+  C* w = scratch<C>(
+      Slot::networks,
+      used + block * made);  // from w + used on: w is where the first network would start
   T* to_h = static_cast<T*>(b.grad_h);
   if (to_h)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
@@ -156,10 +166,11 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
     Index n = min(block, pieces - u0);
     const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
     generate_networks<T>(networks, used, w + used);
-    parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
-      for (Index u = first; u < last; ++u)
-        differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * made, g + u * params);
-    });
+    parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1),
+             [&](Index first, Index last) {
+               for (Index u = first; u < last; ++u)
+                 differentiate_piece<T>(b, piece(p.groups, u0 + u), w + u * made, g + u * params);
+             });
     differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
     for (Index u = 0; to_h && u < n; ++u) {  // pieces of a task are next to each other
       const bool first = piece(p.groups, u0 + u).task != task;
@@ -174,7 +185,8 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
 
   if constexpr (!std::is_same_v<C, T>) {
     if (sum_weight)
-      for (Index j = 0; j < params * features; ++j) static_cast<T*>(b.grad_weight)[j] = narrow<T>(sum_weight[j]);
+      for (Index j = 0; j < params * features; ++j)
+        static_cast<T*>(b.grad_weight)[j] = narrow<T>(sum_weight[j]);
     if (sum_bias)
       for (Index j = 0; j < params; ++j) static_cast<T*>(b.grad_bias)[j] = narrow<T>(sum_bias[j]);
   }

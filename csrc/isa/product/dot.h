@@ -5,16 +5,16 @@
 
 namespace hyperfast::HF_ISA {
 
-// Up to so many outputs, rows of x are multiplied by rows of weights (dot products along the inputs), as
-// lanes along the outputs would be mostly empty.
+// Up to so many outputs, rows of x are multiplied by rows of weights (dot products along the
+// inputs), as lanes along the outputs would be mostly empty.
 constexpr Index few_outputs = 4;
 
 // Up to so many rows of a task, turning its weight into panels costs more than it saves.
 constexpr Index few_rows = 6;
 
-// y[r][n] = init[r][n] + <a[r], b[n]> for N rows b of C, `b_row` apart. Rows of a are contiguous, in
-// whatever type they are stored; one pass over them. `ahead` is the distance to what will be read next
-// (0: unknown), fetched into the cache meanwhile.
+// y[r][n] = init[r][n] + <a[r], b[n]> for N rows b of C, `b_row` apart. Rows of a are contiguous,
+// in whatever type they are stored; one pass over them. `ahead` is the distance to what will be
+// read next (0: unknown), fetched into the cache meanwhile.
 template <int N, class C, class T>
 static void dot_rows(Index rows, Index depth, const T* a, Index a_row, Index ahead, const C* b,
                      Index b_row, View<const C> init, View<C> y) {
@@ -43,9 +43,9 @@ template <class C, class T>
 static void dots(Index rows, Index n, Index depth, View<const T> a, const C* b, Index b_row,
                  View<const C> init, View<C> y, Index ahead = 0) {
   for (Index j = 0; j < n; j += 2, ahead = 0)
-    (n - j > 1 ? dot_rows<2, C, T> : dot_rows<1, C, T>)(rows, depth, a.data, a.row, ahead,
-                                                       b + j * b_row, b_row,
-                                                       init.data ? init.at(0, j) : init, y.at(0, j));
+    (n - j > 1 ? dot_rows<2, C, T>
+               : dot_rows<1, C, T>)(rows, depth, a.data, a.row, ahead, b + j * b_row, b_row,
+                                    init.data ? init.at(0, j) : init, y.at(0, j));
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -44,7 +44,8 @@ static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row,
   }
 }
 
-// dst[k][l] = src[l][k * step] for k < depth, l < n; zeros for n <= l < all. Rows of dst are dst_row apart.
+// dst[k][l] = src[l][k * step] for k < depth, l < n; zeros for n <= l < all. Rows of dst are
+// dst_row apart.
 template <class C, class T>
 static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C* dst, Index dst_row,
                        Index all) {

@@ -13,7 +13,8 @@ constexpr int tile_vecs = many_registers ? 4 : 2;
 template <class C>
 constexpr Index lanes = tile_vecs * width<C>;
 
-// Depth of a panel of B that stays in the first-level cache: 160 * 64 lanes * 4 bytes = 40 of 48 KiB.
+// Depth of a panel of B that stays in the first-level cache: 160 * 64 lanes * 4 bytes = 40 of 48
+// KiB.
 constexpr Index depth_block = 160;
 
 // What a tile does with an entry of A and the lanes of a row of B.
@@ -31,15 +32,15 @@ struct AddPairs {
   }
 };
 template <class C>
-using PairDot =
-    std::conditional_t<has_pair_dot && std::is_same_v<C, float>, AddPairs, MultiplyAdd>;
+using PairDot = std::conditional_t<has_pair_dot && std::is_same_v<C, float>, AddPairs, MultiplyAdd>;
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many elements.
+// C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many
+// elements.
 template <int M, int V, bool Tail, class C, class Step>
-static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail, View<const C> init,
-                 View<C> c, int n, const C* ahead) {
+static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail,
+                 View<const C> init, View<C> c, int n, const C* ahead) {
   constexpr int w = width<C>;
   // Sums start from init on every way, so that a result does not depend on how C is cut into tiles.
   // Plain: whole vectors side by side, as nearly always; no branch for each of them.
@@ -112,11 +113,11 @@ constexpr Tile<C> pick(int vecs) {
   return vecs == 2 ? tile<M, 2, Tail, C, Step> : tile<M, 1, Tail, C, Step>;
 }
 
-// Rows of A in steps of 6, then what is left in steps of 4, 2 and 1. Meanwhile a line of what `ahead`
-// points to is fetched at each step: by default, what follows the panel.
+// Rows of A in steps of 6, then what is left in steps of 4, 2 and 1. Meanwhile a line of what
+// `ahead` points to is fetched at each step: by default, what follows the panel.
 template <class C, bool Tail, class Step = MultiplyAdd>
-static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row, int tail,
-                  View<const C> init, View<C> c, int n, const C* ahead = nullptr) {
+static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row,
+                  int tail, View<const C> init, View<C> c, int n, const C* ahead = nullptr) {
   Index i = 0;
   if (!ahead) ahead = b + depth * b_row;
   const auto steps = [&](int height, Tile<C> f) {
@@ -154,12 +155,15 @@ static void add_part(Index m, Index n, const C* part, Index row, bool add, View<
   }
 }
 
-// sweep_deep, where c is a sum of very many products: of sums of a block's, which loses fewer digits; added to c, or not.
+// sweep_deep, where c is a sum of very many products: of sums of a block's, which loses fewer
+// digits; added to c, or not.
 template <class C>
-static void sweep_sums(Index m, int vecs, Index depth, View<const C> a, const C* panel, bool add, View<C> c, int n) {
+static void sweep_sums(Index m, int vecs, Index depth, View<const C> a, const C* panel, bool add,
+                       View<C> c, int n) {
   C* part = scratch<C>(Slot::local_c, m * lanes<C>);
   for (Index k = 0; k < depth; k += depth_block) {
-    sweep<C, false>(m, vecs, min(depth_block, depth - k), a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, {}, {part, lanes<C>, 1}, n);
+    sweep<C, false>(m, vecs, min(depth_block, depth - k), a.at(0, k), panel + k * lanes<C>,
+                    lanes<C>, 0, {}, {part, lanes<C>, 1}, n);
     add_part<C>(m, n, part, lanes<C>, add || k, c);
   }
 }

@@ -17,7 +17,8 @@ static inline Piece piece(const Groups& g, Index i) {
 
 template <class T>
 static inline T* row_data(const Rows& rows, const Groups& g, const Piece& p, Index position) {
-  return static_cast<T*>(rows.data) + p.task * rows.task + (g.ragged ? g.order[position] : position) * rows.row;
+  return static_cast<T*>(rows.data) + p.task * rows.task +
+         (g.ragged ? g.order[position] : position) * rows.row;
 }
 
 // The rows of a piece as a matrix of Acc<T>: in place when they lie so, else copied to the slot.

@@ -1,4 +1,5 @@
-// Rows as every hyper kernel wants them: in the accumulation type, those of a task next to each other.
+// Rows as every hyper kernel wants them: in the accumulation type, those of a task next to each
+// other.
 #pragma once
 
 #include "isa/rows/pieces.h"

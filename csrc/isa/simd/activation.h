@@ -133,7 +133,9 @@ static void activate(const Layer& layer, Index n, const T* pre, T* a) {
   if (layer.act == Act::identity && pre == a) return;
   with_activation(layer.act, [&](auto kind) {
     each_vector<T>(n, [&](Index i, int count) {
-      put<T>(a + i, activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter)).value, count);
+      put<T>(a + i,
+             activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter)).value,
+             count);
     });
   });
 }
@@ -144,7 +146,8 @@ static void slope(const Layer& layer, Index n, const T* pre, T* g, T* a) {
   using C = Acc<T>;
   with_activation(layer.act, [&](auto kind) {
     each_vector<T>(n, [&](Index i, int count) {
-      const ValueAndSlope<C> both = activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter));
+      const ValueAndSlope<C> both =
+          activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter));
       if (a) put<T>(a + i, both.value, count);
       put<T>(g + i, get(g + i, count) * both.slope, count);
     });

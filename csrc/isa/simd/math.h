@@ -63,7 +63,8 @@ struct SineCosine {
     const VecF s =
         ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
     const VecF c =
-        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 -
+        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 *
+            r2 -
         0.5f * r2 + 1.f;
     const VecI odd = -(k.steps & 1), down = (k.steps & 2) << 30, left = ((k.steps + 1) & 2) << 30;
     sine = bits_to_float(bit_cast<VecI>(select(odd, c, s)) ^ down);
