@@ -34,6 +34,8 @@ struct Candidate {
   const Kernels* table;
   bool present;
   bool (*ask)() = nullptr;  // what else must be granted
+
+  bool runs() const { return present && (!ask || ask()); }
 };
 
 #ifdef HF_AMX
@@ -50,7 +52,8 @@ bool matrix_unit() {
 }
 #endif
 
-const Kernels& choose() {
+// All of this build, best first.
+std::vector<Candidate> candidates() {
 #ifdef HF_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -60,8 +63,7 @@ const Kernels& choose() {
                       __builtin_cpu_supports("avx512dq");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  const Candidate candidates[] = {
-      // best first
+  return {
 #ifdef HF_AMX
       {&amx::table, bf16, matrix_unit},
 #endif
@@ -70,12 +72,14 @@ const Kernels& choose() {
 #endif
       {&portable::table, true},
   };
+}
 
+const Kernels& choose() {
   const char* wanted = std::getenv("HYPERFAST_ISA");
   std::string known;
-  for (const Candidate& c : candidates) {
+  for (const Candidate& c : candidates()) {
     const bool any = !wanted || !*wanted, this_one = !any && c.table->isa == std::string(wanted);
-    if ((any || this_one) && c.present && (!c.ask || c.ask())) return *c.table;
+    if ((any || this_one) && c.runs()) return *c.table;
     if (this_one)
       throw std::invalid_argument(std::string("HYPERFAST_ISA=") + wanted +
                                   " is not available on this machine");
@@ -89,6 +93,13 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+std::vector<const Kernels*> builds() {
+  std::vector<const Kernels*> all;
+  for (const Candidate& c : candidates())
+    if (c.runs()) all.push_back(c.table);
+  return all;
 }
 
 }  // namespace hyperfast

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "isa/simd/activation.h"
+
 namespace hyperfast {
 
 using Index = std::int64_t;
@@ -100,8 +102,11 @@ struct HyperLinear {
   Rows x;  // width in
   TaskVector h;
   HeadMatrix matrix;
-  HeadMatrix vector;  // of one column; weight null when there is none
-  Rows y;             // width out, col == 1
+  HeadMatrix
+      vector;  // of one column, features as far apart; of a null weight, at most a shared bias
+  Rows y;      // width out, col == 1
+
+  bool head_bias() const { return matrix.bias || (vector.weight && vector.bias); }
 };
 
 // Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows
@@ -113,7 +118,7 @@ struct HyperLinearGrad {
   Plan plan;
   Groups groups;
   Index out, in, features;
-  bool target_bias;
+  bool has_bias;
   Rows grad;                  // width out
   Rows x;                     // width in
   TaskVector h;               // for grad_weight
@@ -122,17 +127,22 @@ struct HyperLinearGrad {
   void* grad_weight;          // (params, features)
   void* grad_bias;            // (params)
 
-  Index params() const { return out * (in + target_bias); }
+  Index params() const { return out * (in + has_bias); }
 };
 
-enum class Act { identity, relu, leaky_relu, elu, sigmoid, silu, sin, tanh };
+// Whose a layer's bias is, and what becomes of its generated matrix. Kernels of whole networks know
+// but biases of each task, and no transform.
+enum class Bias { none, own, shared };
+enum class Transform { none, abs, softplus, exp, square };
 
 struct Layer {
   Index in, out;
   Act act;
-  double parameter;
-  Index begin;  // its first parameter
-  bool kept;    // whether the backward pass needs its pre-activations
+  double parameter;  // of the activation
+  Bias bias = Bias::none;
+  Transform transform = Transform::none;
+  Index begin = 0;    // its first parameter
+  bool kept = false;  // whether the backward pass needs its pre-activations
 };
 
 // A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "error.h"
+
 namespace hyperfast {
 
 Grouping Grouping::batched(Index tasks, Index rows, Index cut) {
@@ -40,6 +42,17 @@ Grouping Grouping::ragged(const Index* ids, Index stride, Index rows, Index task
     first = last;
   }
   g.view_ = {tasks, rows, Index(g.pieces_.size()), cut, 1, true, g.order_.data(), g.pieces_.data()};
+  return g;
+}
+
+Groups Grouping::assumed(bool ragged, Index tasks, Index rows, Index cut) {
+  if (tasks < 0 || rows < 0) fail("tasks and rows must not be negative");
+  const Index named = ragged ? std::min(tasks, rows) : tasks;
+  Groups g = batched(named, named ? (rows + named - 1) / named : 0, cut).view();
+  if (!ragged) return g;
+  g.tasks = tasks;
+  g.rows = rows;
+  g.ragged = true;
   return g;
 }
 

@@ -18,6 +18,9 @@ class Grouping {
   static Grouping ragged(const Index* ids, Index stride, Index rows, Index tasks,
                          Index cut = given_piece, bool all = false);
 
+  // What it would be of so many rows in all, if ragged ones named as many tasks as they can.
+  static Groups assumed(bool ragged, Index tasks, Index rows, Index cut);
+
   const Groups& view() const { return view_; }
 
  private:

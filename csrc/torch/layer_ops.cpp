@@ -19,6 +19,7 @@ Tensor task_linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor
   const Dtype dtype = x.dtype();
   weight.same_dtype(x);
   countable(tasks, out, in);
+  countable_rows(x, out);
   const Grouping groups = group_rows(x, task_ids, tasks);
   x.size(-1, in, "in, the last size of weight");
   TaskVector bias{};
@@ -52,38 +53,12 @@ Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_,
   const Grouping groups = group_rows(x, task_ids, tasks, whole, true);
   const Index out = grad.size(-1), in = x.size(-1);
   countable(tasks, out, in);
+  countable_rows(x, out);
   const Tensor y = x.empty({tasks, out, in});
   kernels().task_linear_grad_weight(
       {dtype, groups.view(), out, in, grad.rows(), x.rows(), y.mutable_data_ptr()});
   return y;
 }
-
-// The head's slice of one layer: rows of matrix (out, in), then, with target_bias, of vector (out).
-struct Head {
-  HeadMatrix matrix{}, vector{};
-
-  Head(const Arg& weight, const OptionalTensor& bias, Index out, Index in, bool target_bias) {
-    weight.size(0, out * (in + target_bias), target_bias ? "out * (in + 1)" : "out * in");
-    const Index row = weight.stride(0), feature = weight.stride(1);
-    const Index size = weight.element_size();
-    char* rows = weight.data<char>();
-    matrix = {rows, in * row, row, feature, nullptr, 0, 0};
-    if (target_bias) vector = {rows + out * in * row * size, row, 0, feature, nullptr, 0, 0};
-    if (!bias) return;
-    const Arg b("bias", *bias);
-    b.rank(1, "(P,)");
-    b.size(0, weight.size(0), "the rows of weight");
-    b.same_dtype(weight);
-    const Index step = b.stride(0);
-    matrix.bias = b.data();
-    matrix.bias_out_stride = in * step;
-    matrix.bias_in_stride = step;
-    if (target_bias) {
-      vector.bias = b.data<char>() + out * in * step * size;
-      vector.bias_out_stride = step;
-    }
-  }
-};
 
 // How to run a layer: the plan that was asked for, else the best one.
 Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Groups& groups,
@@ -96,107 +71,163 @@ Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Grou
   fail("plan must be \"\", \"contract\", \"tile\" or \"materialize\", got \"", wanted, "\"");
 }
 
-Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& weight_,
-                    const OptionalTensor& bias, const OptionalTensor& task_ids, bool target_bias,
+TaskVector features_of(const Arg& h) { return {h.data(), h.stride(0), h.stride(1)}; }
+
+// What generates a layer: matrix (out, in, features), and with it a vector (out, features).
+class Head {
+ public:
+  Head(const Tensor& matrix, const OptionalTensor& vector, const Arg& x)
+      : matrix_(matrix), vector_(vector) {
+    const Arg m("matrix", matrix);
+    m.rank(3, "(out, in, features)");
+    m.same_dtype(x);
+    m.size(1, x.size(-1), "the columns of x");
+    if (!vector) return;
+    const Arg v("vector", *vector);
+    v.rank(2, "(out, features)");
+    v.same_dtype(x);
+    v.size(0, m.size(0), "the outputs of matrix");
+    v.size(1, m.size(2), "the features of matrix");
+  }
+
+  Index out() const { return matrix_.size(0); }
+  Index in() const { return matrix_.size(1); }
+  Index features() const { return matrix_.size(2); }
+  Index params() const { return out() * (in() + vector_.has_value()); }
+
+  // Kernels pack features of both side by side, so they have to be equally far apart in both. Where
+  // they are not, they are copied; the matrix but where its features are apart too, which takes as
+  // long as to generate the weights of a task.
+  void align() {
+    if (!vector_ || vector_->stride(1) == matrix_.stride(2)) return;
+    if (matrix_.stride(2) != 1) matrix_ = dense(matrix_);
+    vector_ = dense(*vector_);
+  }
+
+  // Kernels of gradients take all as rows of one block (params, features) at equal steps, as the
+  // views of a head's weight lie. What does not is copied, which takes as long as to generate the
+  // weights of a task.
+  void join() {
+    const Index row = in() ? matrix_.stride(1) : 0, bytes = Index(matrix_.element_size());
+    const bool rows = out() <= 1 || matrix_.stride(0) == in() * row;
+    if (rows && (in() == 0 || !vector_ || follows(out() * in() * row * bytes, row))) return;
+    const Tensor block = torch::stable::new_empty(matrix_, {params(), features()});
+    const Index n = out() * in();
+    Tensor matrix = block;
+    matrix = torch::stable::narrow(matrix, 0, 0, n);
+    matrix = torch::stable::view(matrix, {out(), in(), features()});
+    torch::stable::copy_(matrix, matrix_);
+    matrix_ = matrix;
+    if (!vector_) return;
+    Tensor all = block, vector = torch::stable::narrow(all, 0, n, out());
+    torch::stable::copy_(vector, *vector_);
+    vector_ = vector;
+  }
+
+  HeadMatrix matrix(const OptionalTensor& bias) const {
+    HeadMatrix m{
+        matrix_.data_ptr(), matrix_.stride(0), matrix_.stride(1), matrix_.stride(2), nullptr, 0, 0};
+    // Where there are no inputs the vector begins the block.
+    if (in() == 0 && vector_)
+      m = {vector_->data_ptr(), 0, vector_->stride(0), vector_->stride(1), nullptr, 0, 0};
+    if (!bias) return m;
+    const Arg b("matrix_bias", *bias);
+    b.rank(2, "(out, in)");
+    b.size(0, out(), "the outputs of matrix");
+    b.size(1, in(), "the inputs of matrix");
+    same_dtype(b);
+    m.bias = b.data();
+    m.bias_out_stride = b.stride(0);
+    m.bias_in_stride = b.stride(1);
+    return m;
+  }
+
+  // Of one column. Without a vector of its own its bias is one that all tasks share.
+  HeadMatrix vector(const OptionalTensor& bias) const {
+    HeadMatrix v{};
+    if (vector_)
+      v = {vector_->data_ptr(), vector_->stride(0), 0, vector_->stride(1), nullptr, 0, 0};
+    if (!bias) return v;
+    const Arg b("vector_bias", *bias);
+    b.rank(1, "(out,)");
+    b.size(0, out(), "the outputs of matrix");
+    same_dtype(b);
+    v.bias = b.data();
+    v.bias_out_stride = b.stride(0);
+    return v;
+  }
+
+ private:
+  static Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+
+  // Whether the vector's rows come so many bytes behind the matrix, at steps of `row`.
+  bool follows(Index bytes, Index row) const {
+    const auto address = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };
+    return address(*vector_) == address(matrix_) + bytes &&
+           (out() <= 1 || vector_->stride(0) == row) && vector_->stride(1) == matrix_.stride(2);
+  }
+
+  void same_dtype(const Arg& bias) const { bias.same_dtype(Arg("matrix", matrix_)); }
+
+  Tensor matrix_;
+  OptionalTensor vector_;
+};
+
+Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& matrix,
+                    const OptionalTensor& matrix_bias, const OptionalTensor& vector,
+                    const OptionalTensor& vector_bias, const OptionalTensor& task_ids,
                     const Text& plan) {
-  const Arg x("x", x_), h("h", h_), weight("weight", weight_);
+  const Arg x("x", x_), h("h", h_);
   const Dtype dtype = x.dtype();
   h.rank(2, "(B, features)");
   h.same_dtype(x);
-  weight.rank(2, "(P, features)");
-  weight.same_dtype(x);
   const Index tasks = h.size(0), features = h.size(1);
-  weight.size(1, features, "the features of h");
   const Grouping groups = group_rows(x, task_ids, tasks, generated_piece);
-  const Index in = x.size(-1), per_output = in + target_bias;
-  if (per_output == 0) fail("x must have at least one column without target_bias");
-  const Index out = weight.size(0) / per_output;
-  countable(tasks, out, in, features);
-  const Head head(weight, bias, out, in, target_bias);
-  const Tensor y = x.like_rows(out);
+  Head head(matrix, vector, x);
+  h.size(1, head.features(), "the features of matrix");
+  countable(tasks, head.out(), head.in(), features);
+  countable_rows(x, head.out());
+  head.align();
+  const HeadMatrix made = head.matrix(matrix_bias), offset = head.vector(vector_bias);
+  const Plan how =
+      choose_plan(plan.value, Makes::weights, dtype, groups.view(), head.params(), features);
+  const Tensor y = x.like_rows(head.out());
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype,
-                          choose_plan(plan.value, Makes::weights, dtype, groups.view(),
-                                      out * (in + target_bias), features),
-                          groups.view(),
-                          out,
-                          in,
-                          features,
-                          x.rows(),
-                          {h.data(), h.stride(0), h.stride(1)},
-                          head.matrix,
-                          head.vector,
-                          Arg("y", y).rows()});
+  kernels().hyper_linear({dtype, how, groups.view(), head.out(), head.in(), features, x.rows(),
+                          features_of(h), made, offset, Arg("y", y).rows()});
   trim_scratch();
   return y;
 }
 
-// The same layer turned around: what maps inputs to outputs maps gradients of outputs to those of
-// inputs.
-Tensor hyper_linear_grad_x(const Tensor& grad_, const Tensor& h_, const Tensor& weight_,
-                           const OptionalTensor& bias, const OptionalTensor& task_ids,
-                           const Text& plan) {
-  const Arg grad("grad", grad_), h("h", h_), weight("weight", weight_);
-  const Dtype dtype = grad.dtype();
-  h.rank(2, "(B, features)");
-  h.same_dtype(grad);
-  weight.rank(2, "(out * in, features)");
-  weight.same_dtype(grad);
-  const Index tasks = h.size(0), features = h.size(1);
-  weight.size(1, features, "the features of h");
-  const Grouping groups = group_rows(grad, task_ids, tasks, generated_piece);
-  const Index out = grad.size(-1);
-  if (out == 0) fail("grad must have at least one column");
-  const Index in = weight.size(0) / out;
-  countable(tasks, out, in, features);
-  const HeadMatrix matrix = Head(weight, bias, out, in, false).matrix.transposed();
-  const Tensor y = grad.like_rows(in);
-  if (y.numel() == 0) return y;
-  kernels().hyper_linear(
-      {dtype,
-       choose_plan(plan.value, Makes::weights, dtype, groups.view(), out * in, features),
-       groups.view(),
-       in,
-       out,
-       features,
-       grad.rows(),
-       {h.data(), h.stride(0), h.stride(1)},
-       matrix,
-       {},
-       Arg("y", y).rows()});
-  trim_scratch();
-  return y;
-}
-
-Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
-                           const OptionalTensor& task_ids, Index tasks, bool target_bias,
-                           const Text& plan) {
-  const Arg grad("grad", grad_), x("x", x_), weight("weight", weight_);
+Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& matrix,
+                           const OptionalTensor& vector, const OptionalTensor& task_ids,
+                           Index tasks, const Text& plan) {
+  const Arg grad("grad", grad_), x("x", x_);
   if (tasks < 0) fail("tasks must not be negative, got ", tasks);
   const Dtype dtype = x.dtype();
   grad.same_dtype(x);
   grad.same_rows(x);
-  weight.rank(2, "(P, features)");
-  weight.same_dtype(x);
   const Grouping groups = group_rows(x, task_ids, tasks, generated_piece);
-  const Index out = grad.size(-1), in = x.size(-1), features = weight.size(1);
-  countable(tasks, out, in, features);
-  const Head head(weight, std::nullopt, out, in, target_bias);
-  const Tensor y = x.empty({tasks, features});
-  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(),
-                               out * (in + target_bias), features);
+  Head head(matrix, vector, x);
+  grad.size(-1, head.out(), "the outputs of matrix");
+  countable(tasks, head.out(), head.in(), head.features());
+  countable_rows(x, head.out());
+  head.join();
+  const Tensor y = x.empty({tasks, head.features()});
+  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), head.params(),
+                               head.features());
   kernels().hyper_linear_grad({dtype,
                                how,
                                groups.view(),
-                               out,
-                               in,
-                               features,
-                               target_bias,
+                               head.out(),
+                               head.in(),
+                               head.features(),
+                               vector.has_value(),
                                grad.rows(),
                                x.rows(),
                                {},
-                               head.matrix,
-                               head.vector,
+                               head.matrix({}),
+                               head.vector({}),
                                y.mutable_data_ptr(),
                                nullptr,
                                nullptr});
@@ -205,8 +236,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
 }
 
 Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Tensor& h_,
-                                const OptionalTensor& task_ids, bool target_bias,
-                                const Text& plan) {
+                                const OptionalTensor& task_ids, bool vector, const Text& plan) {
   const Arg grad("grad", grad_), x("x", x_), h("h", h_);
   const Dtype dtype = x.dtype();
   grad.same_dtype(x);
@@ -216,19 +246,21 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   const Grouping groups = group_rows(x, task_ids, h.size(0), generated_piece);
   const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
   countable(h.size(0), out, in, features);
-  const Tensor y = x.empty({out * (in + target_bias), features});
-  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(),
-                               out * (in + target_bias), features);
+  countable_rows(x, out);
+  const Index params = out * (in + vector);
+  const Tensor y = x.empty({params, features});
+  const Plan how =
+      choose_plan(plan.value, Makes::gradients, dtype, groups.view(), params, features);
   kernels().hyper_linear_grad({dtype,
                                how,
                                groups.view(),
                                out,
                                in,
                                features,
-                               target_bias,
+                               vector,
                                grad.rows(),
                                x.rows(),
-                               {h.data(), h.stride(0), h.stride(1)},
+                               features_of(h),
                                {},
                                {},
                                nullptr,
@@ -244,7 +276,6 @@ STABLE_TORCH_LIBRARY_IMPL(hyperfast, CPU, m) {
   m.impl("task_linear", TORCH_BOX(&task_linear));
   m.impl("task_linear_grad_weight", TORCH_BOX(&task_linear_grad_weight));
   m.impl("hyper_linear", TORCH_BOX(&hyper_linear));
-  m.impl("hyper_linear_grad_x", TORCH_BOX(&hyper_linear_grad_x));
   m.impl("hyper_linear_grad_h", TORCH_BOX(&hyper_linear_grad_h));
   m.impl("hyper_linear_grad_weight", TORCH_BOX(&hyper_linear_grad_weight));
 }

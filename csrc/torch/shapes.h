@@ -19,6 +19,13 @@ inline void countable(Index tasks, Index out, Index in, Index features = 0) {
   countable((double(tasks) + 1) * (double(features) + 1));
 }
 
+// Rows of x with so many columns.
+inline void countable_rows(const Arg& x, Index columns) {
+  double rows = 1;
+  for (Index i = 0; i + 1 < x.dim(); ++i) rows *= double(x.size(i)) + 1;
+  countable(rows * (double(columns) + 1));
+}
+
 // The layout of x (and of everything shaped like it): (B, N, columns), or (R, columns) with
 // task_ids.
 inline Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index tasks,
@@ -26,11 +33,11 @@ inline Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index t
   if (!task_ids) {
     x.rank(3, "(B, N, columns)");
     x.size(0, tasks, "tasks");
-    countable(double(tasks) * (double(x.size(1)) + 1) * (double(x.size(2)) + 1));
+    countable_rows(x, x.size(2));
     return Grouping::batched(tasks, x.size(1), cut);
   }
   x.rank(2, "(R, columns), as task_ids is given");
-  countable(double(x.size(0)) * (double(x.size(1)) + 1));
+  countable_rows(x, x.size(1));
   const Arg ids("task_ids", *task_ids);
   ids.is(torch::headeronly::ScalarType::Long);
   ids.rank(1, "(R,)");

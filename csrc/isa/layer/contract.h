@@ -123,12 +123,15 @@ static Strip<T> strip_of(const HeadMatrix& m, Index o, Index i, bool along_input
 
 // One block of tasks.
 template <class T>
-static void contract_block(const HyperLinear& p, int vecs, const LaneBlock<Acc<T>>& b) {
+static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
+                           const LaneBlock<Acc<T>>& b) {
   using C = Acc<T>;
   if (p.vector.weight) {
     strips<T, StripUse::store>(p.out, vecs, strip_of<T>(p.vector, 0, 0, false), b);
   } else {
     for (Index j = 0; j < b.rows * b.y_row; ++j) b.y[j] = 0;
+    for (Index r = 0; shared && r < b.rows; ++r)
+      for (Index j = 0; j < b.y_row; ++j) b.y[r * b.y_row + j] = shared[j / lanes<C>];
   }
   const auto at = [&](Index input, Index output) {
     LaneBlock<C> part = b;
@@ -184,6 +187,7 @@ static void hyper_linear_contract(const HyperLinear& p, const Staged<const Acc<T
                                   const Staged<Acc<T>>& y) {
   using C = Acc<T>;
   const Units all(p.groups);
+  const C* shared = shared_bias<T>(p);
   const Index size = block_units<C>(all.count), x_row = p.in * lanes<C>, y_row = p.out * lanes<C>;
   const Index work = size * p.out * (p.in + 1) * (p.features + all.rows);
   parallel(
@@ -204,7 +208,7 @@ static void hyper_linear_contract(const HyperLinear& p, const Staged<const Acc<T
             for (Index l = 0; l < n; ++l) inputs[l] = units.row(x, first + l, r);
             pack_lanes<C, C>(inputs, n, p.in, x.col, xs + r * x_row, lanes<C>, lanes<C>);
           }
-          contract_block<T>(p, int(ceil_div(n, width<C>)),
+          contract_block<T>(p, shared, int(ceil_div(n, width<C>)),
                             {p.features, units.rows, h, xs, x_row, ys, y_row});
           // y is contiguous, be it the result or a copy.
           for (Index r = 0; r < units.rows; ++r)

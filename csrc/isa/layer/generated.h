@@ -26,7 +26,7 @@ struct Slices {
 
   explicit Slices(const HyperLinear& p) {
     pairs = has_pair_dot && p.dtype == Dtype::bf16 && p.matrix.feature == 1;
-    depth = p.features + (p.matrix.bias != nullptr);
+    depth = p.features + p.head_bias();
     if (pairs) depth = ceil_div(depth, 2);
     inputs = p.in + (p.vector.weight != nullptr);
     by_output = p.out <= few_outputs;
@@ -88,7 +88,7 @@ static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slic
     }
   }
   pack_lanes<C, T>(rows, n, p.features, p.matrix.feature, dst, lanes<C>, lanes<C>);
-  if (p.matrix.bias)
+  if (p.head_bias())
     for (Index l = 0; l < lanes<C>; ++l) dst[p.features * lanes<C> + l] = widen(bias[l]);
 }
 
@@ -131,6 +131,7 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
   const Index vector = p.vector.weight != nullptr;
   const Index together = max(min(head_elements<C> / max(s.size, 1), s.count), 1);
   C* packed = scratch<C>(Slot::head, max(together * s.size, 1));
+  const C* shared = shared_bias<T>(p);
 
   for (Index q0 = 0; q0 < s.count; q0 += together) {
     const Index q1 = min(q0 + together, s.count);
@@ -155,10 +156,10 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
                  for (Index u = 0; u < nu; ++u) {
                    const Index task = piece(p.groups, u0 + u).task;
                    if (s.pairs)
-                     copy_feature_pairs(p.h, task, p.features, p.matrix.bias,
+                     copy_feature_pairs(p.h, task, p.features, p.head_bias(),
                                         reinterpret_cast<float*>(h + u * s.depth));
                    else
-                     copy_features<T>(p.h, task, p.features, p.matrix.bias, h + u * s.depth);
+                     copy_features<T>(p.h, task, p.features, p.head_bias(), h + u * s.depth);
                  }
                  for (Index q = q0; q < q1; ++q) {
                    const Slice c = slice(p, s, q);
@@ -171,8 +172,9 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
                      const C* w = weights + u * s.row;
                      const View<const C> init = add_vector
                                                     ? View<const C>{w, 0, s.by_output ? c.ni : 1}
-                                                : c.i0 ? View<const C>{out.data, out.row, out.col}
-                                                       : View<const C>{};
+                                                : c.i0   ? View<const C>{out.data, out.row, out.col}
+                                                : shared ? View<const C>{shared + c.o0, 0, 1}
+                                                         : View<const C>{};
                      apply<C>(r.end - r.begin, c.no, c.ni - add_vector,
                               x.of(r).at(0, c.i0 + add_vector - vector), w + lead, c.ni,
                               s.by_output, init, out);
@@ -223,13 +225,14 @@ static void hyper_linear_whole(const HyperLinear& p, const Staged<const Acc<T>>&
     }
   });
 
+  const C* shared = shared_bias<T>(p);
   const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
   parallel(tasks, max(parallel_work / max(rows_each * count, 1), 1), [&](Index first, Index last) {
     for (Index u = first; u < last; ++u) {
       const Piece r = piece(p.groups, u);
       const Index m = r.end - r.begin;
       const C* own = w + u * count;
-      const View<const C> init = {vector ? own + p.out * p.in : nullptr, 0, 1};
+      const View<const C> init = {vector ? own + p.out * p.in : shared, 0, 1};
       View<const C> rows = x.of(r);
       if (by_output && m <= few_rows) {
         if (rows.col != 1) rows = compact(rows, m, p.in, Slot::local_b);

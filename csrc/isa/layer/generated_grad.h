@@ -100,7 +100,7 @@ static void hyper_linear_grad_h_pieces(const HyperLinearGrad& p, const Staged<co
                                        const Staged<const Acc<T>>& x, View<Acc<T>> y) {
   using C = Acc<T>;
   const Index tasks = p.groups.pieces;
-  const Runs runs(p.out, p.in, p.target_bias, block_elements<C> / task_block);
+  const Runs runs(p.out, p.in, p.has_bias, block_elements<C> / task_block);
   const Index panels = ceil_div(p.features, lanes<C>);
   const Index panel = runs.longest() * lanes<C>, slice = panels * panel;
   const Index together = max(min(head_elements<C> / max(slice, 1), runs.total), 1);
@@ -173,7 +173,7 @@ static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 
 // so the number of threads does not show in the result.
 static inline Runs shared_runs(const HyperLinearGrad& p, Index most) {
   const Index share = round_up(ceil_div(p.out, 4 * thread_count()), tile_rows);
-  return {p.out, p.in, p.target_bias, min(most, max(share * p.in, share))};
+  return {p.out, p.in, p.has_bias, min(most, max(share * p.in, share))};
 }
 
 // All rows of all tasks as one matrix, if they lie at equal steps; else its data is null.

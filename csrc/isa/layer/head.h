@@ -38,4 +38,14 @@ static inline void copy_feature_pairs(const TaskVector& h, Index task, Index fea
   for (Index k = 0; k < all; k += 2) to[k / 2] = widen(bf16_pair{entry(k), entry(k + 1)});
 }
 
+// A bias that all tasks share, (out), or null.
+template <class T>
+static const Acc<T>* shared_bias(const HyperLinear& p) {
+  if (p.vector.weight || !p.vector.bias) return nullptr;
+  Acc<T>* to = scratch<Acc<T>>(Slot::sums, max(p.out, 1));
+  const T* from = static_cast<const T*>(p.vector.bias);
+  for (Index o = 0; o < p.out; ++o) to[o] = widen(from[o * p.vector.bias_out_stride]);
+  return to;
+}
+
 }  // namespace hyperfast::HF_ISA

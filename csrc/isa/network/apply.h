@@ -2,9 +2,9 @@
 // the second-level cache.
 #pragma once
 
+#include "isa/network/activate.h"
 #include "isa/product/dot.h"
 #include "isa/rows/staged.h"
-#include "isa/simd/activation.h"
 
 namespace hyperfast::HF_ISA {
 

@@ -3,7 +3,7 @@
 
 #include "isa/layer/generated.h"
 #include "isa/layer/generated_grad.h"
-#include "isa/simd/activation.h"
+#include "isa/network/activate.h"
 #include "isa/unit/amx.h"
 #include "plan.h"
 

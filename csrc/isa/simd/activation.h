@@ -1,157 +1,158 @@
-// Activations and their slopes. In float: simd/math.h; in double: the C library's functions.
+// Activations: one table, and below it value and slope of each. A new one is a row and a formula.
+//
+// In float: simd/math.h, within 3 units in the last place; in double: the C library's functions.
+// What is not finite gives what PyTorch makes of it in double.
 #pragma once
 
 #include <cmath>
 
+// Name, and the parameter where the text of a network has none (NAN: it takes none).
+#define HF_ACTIVATIONS(ROW) \
+  ROW(relu, NAN)            \
+  ROW(leaky_relu, 0.01)     \
+  ROW(elu, NAN)             \
+  ROW(sigmoid, NAN)         \
+  ROW(silu, NAN)            \
+  ROW(sin, 1.0)             \
+  ROW(tanh, NAN)            \
+  ROW(gelu, NAN)            \
+  ROW(gelu_tanh, NAN)
+
+namespace hyperfast {
+
+#define HF_NAME(name, parameter) , name
+enum class Act { identity HF_ACTIVATIONS(HF_NAME) };
+#undef HF_NAME
+
+}  // namespace hyperfast
+
+#ifdef HF_ISA
 #include "isa/simd/math.h"
-#include "kernels.h"
 
 namespace hyperfast::HF_ISA {
 
-// What a layer's kernel asks of an activation: value and slope of one vector.
-template <class C>
+template <class V>
 struct ValueAndSlope {
-  Vec<C> value, slope;
+  V value, slope;
+};
+using Floats = ValueAndSlope<VecF>;
+using Double = ValueAndSlope<double>;
+
+template <Act>
+struct Formula;
+
+template <>
+struct Formula<Act::identity> {
+  static Floats of(VecF x, float) { return {x, broadcast(1)}; }
+  static Double of(double x, double) { return {x, 1}; }
 };
 
-template <class F>
-static inline VecF each(VecF x, const F& f) {
-  for (int i = 0; i < width<float>; ++i) x[i] = f(x[i]);
-  return x;
-}
+template <>
+struct Formula<Act::relu> {  // NaN passes, as in PyTorch
+  static Floats of(VecF x, float) {
+    return {select(x <= 0.f, VecF{}, x), select(x <= 0.f, VecF{}, broadcast(1))};
+  }
+  static Double of(double x, double) { return {x <= 0 ? 0 : x, x <= 0 ? 0. : 1.}; }
+};
 
-template <Act kind>
-static inline ValueAndSlope<float> activation(VecF x, float parameter) {
-  const VecF zero{}, one = broadcast(1);
-  if constexpr (kind == Act::relu) {
-    return {select(x <= 0.f, zero, x), select(x <= 0.f, zero, one)};  // NaN passes, as in PyTorch
-  } else if constexpr (kind == Act::leaky_relu) {
-    return {select(x > 0.f, x, x * parameter), select(x > 0.f, one, broadcast(parameter))};
-  } else if constexpr (kind == Act::elu) {
-    const Exponential e(select(x > 0.f, zero, x));
+template <>
+struct Formula<Act::leaky_relu> {
+  static Floats of(VecF x, float below) {
+    return {select(x > 0.f, x, x * below), select(x > 0.f, broadcast(1), broadcast(below))};
+  }
+  static Double of(double x, double below) { return {x > 0 ? x : x * below, x > 0 ? 1 : below}; }
+};
+
+template <>
+struct Formula<Act::elu> {
+  static Floats of(VecF x, float) {
+    const Exponential e(select(x > 0.f, VecF{}, x));
     return {select(x > 0.f, x, e.minus_one()), e.value()};
-  } else if constexpr (kind == Act::sigmoid) {
+  }
+  static Double of(double x, double) { return {x > 0 ? x : ::expm1(x), x > 0 ? 1 : ::exp(x)}; }
+};
+
+template <>
+struct Formula<Act::sigmoid> {
+  static Floats of(VecF x, float) {
     const VecF s = sigmoid(x);
     return {s, s * (1.f - s)};
-  } else if constexpr (kind == Act::silu) {
+  }
+  static Double of(double x, double) {
+    const double s = 1 / (1 + ::exp(-x));
+    return {s, s * (1 - s)};
+  }
+};
+
+template <>
+struct Formula<Act::silu> {
+  static Floats of(VecF x, float) {
     const VecF s = sigmoid(x);
     return {x * s, s * (1.f + x * (1.f - s))};
-  } else if constexpr (kind == Act::sin) {
-    const VecF w = x * parameter;
+  }
+  static Double of(double x, double) {
+    const double s = 1 / (1 + ::exp(-x));
+    return {x * s, s * (1 + x * (1 - s))};
+  }
+};
+
+template <>
+struct Formula<Act::sin> {
+  static Floats of(VecF x, float frequency) {
+    const VecF w = x * frequency;
     const VecI near = magnitude(w) <= SineCosine::most;
     if (any(~near))
       return {each(w, [](float v) { return float(::sin(double(v))); }),
-              each(w, [](float v) { return float(::cos(double(v))); }) * parameter};
+              each(w, [](float v) { return float(::cos(double(v))); }) * frequency};
     const SineCosine both(w);
-    return {both.sine, both.cosine * parameter};
-  } else if constexpr (kind == Act::tanh) {
-    const VecF t = tanh(x);
+    return {both.sine, both.cosine * frequency};
+  }
+  static Double of(double x, double frequency) {
+    return {::sin(x * frequency), ::cos(x * frequency) * frequency};
+  }
+};
+
+template <>
+struct Formula<Act::tanh> {
+  static Floats of(VecF x, float) {
+    const VecF t = HF_ISA::tanh(x);
     return {t, 1.f - t * t};
-  } else {
-    return {x, one};
   }
-}
-
-template <Act kind>
-static inline ValueAndSlope<double> activation(Vec<double> x, double parameter) {
-  ValueAndSlope<double> both;
-  for (int i = 0; i < width<double>; ++i) {
-    const double v = x[i];
-    double f = v, d = 1;
-    if constexpr (kind == Act::relu) {
-      f = v <= 0 ? 0 : v;
-      d = !(v <= 0);
-    } else if constexpr (kind == Act::leaky_relu) {
-      f = v > 0 ? v : v * parameter;
-      d = v > 0 ? 1 : parameter;
-    } else if constexpr (kind == Act::elu) {
-      f = v > 0 ? v : ::expm1(v);
-      d = v > 0 ? 1 : ::exp(v);
-    } else if constexpr (kind == Act::sigmoid) {
-      f = 1 / (1 + ::exp(-v));
-      d = f * (1 - f);
-    } else if constexpr (kind == Act::silu) {
-      const double s = 1 / (1 + ::exp(-v));
-      f = v * s;
-      d = s * (1 + v * (1 - s));
-    } else if constexpr (kind == Act::sin) {
-      f = ::sin(v * parameter);
-      d = ::cos(v * parameter) * parameter;
-    } else if constexpr (kind == Act::tanh) {
-      f = ::tanh(v);
-      d = 1 - f * f;
-    }
-    both.value[i] = f;
-    both.slope[i] = d;
+  static Double of(double x, double) {
+    const double t = ::tanh(x);
+    return {t, 1 - t * t};
   }
-  return both;
-}
+};
 
-template <class F>
-static inline void with_activation(Act kind, const F& body) {
-  switch (kind) {
-    case Act::identity: return body(std::integral_constant<Act, Act::identity>{});
-    case Act::relu: return body(std::integral_constant<Act, Act::relu>{});
-    case Act::leaky_relu: return body(std::integral_constant<Act, Act::leaky_relu>{});
-    case Act::elu: return body(std::integral_constant<Act, Act::elu>{});
-    case Act::sigmoid: return body(std::integral_constant<Act, Act::sigmoid>{});
-    case Act::silu: return body(std::integral_constant<Act, Act::silu>{});
-    case Act::sin: return body(std::integral_constant<Act, Act::sin>{});
-    case Act::tanh: return body(std::integral_constant<Act, Act::tanh>{});
+template <>
+struct Formula<Act::gelu> {  // x times the chance that a normal number is below x
+  static Floats of(VecF x, float) {
+    const Normal n(x);
+    return {n.times_below(), n.below() + x * n.density()};
   }
-}
-
-// Calls body(first, count) for each vector of n elements; the last may be a part.
-template <class T, class F>
-static inline void each_vector(Index n, const F& body) {
-  constexpr int w = width<Acc<T>>;
-  Index i = 0;
-  for (; i + w <= n; i += w) body(i, w);
-  if (i < n) body(i, int(n - i));
-}
-
-template <class T>
-static inline Vec<Acc<T>> get(const T* p, int count) {
-  if (count == width<Acc<T>>) return load_wide(p);
-  Vec<Acc<T>> v{};
-  for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
-  return v;
-}
-
-template <class T>
-static inline void put(T* p, Vec<Acc<T>> v, int count) {
-  if constexpr (std::is_same_v<T, Acc<T>>) {
-    if (count == width<T>) return store(p, v);
+  static Double of(double x, double) {
+    const double below = 0.5 * ::erfc(x * -0.70710678118654752440);
+    return {x * below, below + x * 0.39894228040143267794 * ::exp(-0.5 * x * x)};
   }
-  for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
-}
+};
 
-// a = f(pre) for n elements; a may be pre.
-template <class T>
-static void activate(const Layer& layer, Index n, const T* pre, T* a) {
-  using C = Acc<T>;
-  if (layer.act == Act::identity && pre == a) return;
-  with_activation(layer.act, [&](auto kind) {
-    each_vector<T>(n, [&](Index i, int count) {
-      put<T>(a + i,
-             activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter)).value,
-             count);
-    });
-  });
-}
+template <>
+struct Formula<Act::gelu_tanh> {  // (1 + tanh(w / 2)) / 2 is sigmoid(w), w = linear x + cubic x^3
+  static constexpr double linear = 1.59576912160573071176, cubic = linear * 0.044715;
 
-// g *= f'(pre), and where a is not null a = f(pre), for n elements.
-template <class T>
-static void slope(const Layer& layer, Index n, const T* pre, T* g, T* a) {
-  using C = Acc<T>;
-  with_activation(layer.act, [&](auto kind) {
-    each_vector<T>(n, [&](Index i, int count) {
-      const ValueAndSlope<C> both =
-          activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter));
-      if (a) put<T>(a + i, both.value, count);
-      put<T>(g + i, get(g + i, count) * both.slope, count);
-    });
-  });
-}
+  static Floats of(VecF x, float) {
+    const VecF near = clamp(x, 15);  // beyond: 0 and 1
+    const VecF s =
+        sigmoid(exactly(near, [](Vec<double> v) { return v * (linear + cubic * v * v); }));
+    const VecF steep = float(linear) + float(3 * cubic) * near * near;
+    return {x * s, s + x * (s * (1.f - s)) * steep};
+  }
+  static Double of(double x, double) {
+    const double near = x > 15 ? 15 : x < -15 ? -15 : x;
+    const double e = ::exp(-near * (linear + cubic * near * near)), s = 1 / (1 + e);
+    return {x * s, s + x * (s * s * e) * (linear + 3 * cubic * near * near)};
+  }
+};
 
 }  // namespace hyperfast::HF_ISA
+#endif
