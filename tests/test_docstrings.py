@@ -31,7 +31,7 @@ def group(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples(name):
-    """Of the name and of its methods; they use torch and hyperfast without importing them."""
+    """Of the name itself and of its methods; torch and hyperfast are imported for them."""
     names = {"torch": torch, "hyperfast": hyperfast}
     found = doctest.DocTestFinder(recurse=True).find(PUBLIC[name], name, globs=names)
     assert any(t.examples and t.name == name for t in found), f"{name} has no example"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import hyperfast
 from hyperfast import functional
-from hyperfast.plans.choose import PLANS
+from hyperfast.plans.sizes import PLANS
 from tests.support.budget import close
 from tests.support.draw import draw
 

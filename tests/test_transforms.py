@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 import hyperfast
 from hyperfast import functional
 from hyperfast.kernels import reference
+from hyperfast.layout import Generated
 from tests.support.budget import close
 from tests.support.draw import draw
 
@@ -28,9 +29,13 @@ def hyper_args(ragged):
     return (draw(5, 4) if ragged else draw(TASKS, 2, 4), draw(TASKS, 7), draw(30, 7), draw(30))
 
 
+def plain_hyper_linear(x, h, weight, bias, ids=None):
+    return reference.hyper_linear(x, h, *Generated.of_head(weight, bias, 4, True), ids)
+
+
 OPS = [
     (functional.task_linear, reference.task_linear, task_args),
-    (functional.hyper_linear, reference.hyper_linear, hyper_args),
+    (functional.hyper_linear, plain_hyper_linear, hyper_args),
 ]
 every_op = pytest.mark.parametrize(
     ("ours", "plain", "make"), OPS, ids=["task_linear", "hyper_linear"]

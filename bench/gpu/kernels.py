@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.gpu.contest import Row, make
 from bench.gpu.device import DEVICE, KINDS, REHEARSAL, host_seconds, medians, select
@@ -17,12 +18,15 @@ from bench.gpu.workloads import FEW, MANY, tiny
 from bench.rivals.rival import Call
 from bench.workloads import MODES
 from hyperfast.functional import hyper_linear
+from hyperfast.layout import MLPSpec
 from hyperfast.ops.network import hyper_mlp as mlp_op
-from hyperfast.plans import choose as plans
+from hyperfast.plans import gpu as plans
+from hyperfast.plans.choose import choose
+from hyperfast.plans.sizes import PLANS, Sizes
 
 
 def plan_times() -> list[Row]:
-    """One layer by each plan, forward: what the model of hyperfast.plans.choose has to order."""
+    """One layer by each plan, forward: what the model of hyperfast.plans has to order."""
     rows = []
     b, i, o, k = (3, 5, 4, 4) if REHEARSAL else (4096, 128, 128, 64)
     for kind, n in product(KINDS, (1, 2) if REHEARSAL else (1, 2, 4, 8, 16, 64)):
@@ -32,11 +36,11 @@ def plan_times() -> list[Row]:
         bias = torch.randn(o * i + o, device=DEVICE, dtype=dtype)
         calls: dict[str, Call] = {
             plan: lambda p=plan, a=(x, h, weight, bias): (hyper_linear(*a, plan=p),)  # type: ignore[misc]
-            for plan in plans.PLANS
+            for plan in PLANS
         }
         times = medians(calls, rounds=3)
-        layer = plans.Layer(b, b * n, i, o, k)
-        chosen = plans.choose(layer, x.element_size(), plans.arithmetic(dtype))
+        layer = Sizes(b, b * n, i, o, k)
+        chosen = choose(layer, dtype, plans.arithmetic(dtype))
         rows.append({"kind": kind, "rows_a_task": n, "chosen": chosen, **times})
     return rows
 
@@ -54,9 +58,9 @@ def network_times() -> list[Row]:
             params = sum(o * (i + 1) for i, o in pairwise(sizes))
             shapes = (rows, 1, sizes[0]), (rows, k), (params, k), (params,)
             tensors = [torch.randn(*s, device=DEVICE).div_(10).to(dtype) for s in shapes]
-            names = ",".join(["relu"] * (len(sizes) - 2) + ["identity"])
+            text = MLPSpec(sizes).describe([nn.ReLU()] * (len(sizes) - 2) + [None])
 
-            def run(whole: bool, a: Any = (*tensors, None, sizes, True, names, False)) -> Any:
+            def run(whole: bool, a: Any = (*tensors, None, text, False)) -> Any:
                 plans.one_kernel = lambda *_: whole  # type: ignore[assignment]
                 return mlp_op(*a)
 
@@ -65,7 +69,7 @@ def network_times() -> list[Row]:
                 "one kernel": partial(run, True),
             }
             times = medians(calls, rounds=3)
-            layers = tuple(plans.Layer(rows, rows, i, o, k) for i, o in pairwise(sizes))
+            layers = tuple(Sizes(rows, rows, i, o, k) for i, o in pairwise(sizes))
             whole = chosen(layers, dtype.itemsize, plans.arithmetic(dtype))
             row = {"kind": kind, "sizes": sizes, "rows": rows, "one_kernel_chosen": whole}
             found.append(row | times)
@@ -118,9 +122,7 @@ def launch_times() -> dict[str, float]:
     calls: dict[str, Call] = {
         "hyper_linear": lambda: (hyper_linear(x, h, weight, None, plan="contract"),),
         "linear and baddbmm": library,
-        "hyper_mlp": lambda: mlp_op(
-            x, h, two, None, None, (16, 16, 16), True, "relu,identity", False
-        ),
+        "hyper_mlp": lambda: mlp_op(x, h, two, None, None, "16 > 16 b relu, 16 b", False),
     }
     times = {}
     for name, call in calls.items():

@@ -12,6 +12,7 @@ from bench.gpu.device import DEVICE, REHEARSAL
 from bench.problem import BankProblem, Problem
 from bench.rivals import bank, jax, ours, plain
 from bench.rivals.rival import Call, Network, torch_rival
+from hyperfast.activations import resolve
 from hyperfast.bank.rows import Format
 from hyperfast.ops.network import task_mlp
 
@@ -91,12 +92,13 @@ def stored_networks(
     """One op for whole networks, on weights as they are or as steps of int8."""
 
     def serve(problem: BankProblem) -> bank.Request:
-        w, weight, affine = problem.workload, problem.flat, None
+        w, weight, scales = problem.workload, problem.flat, None
         if dtype is not None:
-            weight, affine = Format(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
-            affine = affine.to(problem.flat.dtype)
-        names = ",".join([w.activation] * (len(w.sizes) - 2) + ["identity"])
-        return lambda x, ids: task_mlp(x, weight, affine, ids, w.sizes, True, names)
+            weight, scales = Format(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
+            scales = scales.to(problem.flat.dtype)
+        names = [w.activation] * (len(w.sizes) - 2) + ["identity"]
+        text = hyperfast.MLPSpec(w.sizes).describe([resolve(name) for name in names])
+        return lambda x, ids: task_mlp(x, weight, scales, ids, text)
 
     return serve
 

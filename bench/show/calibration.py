@@ -8,19 +8,19 @@ from statistics import geometric_mean
 from bench.measure import calibrate
 from bench.measure.calibrate import Row
 from hyperfast.plans import choose as plan
-from hyperfast.plans.choose import PLANS, Layer
+from hyperfast.plans.sizes import PLANS, Sizes
 
 MOST = 1.15  # a chosen plan may take so many times as long as the fastest
 
 
 def text(rows: Sequence[Row]) -> str:
     """The regret of every case by the rates fitted to all; the worst and the mean, also by those
-    that ``plan.py`` holds now; and the fitted rates as ``plan.py`` would hold them."""
+    that the package holds now; and the fitted rates as it would hold them."""
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
         fitted = calibrate.fit(mine, device) if device in plan.RATES else None
-        cells = "".join(f"{name:>13}" for name in (*Layer._fields[:5], *PLANS))
+        cells = "".join(f"{name:>13}" for name in (*Sizes._fields[:5], *PLANS))
         lines.append(f"{device}:{cells[len(device) + 1 :]}  regret  (microseconds)")
         for row in mine:
             times = [row["seconds"].get(name) for name in PLANS]
@@ -28,7 +28,7 @@ def text(rows: Sequence[Row]) -> str:
             lost, chosen = calibrate.regret(row, fitted)
             lines.append("".join(f"{v:>13}" for v in values) + f"  {lost:6.2f}  {chosen}")
         ways = {"fitted": fitted} if fitted else {}
-        for whose, rates in {**ways, "plan.py": None}.items():
+        for whose, rates in {**ways, "plans": None}.items():
             losses = [calibrate.regret(row, rates)[0] for row in mine]
             mean = geometric_mean(losses)
             lines.append(

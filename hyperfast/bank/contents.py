@@ -71,9 +71,9 @@ def to_columns(
     z = checks.tensor("z", z).detach()
     if z.ndim != 2 or z.shape[1] != bank.hyper.z_dim:
         raise ValueError(f"z must have shape (n, {bank.hyper.z_dim}), got {checks.shape(z)}")
-    weight = bank.hyper.head.weight
-    if z.dtype != weight.dtype or z.device != weight.device:
-        raise TypeError(f"z must be {weight.dtype} on {weight.device}, got {z.dtype}, {z.device}")
+    dtype, device = bank.hyper.dtype, bank.hyper.device
+    if z.dtype != dtype or z.device != device:
+        raise TypeError(f"z must be {dtype} on {device}, got {z.dtype}, {z.device}")
     if bank.max_bytes is not None:
         return len(z), z, None
     return len(z), z, (bank._generate(part) for part in z.split(size))

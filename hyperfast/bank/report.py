@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyperfast.bank.rows import stack
 from hyperfast.layout import MLPSpec
+from hyperfast.nn.copies import clone
 from hyperfast.plans.choose import DEVICES
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class _Error:
 def error_report(bank: TaskBank, ids: Tensor, weights: Tensor | None, rows: int) -> ErrorReport:
     """See :meth:`hyperfast.TaskBank.error_report`."""
     layers, activations = bank.spec.layers, bank._activations
-    hyper = copy.deepcopy(bank.hyper).double() if bank.hyper is not None else None
+    hyper = clone(bank.hyper).double() if bank.hyper is not None else None
     generator = torch.Generator(bank.device).manual_seed(0)
     errors = [(_Error(), _Error()) for _ in layers]
     for n in range(0, len(ids), TASKS):
@@ -97,7 +98,7 @@ def error_report(bank: TaskBank, ids: Tensor, weights: Tensor | None, rows: int)
             layers, activations, errors, strict=True
         ):
             piece = slice(start, start + layer.numel)
-            spec = MLPSpec((layer.in_features, layer.out_features), layer.bias)
+            spec = MLPSpec((layer.in_features, layer.out_features), bank.spec.bias)
             x = stack(spec, [activation], stored[:, piece], x, tasks)
             right = stack(spec, [_double(activation)], exact[:, piece], right, tasks)
             of_weight.add(stored[:, piece], exact[:, piece])
@@ -163,7 +164,7 @@ def explain(bank: TaskBank) -> Costs:
     machine = DEVICES.get(bank.device.type, DEVICES["cuda"])
     linears = [m for m in bank.hyper.generator.modules() if isinstance(m, nn.Linear)]
     flops = sum(2 * m.in_features * m.out_features for m in linears)
-    row, item = bank._format.row_bytes, bank.hyper.head.weight.element_size()
+    row, item = bank._format.row_bytes, bank.hyper.dtype.itemsize
     latent = bank.hyper.z_dim * item
     return Costs(
         tasks=len(bank),

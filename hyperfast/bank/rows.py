@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hyperfast.activations import activate, encode
+from hyperfast.activations import run_layers
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.kernels.rows import blocks
 from hyperfast.layout import MLPSpec, ParamSpec
-from hyperfast.plans.choose import BLOCK
+from hyperfast.plans.sizes import BLOCK
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Columns = tuple[Tensor, ...]
@@ -102,7 +103,7 @@ class Format:
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, rows: Tensor
     ) -> Tensor:
         """``x (R, in)`` of the compute dtype through the networks at ``rows`` of ``columns``."""
-        if self.dtype != torch.int8 or encode(activations) is not None:
+        if self.dtype != torch.int8 or self.spec.describe(activations) is not None:
             return apply(self.spec, activations, columns, x, rows)
         y = x.new_empty(len(x), self.spec.sizes[-1])
         for tasks, where, local in blocks(rows, max(1, BLOCK // self.spec.numel)):
@@ -120,11 +121,10 @@ def apply(
 ) -> Tensor:
     """Stored networks on mixed rows: one op where kernels know all activations, else by layers;
     only the op takes int8."""
-    text = encode(activations)
+    text = spec.describe(activations)
     if text is None:
         return stack(spec, activations, columns[0], x, rows)
-    affine = columns[1] if len(columns) > 1 else None
-    return task_mlp(x, columns[0], affine, rows, spec.sizes, spec.bias, text)
+    return task_mlp(x, columns[0], columns[1] if len(columns) > 1 else None, rows, text)
 
 
 def stack(
@@ -132,10 +132,11 @@ def stack(
 ) -> Tensor:
     """The layers of stored networks one by one: row ``r`` of ``x (R, in)`` runs through the network
     of ``flat[rows[r]]``."""
-    for (weight, bias), activation in zip(pairs(spec, flat), activations, strict=True):
-        x = task_linear(x, weight, bias, rows)
-        x = activate(activation, x)
-    return x
+    linears = [
+        partial(task_linear, weight=weight, bias=bias, task_ids=rows)
+        for weight, bias in pairs(spec, flat)
+    ]
+    return run_layers(x, linears, activations)
 
 
 def pairs(spec: MLPSpec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from hyperfast.activations import NAMES, resolve
+from hyperfast.activations import KNOWN, resolve
 from hyperfast.bank.file import Array, BankFileError, Snapshot, raw, write_snapshot
 from hyperfast.bank.keys import pack, unpack
 from hyperfast.bank.log import Log
@@ -22,6 +22,7 @@ from hyperfast.bank.replay import log_path
 from hyperfast.bank.rows import Guard, Store
 from hyperfast.bank.table import LATENT, ROW, Named
 from hyperfast.layout import MLPSpec
+from hyperfast.nn.copies import clone
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
@@ -103,14 +104,13 @@ def _attach(bank: TaskBank, hyper: HyperNet, path: Path) -> None:
     """Takes ``hyper`` as the hypernetwork of an opened bank."""
     if not isinstance(hyper, HyperNet):
         raise TypeError(f"hyper must be a HyperNet, got {type(hyper).__name__}")
-    weight = hyper.head.weight
-    if hyper.spec != bank.spec or weight.device != bank.device:
+    if hyper.spec != bank.spec or hyper.device != bank.device:
         raise ValueError(f"hyper must generate {bank.spec} on {bank.device}, got {hyper!r}")
-    latent = (hyper.z_dim, weight.dtype)
+    latent = (hyper.z_dim, hyper.dtype)
     known = bank._table.latents.columns[0] if bank._table.latents is not None else latent
     if bank._mark not in (None, mark(hyper)) or known != latent:
         raise BankFileError(f"{path} was made with another hypernetwork than hyper")
-    bank.hyper, bank._mark = copy.deepcopy(hyper).eval(), mark(hyper)
+    bank.hyper, bank._mark = clone(hyper).eval(), mark(hyper)
     bank._table.latents = bank._table.latents or Store([latent], bank.device)
 
 
@@ -130,8 +130,10 @@ def _meta(bank: TaskBank) -> dict[str, Any]:
 def mark(hyper: HyperNet) -> str:
     """A checksum of the parameters of ``hyper``."""
     total = 0
-    for value in hyper.state_dict().values():
-        total = zlib.crc32(raw(value.detach().cpu().contiguous()), total)
+    for value in tree_leaves(hyper.state_dict()):
+        if isinstance(value, Tensor):  # quantised layers keep other values, and tuples
+            value = value.dequantize() if value.is_quantized else value
+            total = zlib.crc32(raw(value.detach().cpu().contiguous()), total)
     return f"{total:08x}"
 
 
@@ -139,10 +141,10 @@ def _activation_name(activation: nn.Module | None) -> str | None:
     """The name by which a file knows ``activation``."""
     if activation is None:
         return None
-    for name, kind in NAMES.items():
-        if type(activation) is kind and repr(activation) == repr(resolve(name)):
+    for name, known in KNOWN.items():
+        if type(activation) is known.module and repr(activation) == repr(resolve(name)):
             return name
-    raise ValueError(f"a file can hold the activations {sorted(NAMES)}, and not {activation}")
+    raise ValueError(f"a file can hold the activations {sorted(KNOWN)}, and not {activation}")
 
 
 def _read_keys(packed: Tensor, guard: Guard, path: Path, ids: set[int]) -> Named:

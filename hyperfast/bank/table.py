@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperfast.bank.rows import Columns, Format, Guard, Store
 from hyperfast.kernels.rows import blocks
-from hyperfast.plans.choose import BLOCK
+from hyperfast.plans.sizes import BLOCK
 
 Key: TypeAlias = str | int
 Named: TypeAlias = list[tuple[int, Key]]

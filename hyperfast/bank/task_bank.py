@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 import uuid
@@ -26,6 +25,7 @@ from hyperfast.bank.replay import log_path, record, replay, resume
 from hyperfast.bank.rows import Columns, Format
 from hyperfast.bank.table import LATENT, Change, Key, Named, Table
 from hyperfast.layout import MLPSpec, positive
+from hyperfast.nn.copies import clone
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
@@ -72,9 +72,9 @@ class TaskBank:
         self.device = device
         self.max_bytes = max_bytes
         # Copies: a bank must not change under further training.
-        self.hyper = copy.deepcopy(hyper).eval() if hyper is not None else None
+        self.hyper = clone(hyper).eval() if hyper is not None else None
         self._mark = bank_snapshot.mark(hyper) if hyper is not None else None
-        self._activations = copy.deepcopy(target).layer_activations(len(spec.layers))
+        self._activations = clone(target).layer_activations(len(spec.layers))
         self._format = Format(spec, dtype)
         row_bytes = self._format.row_bytes
         limit = None if max_bytes is None else positive("max_bytes", max_bytes) // row_bytes
@@ -83,7 +83,7 @@ class TaskBank:
                 f"max_bytes must be at least {row_bytes}, the size of one task, got {max_bytes}"
             )
         if hyper is not None:
-            latent = (hyper.z_dim, hyper.head.weight.dtype)
+            latent = (hyper.z_dim, hyper.dtype)
         self._table = Table(self._format, device, latent, limit)
         self._name = uuid.uuid4().hex
         self._sequence = 0  # of the last change
@@ -119,9 +119,8 @@ class TaskBank:
         if not isinstance(hyper, HyperNet) or not isinstance(hyper.spec, MLPSpec):
             raise TypeError(f"hyper must be a HyperNet that generates an MLP, got {hyper!r}")
         target = TargetNet(hyper.target_activation) if target is None else target
-        weight = hyper.head.weight
-        dtype = weight.dtype if dtype is None else dtype
-        bank = cls(hyper.spec, target, dtype, weight.device, hyper, max_bytes=max_bytes)
+        dtype = hyper.dtype if dtype is None else dtype
+        bank = cls(hyper.spec, target, dtype, hyper.device, hyper, max_bytes=max_bytes)
         bank.add(z, keys=keys)
         return bank
 

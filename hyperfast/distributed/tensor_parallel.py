@@ -5,6 +5,7 @@ Data parallelism needs nothing from here: ``DistributedDataParallel(HyperMLP(...
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.placement_types import Partial
 
 from hyperfast import checks
-from hyperfast.activations import activate
+from hyperfast.activations import run_layers
 from hyperfast.functional import hyper_linear
 from hyperfast.kernels import reference
-from hyperfast.layout import LayerSpec
+from hyperfast.layout import Generated, Layer
 from hyperfast.nn.model import HyperMLP
 from hyperfast.nn.target import from_jagged
 
@@ -68,16 +69,17 @@ class ColwiseHyperMLP(nn.Module):
     def __init__(self, model: HyperMLP, mesh: DeviceMesh):
         super().__init__()
         assert model.mlp is not None
-        self.spec, self.target = model.mlp[:2]
+        self.spec, self.target, head, trunk = model.mlp
         self.z_dim = model.hyper.z_dim
         self.mesh = mesh
-        self.trunk = nn.Sequential(*list(model.hyper.generator)[:-1])
+        self.trunk = nn.Sequential(*trunk)
         distribute_module(self.trunk, mesh)  # replicates it
-        head, numels = model.hyper.head, [layer.numel for layer in self.spec.layers]
-        rows = zip(head.weight.split(numels), head.bias.split(numels), strict=True)
+        numels = [layer.numel for layer in self.spec.layers]
+        weights = head.weight.split(numels)
+        biases = [None] * len(numels) if head.bias is None else head.bias.split(numels)
         self.layers = nn.ModuleList(
             _Slice(layer, weight, bias, mesh)
-            for layer, (weight, bias) in zip(self.spec.layers, rows, strict=True)
+            for layer, weight, bias in zip(self.spec.layers, weights, biases, strict=True)
         )
 
     def forward(self, x: Any, z: Tensor, task_ids: Tensor | None = None) -> Any:
@@ -111,10 +113,9 @@ class ColwiseHyperMLP(nn.Module):
                 f"got shape {checks.shape(x)}"
             )
         activations = self.target.layer_activations(len(self.layers))
-        for layer, activation in zip(self._slices, activations, strict=True):
-            x = layer(x, h, task_ids)
-            x = activate(activation, x)
-        return x
+        return run_layers(
+            x, [partial(v, h=h, task_ids=task_ids) for v in self._slices], activations
+        )
 
     @property
     def _slices(self) -> list[_Slice]:
@@ -128,7 +129,8 @@ class ColwiseHyperMLP(nn.Module):
             for name, value in self.trunk.state_dict().items()
         }
         head = f"hyper.generator.{len(self.trunk)}"
-        for kind in ("weight", "bias"):
+        kinds = ("weight",) if self._slices[0].bias is None else ("weight", "bias")
+        for kind in kinds:
             named[f"{head}.{kind}"] = torch.cat(
                 [layer.rows(getattr(layer, kind).detach().full_tensor()) for layer in self._slices]
             )
@@ -140,16 +142,19 @@ class _Slice(nn.Module):
 
     ``weight (out, in + 1, H)`` and ``bias (out, in + 1)``, sharded along ``out``: in the last of
     the ``in + 1`` places is what makes the target's bias, whose input is a constant 1. (``in``
-    places for a target without biases.)
+    places for a target without biases; ``bias`` is ``None`` for a head without.)
     """
 
     weight: DTensor
-    bias: DTensor
+    bias: DTensor | None
 
-    def __init__(self, spec: LayerSpec, weight: Tensor, bias: Tensor, mesh: DeviceMesh):
+    def __init__(self, spec: Layer, weight: Tensor, bias: Tensor | None, mesh: DeviceMesh):
         super().__init__()
         self.spec = spec
         for name, rows in (("weight", weight), ("bias", bias)):
+            if rows is None:
+                self.register_parameter(name, None)
+                continue
             shards = distribute_tensor(self._by_output(rows.detach()), mesh, [Shard(0)])
             self.register_parameter(name, nn.Parameter(shards, rows.requires_grad))
 
@@ -168,14 +173,14 @@ class _Slice(nn.Module):
         x = _shared(x, mesh)
         if self.spec.bias:
             x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-        weight, bias = self.weight.to_local().flatten(0, 1), self.bias.to_local().flatten()
+        weight = self.weight.to_local().flatten(0, 1)
+        bias = None if self.bias is None else self.bias.to_local().flatten()
         if len(weight):
             y = hyper_linear(x, h, weight, bias, task_ids, target_bias=False)
         else:  # fewer outputs than ranks; gradients of zero keep the ranks' collectives in step
             one = task_ids is None and x.ndim == 2
-            y = reference.hyper_linear(
-                x.unsqueeze(1) if one else x, h, weight, bias, task_ids, target_bias=False
-            )
+            made = Generated.of_head(weight, bias, x.shape[-1], False)
+            y = reference.hyper_linear(x.unsqueeze(1) if one else x, h, *made, task_ids)
             y = y.squeeze(1) if one else y
         shape = torch.Size((*y.shape[:-1], self.spec.out_features))
         stride = torch.empty(shape, device="meta").stride()

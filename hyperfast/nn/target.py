@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperfast import checks
-from hyperfast.activations import Activation, activate, encode, resolve
+from hyperfast.activations import Activation, resolve, run_layers
+from hyperfast.checks import Weights
 from hyperfast.functional import task_linear, task_mlp
-from hyperfast.ops import backends as backend
+from hyperfast.layout import MLPSpec
+from hyperfast.nn.copies import apart
+from hyperfast.ops import backends
 
 Transform: TypeAlias = str | Callable[[Tensor], Tensor]
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -30,7 +34,8 @@ class TargetNet(nn.Module):
     Args:
         activation: a name, a module or a function, applied after every layer but the last; or a
             sequence of them, one a layer. A sequence as long as the network has layers also covers
-            the output, one shorter leaves it linear.
+            the output, one shorter leaves it linear. Where a module with parameters comes again in
+            the sequence, a copy takes its place.
         weight_transform: a function of every weight matrix, not of the biases, before it is used;
             or its name, ``"abs"``, ``"exp"`` or ``"softplus"``: monotonic mixers (QMIX, Rashid et
             al. 2018) use ``"abs"``.
@@ -42,13 +47,14 @@ class TargetNet(nn.Module):
 
     def __init__(
         self,
-        activation: Activation | Sequence[Activation] = "relu",
+        activation: Activation | Sequence[Activation] | nn.ModuleList = "relu",
         weight_transform: Transform | None = None,
     ):
         super().__init__()
-        self.per_layer = isinstance(activation, Sequence) and not isinstance(activation, str)
+        several = isinstance(activation, Sequence | nn.ModuleList)
+        self.per_layer = several and not isinstance(activation, str)
         activations = activation if self.per_layer else [activation]
-        self.activations = nn.ModuleList(resolve(a) for a in activations)  # type: ignore[union-attr, arg-type]
+        self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type: ignore[union-attr, arg-type]
         if isinstance(weight_transform, str):
             if weight_transform not in TRANSFORMS:
                 raise ValueError(
@@ -60,16 +66,15 @@ class TargetNet(nn.Module):
             raise TypeError(f"weight_transform must be callable, got {weight_transform!r}")
         self.weight_transform = weight_transform
 
-    def forward(
-        self, x: Tensor, weights: Sequence[Tensor], task_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, task_ids: Tensor | None = None) -> Tensor:
         """Runs one network, or one for every task.
 
         Args:
             x: with unbatched weights ``(N, in)`` or ``(in,)``; with batched ones ``(B, N, in)``,
                 ``(B, in)``, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with ``task_ids``.
             weights: ``(w1, b1, w2, b2, ...)`` or ``(w1, w2, ...)``: ``w (out, in)``, ``b (out,)``,
-                all with a leading ``B`` or none.
+                all with a leading ``B`` or none. Also an ``nn.ParameterList``, or a dict with its
+                values in this order, as ``torch.func.stack_module_state`` returns.
             task_ids: ``(R,)`` int64: row ``r`` runs through network ``task_ids[r]``.
 
         Returns:
@@ -80,7 +85,8 @@ class TargetNet(nn.Module):
             TypeError: dtypes that disagree.
             IndexError: a task id out of range.
         """
-        layers = _layers(weights)
+        weights = checks.tensors("weights", weights)
+        layers = _pairs(weights)
         if self.weight_transform is not None:
             layers = [(self.weight_transform(w), b) for w, b in layers]
         activations = self.layer_activations(len(layers))
@@ -95,17 +101,15 @@ class TargetNet(nn.Module):
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
         flat = None if self.weight_transform is not None else _flat(layers)
-        text = None if flat is None else encode(activations)
-        if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
-            sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
-            x, flat = checks.floating(x=x, weight=flat)
-            checks.rows(x, sizes[0], len(flat), task_ids, "weight")
-            bias = layers[0][1] is not None
-            return task_mlp(x, flat, None, task_ids, sizes, bias, text)
-        for (w, b), activation in zip(layers, activations, strict=True):
-            x = task_linear(x, w, b, task_ids)
-            x = activate(activation, x)
-        return x
+        if flat is not None and x.ndim == (3 if task_ids is None else 2):
+            sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
+            text = MLPSpec(sizes, layers[0][1] is not None).describe(activations)
+            if text is not None:
+                x, flat = checks.floating(x=x, weight=flat)
+                checks.rows(x, sizes[0], len(flat), task_ids, "weight")
+                return task_mlp(x, flat, None, task_ids, text)
+        linears = [partial(task_linear, weight=w, bias=b, task_ids=task_ids) for w, b in layers]
+        return run_layers(x, linears, activations)
 
     def layer_activations(self, layers: int) -> list[nn.Module | None]:
         """The activation after each of ``layers`` layers, ``None`` after a linear output.
@@ -157,7 +161,7 @@ def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
     them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
     must see each of them."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.forced == "reference":
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.forced == "reference":
         return None
     first = layers[0][0]
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -190,25 +194,21 @@ def _unbatched(
     layers: list[tuple[Tensor, Tensor | None]],
     activations: list[nn.Module | None],
 ) -> Tensor:
-    for (w, b), activation in zip(layers, activations, strict=True):
-        checks.same_kind(x=x, weight=w, bias=b)
-        if x.ndim == 0 or x.shape[-1] != w.shape[1]:
-            raise ValueError(
-                f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "
-                f"{checks.shape(w)}, got shape {checks.shape(x)}"
-            )
-        x = F.linear(x, w, b)
-        x = activate(activation, x)
-    return x
+    return run_layers(x, [partial(_linear, w, b) for w, b in layers], activations)
 
 
-def _layers(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+def _linear(w: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
+    checks.same_kind(x=x, weight=w, bias=b)
+    if x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "
+            f"{checks.shape(w)}, got shape {checks.shape(x)}"
+        )
+    return F.linear(x, w, b)
+
+
+def _pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     """``(w1, b1, ...)`` or ``(w1, w2, ...)`` as pairs; a bias has one rank less than a weight."""
-    if not isinstance(weights, Sequence) or not weights:
-        raise ValueError(f"weights must be a non-empty sequence of tensors, got {weights!r}")
-    for n, w in enumerate(weights):
-        if not isinstance(w, Tensor):
-            raise TypeError(f"weights[{n}] must be a Tensor, got {type(w).__name__}")
     rank = weights[0].ndim
     if rank not in (2, 3):
         raise ValueError(

@@ -102,7 +102,7 @@ def test_missing_says_why(name):
 
 def test_a_failed_extension_is_the_reason(monkeypatch):
     monkeypatch.setattr(backend, "has_kernel", lambda *_: False)
-    monkeypatch.setattr(backend.ops, "EXTENSION_ERROR", "undefined symbol: gone")
+    monkeypatch.setattr(backend, "EXTENSION_ERROR", "undefined symbol: gone")
     with (
         pytest.raises(RuntimeError, match=r"the C\+\+ extension is not loaded: undefined symbol"),
         use_backend("cpp"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyperfast.ops import layer as ops
-from hyperfast.plans.choose import PLANS
+from hyperfast.plans.sizes import PLANS
 from tests.support.budget import assert_within_roundings
 from tests.support.draw import draw
 
