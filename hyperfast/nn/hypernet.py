@@ -346,7 +346,9 @@ def _first_parameter(module: nn.Module) -> Tensor | None:
 def _refuse_zero_norms(generator: nn.Module) -> None:
     """Raises ValueError where ``weight_norm`` divides zero by zero in the last layer."""
     *_, head = generator._modules.values() or (None,)
-    for v, g, dim in () if head is None else _norms(head):
+    if head is None or (type(head) is nn.Linear and not head._forward_pre_hooks):
+        return
+    for v, g, dim in _norms(head):
         values = (
             type(g) in (Tensor, nn.Parameter)
             and not g.is_meta
