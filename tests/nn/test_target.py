@@ -275,7 +275,7 @@ def test_pieces_of_one_vector_run_as_one_op(bias, monkeypatch):
 
 
 def test_weights_in_a_parameter_list():
-    ws, x = weights(5), rand(5, 7, 4)
+    ws, x = weights(5), draw(5, 7, 4)
     held = nn.ParameterList(ws)
     y = TargetNet()(x, held)
     close(y, TargetNet()(x, ws))
@@ -287,7 +287,7 @@ def test_weights_in_a_parameter_list():
 
 def test_weights_of_stacked_modules():
     nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double() for _ in range(5)]
-    x, (params, _) = rand(5, 7, 4), torch.func.stack_module_state(nets)
+    x, (params, _) = draw(5, 7, 4), torch.func.stack_module_state(nets)
     expected = torch.stack([net(rows) for net, rows in zip(nets, x, strict=True)])
     close(TargetNet()(x, params), expected)
     close(TargetNet()(x[0], dict(nets[0].named_parameters())), expected[0])
@@ -301,11 +301,11 @@ def test_weights_of_stacked_modules():
 )
 def test_no_weights(empty):
     with pytest.raises(ValueError, match="weights must be a non-empty sequence of tensors, got"):
-        TargetNet()(rand(5, 4), empty)
+        TargetNet()(draw(5, 4), empty)
 
 
 def test_activations_in_a_module_list():
-    ws, x = weights(5, sizes=(4, 8, 6, 3)), rand(5, 7, 4)
+    ws, x = weights(5, sizes=(4, 8, 6, 3)), draw(5, 7, 4)
     target = TargetNet(nn.ModuleList([nn.Tanh(), nn.ReLU()]))
     close(target(x, ws), TargetNet(["tanh", "relu"])(x, ws))
     assert target.per_layer
