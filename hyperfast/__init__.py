@@ -10,7 +10,7 @@ from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.model import HyperMLP
 from hyperfast.nn.target import TargetNet
 from hyperfast.ops.backends import use_backend
-from hyperfast.plans.choose import explain
+from hyperfast.plans.explain import explain
 from hyperfast.server import TaskServer
 
 __all__ = [

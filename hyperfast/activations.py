@@ -1,11 +1,11 @@
-"""Activations by name, by module or by function, and the moment that initialisation needs."""
+"""Activations: the one table of those that kernels know, and any other module beside it."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -47,46 +47,141 @@ class _Function(nn.Module):
         return getattr(self.fn, "__name__", repr(self.fn))
 
 
+class Known(NamedTuple):
+    """An activation that the kernels of every backend compute themselves.
+
+    ``value`` and ``slope``, its derivative, take the pre-activation and the one number that
+    ``parameter`` names among the attributes of ``module``; ``fixed`` says what other attributes
+    must be.
+    """
+
+    module: type[nn.Module]
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
+    parameter: str = ""
+    default: float = 1.0
+    fixed: Mapping[str, Any] = {}
+
+    def make(self, parameter: float | None = None) -> nn.Module:
+        chosen = {} if parameter is None or not self.parameter else {self.parameter: parameter}
+        return self.module(**self.fixed, **chosen)
+
+
+def _silu_slope(pre: Tensor, _: float) -> Tensor:
+    s = torch.sigmoid(pre)
+    return s * (1 + pre * (1 - s))
+
+
+def _gelu_slope(pre: Tensor, _: float) -> Tensor:
+    density = torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(pre * math.sqrt(0.5))) + pre * density
+
+
+def _gelu_tanh_slope(pre: Tensor, _: float) -> Tensor:
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(a * (pre + b * pre**3))
+    return 0.5 * (1 + t) + 0.5 * pre * (1 - t * t) * a * (1 + 3 * b * pre * pre)
+
+
+# A new one is a row here, one in csrc/isa/simd/activation.h and a branch in
+# kernels/triton/activation.py; tests run over this table.
+KNOWN: dict[str, Known] = {
+    "identity": Known(nn.Identity, lambda pre, _: pre, lambda pre, _: torch.ones_like(pre)),
+    "relu": Known(
+        nn.ReLU, lambda pre, _: torch.relu(pre), lambda pre, _: (~(pre <= 0)).to(pre.dtype)
+    ),
+    "leaky_relu": Known(
+        nn.LeakyReLU,
+        F.leaky_relu,
+        lambda pre, slope: torch.where(pre > 0, pre.new_ones(()), pre.new_full((), slope)),
+        parameter="negative_slope",
+        default=0.01,
+    ),
+    "elu": Known(
+        nn.ELU,
+        lambda pre, _: F.elu(pre),
+        lambda pre, _: torch.exp(pre.clamp(max=0)),
+        fixed={"alpha": 1.0},
+    ),
+    "gelu": Known(nn.GELU, lambda pre, _: F.gelu(pre), _gelu_slope, fixed={"approximate": "none"}),
+    "gelu_tanh": Known(
+        nn.GELU,
+        lambda pre, _: F.gelu(pre, approximate="tanh"),
+        _gelu_tanh_slope,
+        fixed={"approximate": "tanh"},
+    ),
+    "sigmoid": Known(
+        nn.Sigmoid,
+        lambda pre, _: torch.sigmoid(pre),
+        lambda pre, _: torch.sigmoid(pre) * torch.sigmoid(-pre),
+    ),
+    "silu": Known(nn.SiLU, lambda pre, _: F.silu(pre), _silu_slope),
+    "sin": Known(
+        Sine,
+        lambda pre, w0: torch.sin(pre if w0 == 1 else w0 * pre),
+        lambda pre, w0: w0 * torch.cos(pre if w0 == 1 else w0 * pre),
+        parameter="w0",
+    ),
+    "softplus": Known(
+        nn.Softplus,
+        lambda pre, _: F.softplus(pre),
+        lambda pre, _: torch.sigmoid(pre).where(pre <= 20, 1.0),
+        fixed={"beta": 1.0, "threshold": 20.0},
+    ),
+    "tanh": Known(
+        nn.Tanh, lambda pre, _: torch.tanh(pre), lambda pre, _: 1 - torch.tanh(pre).square()
+    ),
+}
+_NAMES: dict[type[nn.Module], list[str]] = {}
+for _name, _known in KNOWN.items():
+    _NAMES.setdefault(_known.module, []).append(_name)
+
 # Without parameters, elementwise and deterministic: these may see rows in any shape, and may stand
 # between the layers of a plain stack.
 ELEMENTWISE = (
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
-    *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU),
-    *(nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold),
-    Sine,
+    *_NAMES,
+    *(nn.CELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LogSigmoid, nn.Mish),
+    *(nn.ReLU6, nn.SELU, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold),
 )
-
-
-NAMES: dict[str, type[nn.Module]] = {
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "identity": nn.Identity,
-    "leaky_relu": nn.LeakyReLU,
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "sin": Sine,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
-}
 
 
 def resolve(activation: Activation, name: str = "activation") -> nn.Module:
     """The module that computes ``activation``.
 
     Raises:
-        ValueError: a name that is not in :data:`NAMES`.
+        ValueError: a name that is not in :data:`KNOWN`.
         TypeError: neither a name, nor a module, nor callable.
     """
     if isinstance(activation, str):
-        if activation not in NAMES:
-            raise ValueError(f"{name} must be one of {sorted(NAMES)}, got {activation!r}")
-        return NAMES[activation]()
+        if activation not in KNOWN:
+            raise ValueError(f"{name} must be one of {sorted(KNOWN)}, got {activation!r}")
+        return KNOWN[activation].make()
     if isinstance(activation, nn.Module):
         return activation
     if callable(activation) and not isinstance(activation, type):
         return _Function(activation)
     raise TypeError(f"{name} must be a name, a module or a function, got {activation!r}")
+
+
+def named(activation: nn.Module | None) -> tuple[str, float] | None:
+    """Name and parameter of an activation in :data:`KNOWN`; ``None`` where it is not there, has
+    tensors of its own, or does more than its class says."""
+    if activation is None:
+        return "identity", 1.0
+    own = vars(activation)
+    for name in _NAMES.get(type(activation), ()):
+        known = KNOWN[name]
+        if any(own.get(key) != value for key, value in known.fixed.items()):
+            continue
+        if own["_parameters"] or own["_buffers"] or own["_modules"] or checks.hooked(activation):
+            return None
+        if not known.parameter:
+            return name, 1.0
+        parameter = own.get(known.parameter)
+        if not isinstance(parameter, int | float) or not math.isfinite(parameter):
+            return None
+        return name, float(parameter)
+    return None
 
 
 def activate(activation: nn.Module | None, x: Tensor) -> Tensor:
@@ -99,16 +194,35 @@ def activate(activation: nn.Module | None, x: Tensor) -> Tensor:
     """
     if activation is None:
         return x
-    if x.ndim == 2 or (type(activation) in ELEMENTWISE and not checks.hooked(activation)):
-        y = activation(x)
-    else:
-        y = activation(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-    if y.shape != x.shape:
+    if type(activation) in ELEMENTWISE and not checks.hooked(activation):
+        return activation(x)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = activation(rows)
+    if y.shape != rows.shape:
         raise ValueError(
-            f"{activation} must keep the shape of its rows, {checks.shape(x)}, "
+            f"{activation} must keep the shape of its rows, {checks.shape(rows)}, "
             f"got {checks.shape(y)}"
         )
-    return y
+    return y if x.ndim == 2 else y.reshape(x.shape)
+
+
+def run_layers(
+    x: Tensor,
+    linears: Iterable[Callable[[Tensor], Tensor]],
+    activations: Iterable[nn.Module | Callable[[Tensor], Tensor] | None],
+    keep: list[Tensor] | None = None,
+) -> Tensor:
+    """A network layer by layer: each is linear, then activated. ``keep`` collects what enters the
+    activations."""
+    for linear, activation in zip(linears, activations, strict=True):
+        x = linear(x)
+        if keep is not None:
+            keep.append(x)
+        if activation is None or isinstance(activation, nn.Module):
+            x = activate(activation, x)
+        else:
+            x = activation(x)
+    return x
 
 
 def second_moment(activation: nn.Module) -> float:
@@ -122,82 +236,3 @@ def second_moment(activation: nn.Module) -> float:
     with torch.no_grad():
         values = copy.deepcopy(activation).to("cpu", torch.float64)(g.clone())
     return float(torch.trapezoid(values * values * density, g))
-
-
-class Formula(NamedTuple):
-    """An activation that kernels compute themselves: its value and its derivative, from its
-    argument and one parameter."""
-
-    value: Callable[[Tensor, float], Tensor]
-    slope: Callable[[Tensor, float], Tensor]
-
-
-def _sigmoid_slope(z: Tensor, _: float) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 - s)
-
-
-def _silu_slope(z: Tensor, _: float) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-# Kernels of every backend know these by name; the parameter is written behind a colon, "sin:30.0".
-FORMULAS: dict[str, Formula] = {
-    "identity": Formula(lambda z, _: z, lambda z, _: torch.ones_like(z)),
-    "relu": Formula(lambda z, _: torch.relu(z), lambda z, _: (~(z <= 0)).to(z.dtype)),
-    "leaky_relu": Formula(
-        F.leaky_relu, lambda z, slope: torch.where(z > 0, z.new_ones(()), z.new_full((), slope))
-    ),
-    "elu": Formula(lambda z, _: F.elu(z), lambda z, _: torch.exp(z.clamp(max=0))),
-    "sigmoid": Formula(lambda z, _: torch.sigmoid(z), _sigmoid_slope),
-    "silu": Formula(lambda z, _: F.silu(z), _silu_slope),
-    "sin": Formula(
-        lambda z, w0: torch.sin(z if w0 == 1 else w0 * z),
-        lambda z, w0: w0 * torch.cos(z if w0 == 1 else w0 * z),
-    ),
-    "tanh": Formula(lambda z, _: torch.tanh(z), lambda z, _: 1 - torch.tanh(z).square()),
-}
-
-
-_FORMULA_NAMES = {NAMES[name]: name for name in FORMULAS}
-
-
-def encode(activations: Sequence[nn.Module | None]) -> str | None:
-    """The activations after all layers of a network as the text that ops take, ``None`` where one
-    of them is not known by name, or does more than its class says."""
-    names = []
-    for activation in activations:
-        name: str | None = None
-        if activation is None or type(activation) is nn.Identity:
-            name = "identity"
-        elif type(activation) is Sine:
-            if not isinstance(activation.w0, int | float):
-                return None
-            name = f"sin:{float(activation.w0)!r}"
-        elif type(activation) is nn.LeakyReLU:
-            name = f"leaky_relu:{float(activation.negative_slope)!r}"
-        elif type(activation) is not nn.ELU or activation.alpha == 1:
-            name = _FORMULA_NAMES.get(type(activation))
-        if name is None or (activation is not None and checks.hooked(activation)):
-            return None
-        names.append(name)
-    return ",".join(names)
-
-
-def decode(text: str) -> list[tuple[Formula, float]]:
-    """The formula and the parameter of every activation in ``text``.
-
-    Raises:
-        ValueError: a name that is not in :data:`FORMULAS`, or a parameter that is no number.
-    """
-    decoded = []
-    for entry in text.split(","):
-        name, _, parameter = entry.partition(":")
-        if name not in FORMULAS:
-            raise ValueError(f"activations must be among {list(FORMULAS)}, got {entry!r}")
-        try:
-            decoded.append((FORMULAS[name], float(parameter or 1)))
-        except ValueError:
-            raise ValueError(f"activations must be names or name:number, got {entry!r}") from None
-    return decoded

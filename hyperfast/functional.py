@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperfast import checks
-from hyperfast.activations import activate, encode
+from hyperfast.activations import run_layers
 from hyperfast.kernels import reference
-from hyperfast.layout import MLPSpec
-from hyperfast.ops import backends as backend
-from hyperfast.ops import layer as ops
-from hyperfast.ops import network as mlp_ops
-from hyperfast.plans.choose import PLANS
+from hyperfast.layout import Generated, MLPSpec
+from hyperfast.ops import backends, layer, network
+from hyperfast.plans.sizes import PLANS
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -106,7 +105,8 @@ def hyper_linear(
     if bias is not None and bias.shape != (params,):
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     checks.rows(x, ins, h.shape[0], task_ids, "h")
-    return _run("hyper_linear", x, (h, weight, bias), task_ids, (bool(target_bias), plan or ""))
+    made = Generated.of_head(weight, bias, ins, bool(target_bias))
+    return _run("hyper_linear", x, (h, *made), task_ids, (plan or "",))
 
 
 def hyper_mlp(
@@ -165,42 +165,40 @@ def generated_mlp(
     if bias is not None and bias.shape != (spec.numel,):
         raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
     checks.rows(x, spec.sizes[0], tasks, task_ids, source)
-    text = encode(activations)
+    text = spec.describe(activations)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if text is None or transformed or backend.forced == "reference":
-        numels = [layer.numel for layer in spec.layers]
+    if text is None or transformed or backends.forced == "reference":
+        numels = [v.numel for v in spec.layers]
         biases = [None] * len(numels) if bias is None else bias.split(numels)
-        for w, b, activation in zip(weight.split(numels), biases, activations, strict=True):
-            x = hyper_linear(x, h, w, b, task_ids, target_bias=spec.bias)
-            x = activate(activation, x)
-        return x
+        linears = [
+            partial(hyper_linear, h=h, weight=w, bias=b, task_ids=task_ids, target_bias=spec.bias)
+            for w, b in zip(weight.split(numels), biases, strict=True)
+        ]
+        return run_layers(x, linears, activations)
     x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
-    if backend.forced is not None:
-        backend.insist(backend.forced, "hyper_mlp", x.device.type)
+    if backends.forced is not None:
+        backends.insist(backends.forced, "hyper_mlp", x.device.type)
     single = task_ids is None and x.ndim == 2
-    y = mlp_ops.run(x.unsqueeze(1) if single else x, h, weight, bias, task_ids, spec, text)
+    y = network.run(x.unsqueeze(1) if single else x, h, weight, bias, task_ids, text)
     return y.squeeze(1) if single else y
 
 
 def task_mlp(
     x: Tensor,
     weight: Tensor,
-    affine: Tensor | None,
+    scales_and_biases: Tensor | None,
     task_ids: Tensor | None,
-    sizes: Sequence[int],
-    target_bias: bool,
-    activations: str,
+    text: str,
 ) -> Tensor:
-    """The op ``task_mlp``, or what :func:`hyperfast.use_backend` insists
-    on; the caller has checked the arguments."""
-    if backend.forced == "reference":
+    """The op ``task_mlp``, or what :func:`hyperfast.use_backend` insists on; the caller has checked
+    the arguments."""
+    if backends.forced == "reference":
         checks.in_range(task_ids, len(weight))
-        options = sizes, target_bias, activations
         linear = reference.task_linear
-        return mlp_ops.by_task_layers(x, weight, affine, task_ids, *options, linear)
-    if backend.forced is not None:
-        backend.insist(backend.forced, "task_mlp", x.device.type)
-    return mlp_ops.task_mlp(x, weight, affine, task_ids, sizes, target_bias, activations)
+        return network.by_task_layers(x, weight, scales_and_biases, task_ids, text, linear)
+    if backends.forced is not None:
+        backends.insist(backends.forced, "task_mlp", x.device.type)
+    return network.task_mlp(x, weight, scales_and_biases, task_ids, text)
 
 
 def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options: tuple) -> Tensor:
@@ -208,12 +206,12 @@ def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options:
     single = task_ids is None and x.ndim == 2
     if single:
         x = x.unsqueeze(1)
-    if backend.forced == "reference":
+    if backends.forced == "reference":
         if not torch.compiler.is_compiling():
             checks.in_range(task_ids, tensors[0].shape[0])
-        y = getattr(reference, name)(x, *tensors, task_ids, *options[:-1])
+        y = getattr(reference, name)(x, *tensors, task_ids)
     else:
-        if backend.forced is not None:
-            backend.insist(backend.forced, name, x.device.type)
-        y = getattr(ops, name)(x, *tensors, task_ids, *options)
+        if backends.forced is not None:
+            backends.insist(backends.forced, name, x.device.type)
+        y = getattr(layer, name)(x, *tensors, task_ids, *options)
     return y.squeeze(1) if single else y

@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import hyperfast
-from hyperfast.ops.backends import KEYS, OPS, has_kernel, why_missing
+from hyperfast.ops.backends import KEYS, has_kernel, why_missing
+from hyperfast.ops.define import OPS
+from hyperfast.plans.cpu import EXTENSION
 
 
 def report() -> str:
@@ -53,12 +55,10 @@ def _backends() -> list[str]:
 
 
 def _detail(backend: str) -> str:
-    if backend != "cpp":
+    if backend != "cpp" or EXTENSION is None:
         return ""
-    from hyperfast import _C
-
     try:
-        return f", kernels for {_C.isa()}"
+        return f", kernels for {EXTENSION.isa()}"
     except ValueError as error:  # HYPERFAST_ISA names what is not here
         return f", but cannot run: {error}"
 

@@ -1,15 +1,19 @@
-"""Where every parameter of a target network lies in the flat vector that a hypernetwork emits."""
+"""Where every number of a network lies, and the one text that describes a network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hyperfast.activations import KNOWN, named
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,6 @@ class ParamSpec:
         return torch.cat(pieces, dim=-1)
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """One affine layer of an MLP: ``numel`` consecutive parameters, weight first, then bias."""
-
-    in_features: int
-    out_features: int
-    bias: bool
-
-    @property
-    def weight_numel(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def numel(self) -> int:
-        return self.weight_numel + self.out_features * self.bias
-
-
 class MLPSpec(ParamSpec):
     """Layout of an MLP's parameters: layer by layer, weight ``(out, in)`` row-major, then bias.
 
@@ -118,9 +105,295 @@ class MLPSpec(ParamSpec):
         return f"MLPSpec(sizes={self.sizes}, bias={self.bias})"
 
     @cached_property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """The layers, input side first."""
-        return tuple(LayerSpec(i, o, self.bias) for i, o in pairwise(self.sizes))
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, input side first; it does not know their activations."""
+        return self.network((("identity", 1.0),) * (len(self.sizes) - 1)).layers
+
+    def network(self, activations: tuple[tuple[str, float], ...]) -> Network:
+        """The network of these parameters, with the name and parameter of each activation."""
+        return _network(self.sizes, self.bias, activations)
+
+    def describe(self, activations: Sequence[nn.Module | None]) -> str | None:
+        """The text of the network with these modules as activations; ``None`` where kernels do not
+        know one."""
+        names = []
+        for activation in activations:
+            name = named(activation)
+            if name is None:
+                return None
+            names.append(name)
+        if torch.compiler.is_compiling():  # Dynamo sees no cache
+            return _text(self.sizes, self.bias, names)
+        return _known_text(self.sizes, self.bias, tuple(names))
+
+
+class Place(NamedTuple):
+    """Where a layer's numbers begin in the rows of a stored network: its matrix in ``weights``, its
+    scales in ``scales_and_biases``, its bias there too if there are scales, else in ``weights``."""
+
+    matrix: int
+    scale: int
+    bias: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a network: ``act(W x + c)``.
+
+    Attributes:
+        bias: ``"b"``, each task has its own; ``"s"``, all tasks share one; ``""``, none.
+        activation, parameter: what follows, an entry of :data:`hyperfast.activations.KNOWN`.
+        transform: of the matrix before it is used, a key of :data:`TRANSFORMS`, or ``""``.
+        begin: where its parameters begin in the network's flat vector: the matrix ``(out, in)``
+            row-major, then its own bias.
+    """
+
+    in_features: int
+    out_features: int
+    bias: str = "b"
+    activation: str = "identity"
+    parameter: float = 1.0
+    transform: str = ""
+    begin: int = 0
+
+    @property
+    def weight_numel(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def numel(self) -> int:
+        return self.weight_numel + self.out_features * (self.bias == "b")
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.numel
+
+    @property
+    def text(self) -> str:
+        named = self.activation, self.parameter
+        return _layer_text(self.out_features, self.bias, named, self.transform)
+
+    @property
+    def activate(self) -> Callable[[Tensor], Tensor]:
+        return partial(_call, KNOWN[self.activation].value, self.parameter)
+
+    @property
+    def slope(self) -> Callable[[Tensor], Tensor]:
+        """The derivative of :attr:`activate`."""
+        return partial(_call, KNOWN[self.activation].slope, self.parameter)
+
+
+def _layer_text(out: int, bias: str, named: tuple[str, float], transform: str = "") -> str:
+    text = f"{out} {bias}" if bias else f"{out}"
+    name, parameter = named
+    if name != "identity":
+        text += f" {name}:{parameter!r}" if KNOWN[name].parameter else f" {name}"
+    return f"{text} {transform}(W)" if transform else text
+
+
+def _call(function: Callable[[Tensor, float], Tensor], parameter: float, pre: Tensor) -> Tensor:
+    return function(pre, parameter)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "softplus": nn.functional.softplus,
+    "square": torch.square,
+}
+
+_LAYER = re.compile(
+    r"(?P<out>[1-9]\d*)(?: (?P<bias>[bs]))?(?: (?P<name>[a-z_]+)(?::(?P<number>\S+))?)?"
+    rf"(?: (?P<transform>{'|'.join(TRANSFORMS)})\(W\))?"
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as its layers; :attr:`text` is how ops, files and the C++ kernels are told of it:
+
+        network    := INT " > " layer (", " layer)*
+        layer      := OUT [" " BIAS] [" " ACTIVATION] [" " TRANSFORM]
+        BIAS       := "b" (each task has its own) | "s" (all share one)
+        ACTIVATION := NAME [":" FLOAT]
+        TRANSFORM  := ("abs" | "exp" | "softplus" | "square") "(W)"
+
+    For instance ``"64 > 64 b relu, 32 b sin:30.0, 10"``.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def text(self) -> str:
+        return f"{self.sizes[0]} > {', '.join(layer.text for layer in self.layers)}"
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
+
+    @property
+    def has_bias(self) -> bool:
+        return self.layers[0].bias == "b"
+
+    @property
+    def numel(self) -> int:
+        """Parameters of one network."""
+        return self.layers[-1].end
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """The widths of the pre-activations that a backward pass needs: of every layer but a last
+        one that nothing follows. Kernels keep them layer by layer, of each all rows."""
+        last = len(self.layers) - (self.layers[-1].activation == "identity")
+        return [layer.out_features for layer in self.layers[:last]]
+
+    @cached_property
+    def spec(self) -> MLPSpec:
+        """The layout of the parameters."""
+        return MLPSpec(self.sizes, self.has_bias)
+
+    def modules(self) -> list[nn.Module | None]:
+        """The activation after each layer, ``None`` for none."""
+        return [
+            None if v.activation == "identity" else KNOWN[v.activation].make(v.parameter)
+            for v in self.layers
+        ]
+
+    def places(self, scaled: bool) -> tuple[Place, ...]:
+        """Where each layer lies in a stored network. With ``scaled``, matrices alone are in one
+        row, and of each layer the scales ``(out,)``, then the biases ``(out,)``, in another."""
+        places, matrix, vector = [], 0, 0
+        for layer in self.layers:
+            if not scaled:
+                places.append(Place(layer.begin, 0, layer.begin + layer.weight_numel))
+                continue
+            places.append(Place(matrix, vector, vector + layer.out_features))
+            matrix += layer.weight_numel
+            vector += layer.out_features * (1 + (layer.bias == "b"))
+        return tuple(places)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Network:
+        """The network that ``text`` describes.
+
+        Raises:
+            ValueError: it does not follow the grammar, or names an activation that is not known.
+        """
+        first, arrow, rest = text.partition(" > ")
+        if not arrow or not re.fullmatch(r"[1-9]\d*", first):
+            raise ValueError(f"network must begin with its input width and ' > ', got {text!r}")
+        layers: list[Layer] = []
+        for entry in rest.split(", "):
+            found = _LAYER.fullmatch(entry)
+            if found is None:
+                raise ValueError(
+                    "network must describe its layers as 'OUT [b|s] [ACTIVATION[:NUMBER]] "
+                    f"[TRANSFORM(W)]', got {entry!r} in {text!r}"
+                )
+            name = found["name"] or "identity"
+            if name not in KNOWN:
+                raise ValueError(
+                    f"network must have activations among {sorted(KNOWN)}, got {text!r}"
+                )
+            known = KNOWN[name]
+            try:
+                parameter = known.default if found["number"] is None else float(found["number"])
+            except ValueError:
+                raise ValueError(f"network must have numbers behind ':', got {text!r}") from None
+            before = layers[-1] if layers else None
+            layers.append(
+                Layer(
+                    before.out_features if before else int(first),
+                    int(found["out"]),
+                    found["bias"] or "",
+                    name,
+                    parameter,
+                    found["transform"] or "",
+                    before.end if before else 0,
+                )
+            )
+        return Network(tuple(layers))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def for_kernels(text: str) -> Network:
+        """:meth:`parse`, for ops that run a network whole.
+
+        Raises:
+            ValueError: also for what they do not know: transforms, shared and mixed biases.
+        """
+        network = Network.parse(text)
+        kinds = {layer.bias for layer in network.layers}
+        if len(kinds) > 1 or "s" in kinds or any(layer.transform for layer in network.layers):
+            raise ValueError(
+                "network must have a bias of its own in every layer or in none, and no transform, "
+                f"to run as one op, got {text!r}"
+            )
+        return network
+
+
+def _text(sizes: Sequence[int], has_bias: bool, names: Sequence[tuple[str, float]]) -> str:
+    bias = "b" if has_bias else ""
+    layers = [_layer_text(o, bias, name) for o, name in zip(sizes[1:], names, strict=True)]
+    return f"{sizes[0]} > {', '.join(layers)}"
+
+
+_known_text = lru_cache(maxsize=4096)(_text)
+
+
+@lru_cache(maxsize=4096)
+def _network(
+    sizes: tuple[int, ...], has_bias: bool, activations: tuple[tuple[str, float], ...]
+) -> Network:
+    layers: list[Layer] = []
+    for (i, o), (name, parameter) in zip(pairwise(sizes), activations, strict=True):
+        begin = layers[-1].end if layers else 0
+        layers.append(Layer(i, o, "b" if has_bias else "", name, parameter, begin=begin))
+    return Network(tuple(layers))
+
+
+class Generated(NamedTuple):
+    """What makes a generated layer of features ``h (B, K)``: four tensors of any strides, of which
+    the matrix alone must be there.
+
+    ``W_b = matrix . h_b + matrix_bias`` and ``c_b = vector . h_b + vector_bias``. A ``vector_bias``
+    without a ``vector`` is a bias that all tasks share.
+    """
+
+    matrix: Tensor  # (O, I, K)
+    matrix_bias: Tensor | None = None  # (O, I)
+    vector: Tensor | None = None  # (O, K)
+    vector_bias: Tensor | None = None  # (O,)
+
+    @classmethod
+    def of_head(
+        cls, weight: Tensor, bias: Tensor | None, in_features: int, has_bias: bool
+    ) -> Generated:
+        """Views of the rows ``weight (P, K)`` and ``bias (P,)`` of a head that make one layer."""
+        out = weight.shape[0] // (in_features + has_bias)
+        sizes = [out * in_features, out] if has_bias else [out * in_features]
+        matrix, *vector = weight.split(sizes)
+        shared, *constant = [None, None] if bias is None else bias.split(sizes)
+        return cls(
+            matrix.unflatten(0, (out, in_features)),
+            None if shared is None else shared.unflatten(0, (out, in_features)),
+            vector[0] if vector else None,
+            constant[0] if constant else None,
+        )
+
+    @property
+    def transposed(self) -> Generated:
+        """What maps gradients of outputs to those of inputs."""
+        shared = self.matrix_bias
+        return Generated(self.matrix.transpose(0, 1), None if shared is None else shared.mT)
+
+
+def of_layer(weight: Tensor, bias: Tensor | None, layer: Layer) -> Generated:
+    """What makes one layer: its rows of ``weight (P, K)`` and ``bias (P,)``, a network's head."""
+    part = slice(layer.begin, layer.end)
+    shared = None if bias is None else bias[part]
+    return Generated.of_head(weight[part], shared, layer.in_features, layer.bias == "b")
 
 
 def positive(name: str, value: int) -> int:

@@ -1,12 +1,15 @@
-"""The layout of the flat vector."""
+"""The layout of the flat vector, and the text of a network."""
 
 from itertools import pairwise
+from random import Random
 
 import pytest
 import torch
+from torch import nn
 
-from hyperfast import MLPSpec
-from hyperfast.layout import ParamSpec
+from hyperfast import MLPSpec, Sine
+from hyperfast.activations import KNOWN
+from hyperfast.layout import TRANSFORMS, Layer, Network, ParamSpec
 
 SIZES = [(1, 1), (4, 3), (4, 8, 3), (2, 5, 1, 7, 3)]
 
@@ -71,3 +74,77 @@ def test_equality_hash_repr():
     assert MLPSpec((2, 3)) != MLPSpec((3, 2))
     assert len({MLPSpec((2, 3)), MLPSpec((2, 3))}) == 1
     assert eval(repr(MLPSpec((2, 3), False))) == MLPSpec((2, 3), False)
+
+
+def random_network(generator):
+    """A network of any activations, biases and transforms, as its layers."""
+    layers, width, begin = [], generator.randint(1, 99), 0
+    for _ in range(generator.randint(1, 4)):
+        name = generator.choice(list(KNOWN))
+        number = generator.uniform(-3, 30) if KNOWN[name].parameter else KNOWN[name].default
+        transform = generator.choice(["", *TRANSFORMS])
+        out, bias = generator.randint(1, 99), generator.choice(["", "b", "s"])
+        layers.append(Layer(width, out, bias, name, number, transform, begin))
+        begin, width = layers[-1].end, out
+    return Network(tuple(layers))
+
+
+def test_a_network_is_its_text():
+    generator = Random(0)
+    for _ in range(300):
+        network = random_network(generator)
+        assert Network.parse(network.text) == network
+        assert Network.parse(network.text).text == network.text
+
+
+def test_the_text_of_a_network():
+    activations = [nn.ReLU(), Sine(30), None]
+    assert MLPSpec((64, 64, 32, 10)).describe(activations) == "64 > 64 b relu, 32 b sin:30.0, 10 b"
+    assert MLPSpec((3, 5, 2), False).describe([nn.LeakyReLU(0.3), nn.Identity()]) == (
+        "3 > 5 leaky_relu:0.3, 2"
+    )
+    assert Network.parse("3 > 5 leaky_relu, 2 sin").text == "3 > 5 leaky_relu:0.01, 2 sin:1.0"
+    layer = Network.parse("8 > 32 s elu abs(W), 1 b").layers[0]
+    assert (layer.bias, layer.activation, layer.transform) == ("s", "elu", "abs")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "3", "3 >", "3 > ", "3 > 0", "0 > 3", "3 > 4  b", "3 > 4 b,2", "3 > 4 b relu,  2"),
+        *("3>4", "3 > 4 B", "3 > 4 relu b", "3 > 4 b nope", "3 > 4 b sin:", "3 > 4 b sin:x"),
+        *("3 > 4 b\n", "3 > 4 b cube(W)", "3 > 4 b abs(W) relu", "03 > 4", "3 > 4 b s"),
+        *("3 > -4", "3 > 4.0"),
+    ],
+)
+def test_what_is_no_network(text):
+    with pytest.raises(ValueError, match="network"):
+        Network.parse(text)
+
+
+def test_modules_of_a_network_describe_it():
+    text = "3 > 4 b sin:2.5, 4 b leaky_relu:0.3, 2 b gelu_tanh, 2 b"
+    network = Network.parse(text)
+    assert network.spec.describe(network.modules()) == text
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_places_of_stored_networks(bias, scaled):
+    network = MLPSpec((3, 4, 2), bias).network((("relu", 1.0), ("identity", 1.0)))
+    spans = []
+    for place, layer in zip(network.places(scaled), network.layers, strict=True):
+        m, o = layer.weight_numel, layer.out_features
+        spans.append(("weights", place.matrix, place.matrix + m))
+        vectors = "scales" if scaled else "weights"
+        spans += [(vectors, place.scale, place.scale + o)] * scaled
+        spans += [(vectors, place.bias, place.bias + o)] * bias
+    for row in ("weights", "scales"):
+        edges = [0]
+        for _, begin, end in sorted(span for span in spans if span[0] == row):
+            assert begin == edges[-1]
+            edges.append(end)
+        if row == "weights":
+            assert edges[-1] == (network.numel if not scaled else 3 * 4 + 4 * 2)
+        elif scaled:
+            assert edges[-1] == (1 + bias) * 6

@@ -33,7 +33,7 @@ from bench.rivals import plain as torch_rivals
 from bench.rivals.ours import hyper_mlp
 from bench.rivals.rival import Call, Network, Unavailable, torch_rival
 from bench.workloads import MODES, WORKLOADS, BankWorkload, Workload
-from hyperfast.bank.rows import Format
+from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear
 from hyperfast.ops.network import hyper_mlp as mlp_op
 from hyperfast.ops.network import task_mlp
@@ -151,7 +151,7 @@ def stored_networks(
     def serve(problem: BankProblem) -> bank_rivals.Request:
         w, weight, affine = problem.workload, problem.flat, None
         if dtype is not None:
-            weight, affine = Format(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
+            weight, affine = format_of(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
             affine = affine.to(problem.flat.dtype)
         names = ",".join([w.activation] * (len(w.sizes) - 2) + ["identity"])
         return lambda x, ids: task_mlp(x, weight, affine, ids, w.sizes, True, names)

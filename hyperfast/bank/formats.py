@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hyperfast.activations import activate, encode
+from hyperfast.activations import activate
 from hyperfast.bank.rows import Columns
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.kernels.rows import blocks
 from hyperfast.layout import MLPSpec, ParamSpec
-from hyperfast.plans.choose import BLOCK
+from hyperfast.plans.sizes import BLOCK
 
 
 class Format(ABC):
@@ -82,10 +82,10 @@ class Floats(Format):
     def apply(
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, index: Tensor
     ) -> Tensor:
-        text = encode(activations)
+        text = self.spec.describe(activations)
         if text is None:
             return run_by_layers(self.spec, activations, columns[0], x, index)
-        return task_mlp(x, columns[0], None, index, self.spec.sizes, self.spec.bias, text)
+        return task_mlp(x, columns[0], None, index, text)
 
 
 class Int8(Format):
@@ -142,10 +142,10 @@ class Int8(Format):
     def apply(
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, index: Tensor
     ) -> Tensor:
-        text = encode(activations)
+        text = self.spec.describe(activations)
         if text is None:
             return super().apply(activations, columns, x, index)
-        return task_mlp(x, columns[0], columns[1], index, self.spec.sizes, self.spec.bias, text)
+        return task_mlp(x, columns[0], columns[1], index, text)
 
 
 def _floats(dtype: torch.dtype) -> Callable[[MLPSpec], Format]:

@@ -16,7 +16,7 @@ from hyperfast.bank import fork
 from hyperfast.bank.formats import Format
 from hyperfast.bank.rows import Columns, Guard, Store
 from hyperfast.kernels.rows import blocks
-from hyperfast.plans.choose import BLOCK
+from hyperfast.plans.sizes import BLOCK
 
 Key: TypeAlias = str | int
 Named: TypeAlias = list[tuple[int, Key]]

@@ -5,6 +5,7 @@ Data parallelism needs nothing from here: ``DistributedDataParallel(HyperMLP(...
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.placement_types import Partial
 
 from hyperfast import checks
-from hyperfast.activations import activate
+from hyperfast.activations import run_layers
 from hyperfast.functional import hyper_linear
 from hyperfast.kernels import reference
-from hyperfast.layout import LayerSpec
+from hyperfast.layout import Generated, Layer
 from hyperfast.nn.model import HyperMLP
 from hyperfast.nn.target import from_jagged
 
@@ -111,10 +112,9 @@ class ColwiseHyperMLP(nn.Module):
                 f"got shape {checks.shape(x)}"
             )
         activations = self.target.layer_activations(len(self.layers))
-        for layer, activation in zip(self._slices, activations, strict=True):
-            x = layer(x, h, task_ids)
-            x = activate(activation, x)
-        return x
+        return run_layers(
+            x, [partial(v, h=h, task_ids=task_ids) for v in self._slices], activations
+        )
 
     @property
     def _slices(self) -> list[_Slice]:
@@ -146,7 +146,7 @@ class _Slice(nn.Module):
     weight: DTensor
     bias: DTensor
 
-    def __init__(self, spec: LayerSpec, weight: Tensor, bias: Tensor, mesh: DeviceMesh):
+    def __init__(self, spec: Layer, weight: Tensor, bias: Tensor, mesh: DeviceMesh):
         super().__init__()
         self.spec = spec
         for name, rows in (("weight", weight), ("bias", bias)):
@@ -173,9 +173,8 @@ class _Slice(nn.Module):
             y = hyper_linear(x, h, weight, bias, task_ids, target_bias=False)
         else:  # fewer outputs than ranks; gradients of zero keep the ranks' collectives in step
             one = task_ids is None and x.ndim == 2
-            y = reference.hyper_linear(
-                x.unsqueeze(1) if one else x, h, weight, bias, task_ids, target_bias=False
-            )
+            made = Generated.of_head(weight, bias, x.shape[-1], False)
+            y = reference.hyper_linear(x.unsqueeze(1) if one else x, h, *made, task_ids)
             y = y.squeeze(1) if one else y
         shape = torch.Size((*y.shape[:-1], self.spec.out_features))
         stride = torch.empty(shape, device="meta").stride()

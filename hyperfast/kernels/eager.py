@@ -12,123 +12,90 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast.kernels import reference
-from hyperfast.plans.choose import BLOCK, Layer, choose
+from hyperfast.plans.choose import choose
+from hyperfast.plans.sizes import BLOCK, Sizes
 
 
 def hyper_linear(
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    matrix: Tensor,
+    matrix_bias: Tensor | None,
+    vector: Tensor | None,
+    vector_bias: Tensor | None,
     task_ids: Tensor | None,
-    target_bias: bool,
     plan: str,
 ) -> Tensor:
-    ins = x.shape[-1]
-    out = reference.out_features(weight, ins, target_bias)
-    plan = plan or _choose(x, len(h), out, ins, h.shape[1], task_ids)
+    made = matrix, matrix_bias, vector, vector_bias
+    out, ins, features = matrix.shape
+    plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
-        return reference.hyper_linear(x, h, weight, bias, task_ids, target_bias)
+        return reference.hyper_linear(x, h, *made, task_ids)
     if plan == "tile":
         y = x.new_empty(*x.shape[:-1], out)
-        for tasks, rows, ids in _task_blocks(task_ids, len(h), len(weight)):
-            y[rows] = reference.hyper_linear(x[rows], h[tasks], weight, bias, ids, target_bias)
+        for tasks, rows, ids in _task_blocks(task_ids, len(h), out * (ins + 1)):
+            y[rows] = reference.hyper_linear(x[rows], h[tasks], *made, ids)
         return y
-    n = out * ins
-    v, v_bias = weight[:n].unflatten(0, (out, ins)), weight[n:]
-    shared, shared_bias = (None, None) if bias is None else (bias[:n].view(out, ins), bias[n:])
-    y = _contract(x, h, v, shared, task_ids)
-    if target_bias:
-        b = F.linear(h, v_bias, shared_bias)
+    y = _contract(x, h, matrix, matrix_bias, task_ids)
+    b = reference.biases(h, vector, vector_bias)
+    if b is not None:
         y += b.unsqueeze(1) if task_ids is None else b.index_select(0, task_ids)
     return y
-
-
-def hyper_linear_grad_x(
-    grad: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    task_ids: Tensor | None,
-    plan: str,
-) -> Tensor:
-    out = grad.shape[-1]
-    ins = len(weight) // out
-    plan = plan or _choose(grad, len(h), out, ins, h.shape[1], task_ids)
-    if plan == "materialize":
-        return reference.hyper_linear_grad_x(grad, h, weight, bias, task_ids)
-    if plan == "tile":
-        gx = grad.new_empty(*grad.shape[:-1], ins)
-        for tasks, rows, ids in _task_blocks(task_ids, len(h), len(weight)):
-            gx[rows] = reference.hyper_linear_grad_x(grad[rows], h[tasks], weight, bias, ids)
-        return gx
-    v = weight.unflatten(0, (out, ins)).transpose(0, 1)
-    shared = None if bias is None else bias.view(out, ins).mT
-    return _contract(grad, h, v, shared, task_ids)
 
 
 def hyper_linear_grad_h(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    matrix: Tensor,
+    vector: Tensor | None,
     task_ids: Tensor | None,
     tasks: int,
-    target_bias: bool,
     plan: str,
 ) -> Tensor:
-    out, ins, features = grad.shape[-1], x.shape[-1], weight.shape[1]
+    out, ins, features = matrix.shape
     plan = plan or _choose(x, tasks, out, ins, features, task_ids)
     if plan == "materialize":
-        return reference.hyper_linear_grad_h(grad, x, weight, task_ids, tasks, target_bias)
+        return reference.hyper_linear_grad_h(grad, x, matrix, vector, task_ids, tasks)
     if plan == "tile":
         gh = grad.new_empty(tasks, features)
-        for block, rows, ids in _task_blocks(task_ids, tasks, len(weight)):
+        for block, rows, ids in _task_blocks(task_ids, tasks, out * (ins + 1)):
+            count = block.stop - block.start
             gh[block] = reference.hyper_linear_grad_h(
-                grad[rows], x[rows], weight, ids, block.stop - block.start, target_bias
+                grad[rows], x[rows], matrix, vector, ids, count
             )
         return gh
-    n = out * ins
-    v = weight[:n].unflatten(0, (out, ins)).permute(2, 0, 1)
-    per_row = _trilinear(grad.reshape(-1, out), x.reshape(-1, ins), v)
-    if target_bias:
-        per_row += grad.reshape(-1, out) @ weight[n:]
+    per_row = _trilinear(grad.reshape(-1, out), x.reshape(-1, ins), matrix.permute(2, 0, 1))
+    if vector is not None:
+        per_row += grad.reshape(-1, out) @ vector
     if task_ids is None:
         per_row = per_row.view(*grad.shape[:-1], features)
     return reference.sum_rows(per_row, task_ids, tasks)
 
 
 def hyper_linear_grad_weight(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    task_ids: Tensor | None,
-    target_bias: bool,
-    plan: str,
+    grad: Tensor, x: Tensor, h: Tensor, task_ids: Tensor | None, vector: bool, plan: str
 ) -> Tensor:
     out, ins, features = grad.shape[-1], x.shape[-1], h.shape[1]
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
-        return reference.hyper_linear_grad_weight(grad, x, h, task_ids, target_bias)
+        return reference.hyper_linear_grad_weight(grad, x, h, task_ids, vector)
     # Blocks of 16-bit inputs are summed in fp32, or the rounding would grow with their number.
     total_dtype = torch.promote_types(grad.dtype, torch.float32)
     n = out * ins
-    total = grad.new_zeros(n + out * target_bias, features, dtype=total_dtype)
+    total = grad.new_zeros(n + out * vector, features, dtype=total_dtype)
     if plan == "tile":
         for tasks, rows, ids in _task_blocks(task_ids, len(h), len(total)):
-            total += reference.hyper_linear_grad_weight(
-                grad[rows], x[rows], h[tasks], ids, target_bias
-            )
+            total += reference.hyper_linear_grad_weight(grad[rows], x[rows], h[tasks], ids, vector)
         return total.to(grad.dtype)
     h = _rows_of(h, x, task_ids)
     grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
     for rows in _blocks(len(x), ins * features):
         pairs = (x[rows].unsqueeze(2) * h[rows].unsqueeze(1)).flatten(1)
         total[:n] += (grad[rows].mT @ pairs).view(n, features)
-    if target_bias:
+    if vector:
         total[n:] = grad.mT @ h
     return total.to(grad.dtype)
 
@@ -202,5 +169,5 @@ def _choose(
     x: Tensor, tasks: int, out: int, ins: int, features: int, task_ids: Tensor | None
 ) -> str:
     rows = x.shape[:-1].numel()
-    layer = Layer(tasks, rows, ins, out, features, ragged=task_ids is not None)
-    return choose(layer, x.element_size(), x.device.type)
+    sizes = Sizes(tasks, rows, ins, out, features, ragged=task_ids is not None)
+    return choose(sizes, x.dtype, x.device.type)

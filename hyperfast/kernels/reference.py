@@ -2,8 +2,9 @@
 
 Every backend and every plan must equal these functions, in value and in every gradient.
 
-Shapes: ``x (B, N, I)``, or ``(R, I)`` with ``task_ids (R,)``; ``h (B, K)``; the head's slice of one
-layer ``weight (P, K)`` and ``bias (P,)`` with ``P = O*I + O`` (``target_bias``) or ``O*I``.
+Shapes: ``x (B, N, I)``, or ``(R, I)`` with ``task_ids (R,)``; features ``h (B, K)``; what makes a
+generated layer of them, ``matrix (O, I, K)``, ``matrix_bias (O, I)``, ``vector (O, K)`` and
+``vector_bias (O,)``, see :class:`hyperfast.layout.Generated`.
 """
 
 from __future__ import annotations
@@ -40,60 +41,55 @@ def sum_rows(rows: Tensor, task_ids: Tensor | None, tasks: int) -> Tensor:
     return rows.new_zeros(tasks, rows.shape[1]).index_add(0, task_ids, rows)
 
 
+def weights(h: Tensor, matrix: Tensor, matrix_bias: Tensor | None) -> Tensor:
+    """``W (B, O, I)``: ``W_b = matrix . h_b + matrix_bias``."""
+    shared = None if matrix_bias is None else matrix_bias.flatten()
+    return F.linear(h, matrix.flatten(0, 1), shared).unflatten(1, matrix.shape[:2])
+
+
+def biases(h: Tensor, vector: Tensor | None, vector_bias: Tensor | None) -> Tensor | None:
+    """``c (B, O)``: ``c_b = vector . h_b + vector_bias``; ``None`` where there is neither."""
+    if vector is not None:
+        return F.linear(h, vector, vector_bias)
+    return None if vector_bias is None else vector_bias.expand(len(h), -1)
+
+
 def hyper_linear(
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    matrix: Tensor,
+    matrix_bias: Tensor | None = None,
+    vector: Tensor | None = None,
+    vector_bias: Tensor | None = None,
     task_ids: Tensor | None = None,
-    target_bias: bool = True,
 ) -> Tensor:
-    """``task_linear`` with the weights that the head makes of ``h``: ``p_b = weight @ h_b + bias``,
-    reshaped row-major to ``W_b (O, I)``, then ``bias_b (O,)``."""
-    flat = F.linear(h, weight, bias)
-    features = x.shape[-1]
-    out = out_features(weight, features, target_bias)
-    w = flat[:, : out * features].unflatten(1, (out, features))
-    b = flat[:, out * features :] if target_bias else None
-    return task_linear(x, w, b, task_ids)
-
-
-def hyper_linear_grad_x(
-    grad: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, task_ids: Tensor | None
-) -> Tensor:
-    """``W_b^T @ grad[r]``; ``weight (O*I, K)`` holds no rows of a target bias."""
-    out = grad.shape[-1]
-    w = F.linear(h, weight, bias).unflatten(1, (out, weight.shape[0] // out))
-    return task_linear(grad, w.mT, None, task_ids)
+    """:func:`task_linear` with the :func:`weights` and :func:`biases` that are generated."""
+    return task_linear(x, weights(h, matrix, matrix_bias), biases(h, vector, vector_bias), task_ids)
 
 
 def hyper_linear_grad_h(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    matrix: Tensor,
+    vector: Tensor | None,
     task_ids: Tensor | None,
     tasks: int,
-    target_bias: bool,
 ) -> Tensor:
-    """``(B, K)``: the gradient with respect to the generated vector ``p_b``, times ``weight``."""
-    return grad_flat(grad, x, task_ids, tasks, target_bias) @ weight
+    """``(B, K)``: the gradients of ``W_b`` and ``c_b`` times what generates these."""
+    w = task_linear_grad_weight(grad, x, task_ids, tasks).flatten(1)
+    grad_h = w @ matrix.flatten(0, 1)
+    return grad_h if vector is None else grad_h + sum_rows(grad, task_ids, tasks) @ vector
 
 
 def hyper_linear_grad_weight(
-    grad: Tensor, x: Tensor, h: Tensor, task_ids: Tensor | None, target_bias: bool
+    grad: Tensor, x: Tensor, h: Tensor, task_ids: Tensor | None, vector: bool
 ) -> Tensor:
-    """``(P, K)``: the sum over tasks of the gradient of ``p_b``, times ``h_b``."""
-    return grad_flat(grad, x, task_ids, h.shape[0], target_bias).mT @ h
+    """``(O*I [+ O], K)``: the gradient of ``matrix``, row-major, then that of ``vector``: sums over
+    tasks of the gradients of ``W_b`` and ``c_b``, times ``h_b``."""
+    return grad_flat(grad, x, task_ids, h.shape[0], vector).mT @ h
 
 
-def grad_flat(
-    grad: Tensor, x: Tensor, task_ids: Tensor | None, tasks: int, target_bias: bool
-) -> Tensor:
-    """``(B, P)``: the gradient with respect to the generated vector of every task."""
+def grad_flat(grad: Tensor, x: Tensor, task_ids: Tensor | None, tasks: int, vector: bool) -> Tensor:
+    """``(B, O*I [+ O])``: the gradients of ``W_b``, row-major, and of ``c_b``."""
     w = task_linear_grad_weight(grad, x, task_ids, tasks).flatten(1)
-    return torch.cat([w, sum_rows(grad, task_ids, tasks)], 1) if target_bias else w
-
-
-def out_features(weight: Tensor, in_features: int, target_bias: bool) -> int:
-    """``O``, from the rows of the head's slice."""
-    return weight.shape[0] // (in_features + target_bias)
+    return torch.cat([w, sum_rows(grad, task_ids, tasks)], 1) if vector else w

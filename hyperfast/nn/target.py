@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperfast import checks
-from hyperfast.activations import Activation, activate, encode, resolve
+from hyperfast.activations import Activation, resolve, run_layers
 from hyperfast.functional import task_linear, task_mlp
-from hyperfast.ops import backends as backend
+from hyperfast.layout import MLPSpec
+from hyperfast.ops import backends
 
 Transform: TypeAlias = str | Callable[[Tensor], Tensor]
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -95,17 +97,15 @@ class TargetNet(nn.Module):
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
         flat = None if self.weight_transform is not None else _flat(layers)
-        text = None if flat is None else encode(activations)
-        if flat is not None and text is not None and x.ndim == (3 if task_ids is None else 2):
-            sizes = [layers[0][0].shape[2], *(w.shape[1] for w, _ in layers)]
-            x, flat = checks.floating(x=x, weight=flat)
-            checks.rows(x, sizes[0], len(flat), task_ids, "weight")
-            bias = layers[0][1] is not None
-            return task_mlp(x, flat, None, task_ids, sizes, bias, text)
-        for (w, b), activation in zip(layers, activations, strict=True):
-            x = task_linear(x, w, b, task_ids)
-            x = activate(activation, x)
-        return x
+        if flat is not None and x.ndim == (3 if task_ids is None else 2):
+            sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
+            text = MLPSpec(sizes, layers[0][1] is not None).describe(activations)
+            if text is not None:
+                x, flat = checks.floating(x=x, weight=flat)
+                checks.rows(x, sizes[0], len(flat), task_ids, "weight")
+                return task_mlp(x, flat, None, task_ids, text)
+        linears = [partial(task_linear, weight=w, bias=b, task_ids=task_ids) for w, b in layers]
+        return run_layers(x, linears, activations)
 
     def layer_activations(self, layers: int) -> list[nn.Module | None]:
         """The activation after each of ``layers`` layers, ``None`` after a linear output.
@@ -157,7 +157,7 @@ def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
     them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
     must see each of them."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.forced == "reference":
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.forced == "reference":
         return None
     first = layers[0][0]
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -190,16 +190,17 @@ def _unbatched(
     layers: list[tuple[Tensor, Tensor | None]],
     activations: list[nn.Module | None],
 ) -> Tensor:
-    for (w, b), activation in zip(layers, activations, strict=True):
-        checks.same_kind(x=x, weight=w, bias=b)
-        if x.ndim == 0 or x.shape[-1] != w.shape[1]:
-            raise ValueError(
-                f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "
-                f"{checks.shape(w)}, got shape {checks.shape(x)}"
-            )
-        x = F.linear(x, w, b)
-        x = activate(activation, x)
-    return x
+    return run_layers(x, [partial(_linear, w, b) for w, b in layers], activations)
+
+
+def _linear(w: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
+    checks.same_kind(x=x, weight=w, bias=b)
+    if x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "
+            f"{checks.shape(w)}, got shape {checks.shape(x)}"
+        )
+    return F.linear(x, w, b)
 
 
 def _layers(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:

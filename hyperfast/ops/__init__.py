@@ -5,7 +5,6 @@ from hyperfast.ops.layer import (
     hyper_linear,
     hyper_linear_grad_h,
     hyper_linear_grad_weight,
-    hyper_linear_grad_x,
     task_linear,
     task_linear_grad_weight,
 )
@@ -15,7 +14,6 @@ __all__ = [
     "hyper_linear",
     "hyper_linear_grad_h",
     "hyper_linear_grad_weight",
-    "hyper_linear_grad_x",
     "hyper_mlp",
     "hyper_mlp_backward",
     "task_linear",

@@ -8,22 +8,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from hyperfast.ops import layer as ops
-from hyperfast.plans.choose import HAS_TRITON
+from hyperfast.ops.define import OPS, triton_on_cpu
+from hyperfast.plans.cpu import EXTENSION_ERROR
+from hyperfast.plans.gpu import HAS_TRITON
 
 # A backend registers its kernels for a dispatch key; the reference needs none.
 KEYS = {"cpp": "CPU", "triton": "CUDA"}
-OPS = (
-    "task_linear",
-    "task_linear_grad_weight",
-    "hyper_linear",
-    "hyper_linear_grad_x",
-    "hyper_linear_grad_h",
-    "hyper_linear_grad_weight",
-    "hyper_mlp",
-    "hyper_mlp_backward",
-    "task_mlp",
-)
 BACKENDS = ("reference", *KEYS)
 
 forced: str | None = None
@@ -49,7 +39,7 @@ def why_missing(backend: str) -> str:
             return "torch sees no CUDA device, nor is TRITON_INTERPRET=1 set to run on the CPU"
         return ""
     if backend == "cpp" and not any(has_kernel(backend, op) for op in OPS):
-        return f"the C++ extension is not loaded: {ops.EXTENSION_ERROR}"
+        return f"the C++ extension is not loaded: {EXTENSION_ERROR}"
     return ""
 
 
@@ -74,7 +64,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError(f"backend {name!r} is not there: {reason}")
     before, forced = forced, name
     try:
-        with ops.triton_on_cpu(OPS) if name == "triton" and interpreting() else nullcontext():
+        with triton_on_cpu() if name == "triton" and interpreting() else nullcontext():
             yield
     finally:
         forced = before

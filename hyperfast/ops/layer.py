@@ -1,20 +1,14 @@
-"""The registered ops: schemas, kernels, fakes, and the rules of autograd, vmap and jvp.
+"""The ops of single layers, and their rules of autograd, vmap and jvp.
 
-PyTorch's dispatcher is the registry: a backend registers its kernels for its device's key, and
-where it has none the eager plans run. Only this file and :mod:`hyperfast.ops.network` name
-``torch.library``.
-
-The two families are closed under differentiation: ``hyper_linear`` is linear in ``x``, in ``h`` and
-in the head's weight, and the gradient with respect to each is linear in the others again, so that
-derivatives of every order stay inside them. Shapes are those of :mod:`hyperfast.kernels.reference`.
+They are closed under differentiation: ``hyper_linear`` is linear in ``x``, in ``h`` and in what
+makes the weights, and the gradient with respect to each is linear in the others again, so that
+derivatives of every order stay inside. The gradient with respect to ``x`` is the same op with the
+matrix transposed. Shapes are those of :mod:`hyperfast.kernels.reference`.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,36 +17,11 @@ from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.kernels import eager, reference
-from hyperfast.plans.choose import HAS_TRITON, PLANS
+from hyperfast.ops.define import count_flops, define, differentiate, vectorize
+from hyperfast.plans.sizes import PLANS
 
 # What a tensor argument holds: an entry a row, an entry a task, the ids, or the same for all tasks.
 ROW, TASK, IDS, SHARED = "row", "task", "ids", "shared"
-
-
-def _triton(name: str) -> Callable[..., Tensor]:
-    """The Triton kernel of an op; its module is imported at the first call."""
-
-    def kernel(*args):
-        from hyperfast.kernels import triton as triton_kernels
-
-        return getattr(triton_kernels, name)(*args)
-
-    return kernel
-
-
-@contextmanager
-def triton_on_cpu(names: Sequence[str]) -> Iterator[None]:
-    """Within the context, the ops run their Triton kernels on CPU tensors: for Triton's
-    interpreter, which is chosen by ``TRITON_INTERPRET=1`` before the first kernel is imported."""
-    library = torch.library.Library("hyperfast", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that kernels are overridden, which is the purpose
-        for name in names:
-            library.impl(name, _triton(name), "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        library._destroy()
 
 
 def _define(
@@ -63,6 +32,7 @@ def _define(
     kernel: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     shape: Callable[..., Sequence[int]],
+    flops: Callable[..., int],
     backward: Callable[..., Sequence[Tensor | None]],
 ) -> Callable[..., Tensor]:
     """Registers one op and returns the function that calls it.
@@ -72,14 +42,9 @@ def _define(
         kernel: runs where no backend has a kernel.
         plain: the specification, which every transform can trace; takes all arguments but the plan.
         shape: the output's shape, from the arguments.
+        flops: multiply-adds, likewise.
         backward: ``(needs_input_grad, grad, *args)`` to a gradient for each of the first arguments.
     """
-    torch.library.define(f"hyperfast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.hyperfast, name).default
-    arguments = op._schema.arguments
-    count = len(roles)
-    plan_count = int(arguments[-1].name == "plan")
-    plain_count = len(arguments) - plan_count
 
     def checked(*args):
         given = [(r, t) for r, t in zip(roles, args, strict=False) if t is not None]
@@ -90,6 +55,12 @@ def _define(
         if plan_count and args[-1] not in ("", *PLANS):
             raise ValueError(f"plan must be one of {['', *PLANS]}, got {args[-1]!r}")
         return kernel(*args)
+
+    op = define(name, schema, checked, lambda *args: args[0].new_empty(shape(*args)))
+    arguments = op._schema.arguments
+    count = len(roles)
+    plan_count = int(arguments[-1].name == "plan")
+    plain_count = len(arguments) - plan_count
 
     class Rule(torch.autograd.Function):
         @staticmethod
@@ -132,21 +103,27 @@ def _define(
             return batched(*args[:count]), 0
 
     def call(*args: Any) -> Tensor:
-        if not torch._C._are_functorch_transforms_active():
-            if forward_ad._current_level >= 0:  # the dispatcher's ops have no forward mode
+        if torch._C._are_functorch_transforms_active():
+            # Dynamo cannot trace a Function with a vmap rule, nor functionalize any.
+            if torch.compiler.is_compiling() or _functionalizing():
                 return plain(*args[:plain_count])
-            return op(*args)
-        if torch.compiler.is_compiling():  # Dynamo cannot trace a Function with a vmap rule
+            return Rule.apply(*args)
+        if forward_ad._current_level >= 0:  # the dispatcher's ops have no forward mode
             return plain(*args[:plain_count])
-        return Rule.apply(*args)
+        if torch._C._get_tracing_state():  # a trace holds ops, and no Function of Python
+            with torch.no_grad():
+                return op(*args)
+        return op(*args)
 
-    torch.library.impl(f"hyperfast::{name}", "CompositeExplicitAutograd", checked)
-    if HAS_TRITON:
-        torch.library.impl(f"hyperfast::{name}", "CUDA", _triton(name))
-    torch.library.register_fake(op, lambda *args: args[0].new_empty(shape(*args)))
-    torch.library.register_autograd(op, Rule.backward, setup_context=Rule.setup_context)
-    torch.library.register_vmap(op, Rule.vmap)
+    differentiate(op, Rule.backward, Rule.setup_context)
+    vectorize(op, Rule.vmap)
+    count_flops(op, flops)
     return call
+
+
+def _functionalizing() -> bool:
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() == torch._C._functorch.TransformType.Functionalize
 
 
 def _tasks(args: Sequence[Any], roles: Sequence[str]) -> int:
@@ -204,44 +181,54 @@ def _task_linear_grad_weight_backward(need, grad, g, x, ids, tasks):
     )
 
 
-def _hyper_linear_backward(need, grad, x, h, weight, bias, ids, target_bias, plan):
-    n = grad.shape[-1] * x.shape[-1]
-    shared = None if bias is None else bias[:n]
+def _hyper_linear_backward(need, grad, x, h, matrix, matrix_bias, vector, vector_bias, ids, plan):
+    grad_matrix, grad_vector = None, None
+    if need[2] or need[4]:
+        flat = hyper_linear_grad_weight(grad, x, h, ids, need[4], plan)
+        grad_matrix, grad_vector = _split(flat, matrix, need[4])
     return (
-        hyper_linear_grad_x(grad, h, weight[:n], shared, ids, plan) if need[0] else None,
-        hyper_linear_grad_h(grad, x, weight, ids, h.shape[0], target_bias, plan)
-        if need[1]
-        else None,
-        hyper_linear_grad_weight(grad, x, h, ids, target_bias, plan) if need[2] else None,
-        _grad_shared(grad, x, target_bias) if need[3] else None,
+        _grad_x(grad, h, matrix, matrix_bias, ids, plan) if need[0] else None,
+        hyper_linear_grad_h(grad, x, matrix, vector, ids, h.shape[0], plan) if need[1] else None,
+        grad_matrix if need[2] else None,
+        grad_shared(grad, x) if need[3] else None,
+        grad_vector,
+        grad.flatten(0, -2).sum(0) if need[5] else None,
     )
 
 
-def _hyper_linear_grad_x_backward(need, grad, g, h, weight, bias, ids, plan):
+def _hyper_linear_grad_h_backward(need, grad, g, x, matrix, vector, ids, tasks, plan):
+    grad_matrix, grad_vector = None, None
+    if need[2] or need[3]:
+        flat = hyper_linear_grad_weight(g, x, grad, ids, need[3], plan)
+        grad_matrix, grad_vector = _split(flat, matrix, need[3])
     return (
-        hyper_linear(grad, h, weight, bias, ids, False, plan) if need[0] else None,
-        hyper_linear_grad_h(g, grad, weight, ids, h.shape[0], False, plan) if need[1] else None,
-        hyper_linear_grad_weight(g, grad, h, ids, False, plan) if need[2] else None,
-        _grad_shared(g, grad, False) if need[3] else None,
+        hyper_linear(x, grad, matrix, None, vector, None, ids, plan) if need[0] else None,
+        _grad_x(g, grad, matrix, None, ids, plan) if need[1] else None,
+        grad_matrix if need[2] else None,
+        grad_vector,
     )
 
 
-def _hyper_linear_grad_h_backward(need, grad, g, x, weight, ids, tasks, target_bias, plan):
+def _hyper_linear_grad_weight_backward(need, grad, g, x, h, ids, vector, plan):
     n = g.shape[-1] * x.shape[-1]
+    matrix, of_vector = grad[:n].unflatten(0, (g.shape[-1], x.shape[-1])), grad[n:]
+    made = of_vector if vector else None
     return (
-        hyper_linear(x, grad, weight, None, ids, target_bias, plan) if need[0] else None,
-        hyper_linear_grad_x(g, grad, weight[:n], None, ids, plan) if need[1] else None,
-        hyper_linear_grad_weight(g, x, grad, ids, target_bias, plan) if need[2] else None,
+        hyper_linear(x, h, matrix, None, made, None, ids, plan) if need[0] else None,
+        _grad_x(g, h, matrix, None, ids, plan) if need[1] else None,
+        hyper_linear_grad_h(g, x, matrix, made, ids, h.shape[0], plan) if need[2] else None,
     )
 
 
-def _hyper_linear_grad_weight_backward(need, grad, g, x, h, ids, target_bias, plan):
-    n = g.shape[-1] * x.shape[-1]
-    return (
-        hyper_linear(x, h, grad, None, ids, target_bias, plan) if need[0] else None,
-        hyper_linear_grad_x(g, h, grad[:n], None, ids, plan) if need[1] else None,
-        hyper_linear_grad_h(g, x, grad, ids, h.shape[0], target_bias, plan) if need[2] else None,
-    )
+def _grad_x(grad, h, matrix, matrix_bias, ids, plan):
+    shared = None if matrix_bias is None else matrix_bias.mT
+    return hyper_linear(grad, h, matrix.transpose(0, 1), shared, None, None, ids, plan)
+
+
+def _split(flat: Tensor, matrix: Tensor, vector: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a matrix and a vector, back to back in ``flat (O*I [+ O], K)``."""
+    n = matrix.shape[0] * matrix.shape[1]
+    return flat[:n].unflatten(0, matrix.shape[:2]), flat[n:] if vector else None
 
 
 def _one(rows: Tensor) -> Tensor:
@@ -249,11 +236,17 @@ def _one(rows: Tensor) -> Tensor:
     return rows.new_ones(()).expand(*rows.shape[:-1], 1)
 
 
-def _grad_shared(grad: Tensor, x: Tensor, target_bias: bool) -> Tensor:
-    """``(P,)``: the gradient of the head's bias, which all tasks share: they count as one."""
+def grad_shared(grad: Tensor, x: Tensor) -> Tensor:
+    """``(O, I)``: the gradient of a matrix that all tasks share: they count as one."""
     grad, x = grad.reshape(1, -1, grad.shape[-1]), x.reshape(1, -1, x.shape[-1])
-    weight = task_linear_grad_weight(grad, x, None, 1).reshape(-1)
-    return torch.cat([weight, grad.sum((0, 1))]) if target_bias else weight
+    return task_linear_grad_weight(grad, x, None, 1).squeeze(0)
+
+
+def _layer_flops(x, h, matrix, vector) -> int:
+    """Multiply-adds to make the weights of each task once, and to apply them."""
+    out, ins, features = matrix.shape
+    made = out * (ins + (vector is not None)) * features
+    return len(h) * made + x.shape[:-1].numel() * out * ins
 
 
 task_linear = _define(
@@ -263,6 +256,7 @@ task_linear = _define(
     kernel=reference.task_linear,
     plain=reference.task_linear,
     shape=lambda x, weight, *_: (*x.shape[:-1], weight.shape[1]),
+    flops=lambda x, weight, *_: x.numel() * weight.shape[1],
     backward=_task_linear_backward,
 )
 
@@ -273,62 +267,49 @@ task_linear_grad_weight = _define(
     kernel=reference.task_linear_grad_weight,
     plain=reference.task_linear_grad_weight,
     shape=lambda grad, x, _, tasks: (tasks, grad.shape[-1], x.shape[-1]),
+    flops=lambda grad, x, *_: grad.numel() * x.shape[-1],
     backward=_task_linear_grad_weight_backward,
 )
 
 hyper_linear = _define(
     "hyper_linear",
-    "(Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? task_ids, bool target_bias,"
-    " str plan) -> Tensor",
-    roles=(ROW, TASK, SHARED, SHARED, IDS),
+    "(Tensor x, Tensor h, Tensor matrix, Tensor? matrix_bias, Tensor? vector, Tensor? vector_bias,"
+    " Tensor? task_ids, str plan) -> Tensor",
+    roles=(ROW, TASK, SHARED, SHARED, SHARED, SHARED, IDS),
     kernel=eager.hyper_linear,
     plain=reference.hyper_linear,
-    shape=lambda x, h, weight, bias, ids, target_bias, plan: (
-        *x.shape[:-1],
-        reference.out_features(weight, x.shape[-1], target_bias),
-    ),
+    shape=lambda x, h, matrix, *_: (*x.shape[:-1], matrix.shape[0]),
+    flops=lambda x, h, matrix, _, vector, *rest: _layer_flops(x, h, matrix, vector),
     backward=_hyper_linear_backward,
-)
-
-hyper_linear_grad_x = _define(
-    "hyper_linear_grad_x",
-    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? task_ids, str plan) -> Tensor",
-    roles=(ROW, TASK, SHARED, SHARED, IDS),
-    kernel=eager.hyper_linear_grad_x,
-    plain=reference.hyper_linear_grad_x,
-    shape=lambda grad, h, weight, *_: (*grad.shape[:-1], weight.shape[0] // grad.shape[-1]),
-    backward=_hyper_linear_grad_x_backward,
 )
 
 hyper_linear_grad_h = _define(
     "hyper_linear_grad_h",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? task_ids, SymInt tasks, bool target_bias,"
+    "(Tensor grad, Tensor x, Tensor matrix, Tensor? vector, Tensor? task_ids, SymInt tasks,"
     " str plan) -> Tensor",
-    roles=(ROW, ROW, SHARED, IDS),
+    roles=(ROW, ROW, SHARED, SHARED, IDS),
     kernel=eager.hyper_linear_grad_h,
     plain=reference.hyper_linear_grad_h,
-    shape=lambda grad, x, weight, ids, tasks, *_: (tasks, weight.shape[1]),
+    shape=lambda grad, x, matrix, vector, ids, tasks, _: (tasks, matrix.shape[2]),
+    flops=lambda grad, x, matrix, vector, ids, tasks, _: (
+        grad.numel() * x.shape[-1]
+        + tasks * matrix.shape[0] * (matrix.shape[1] + (vector is not None)) * matrix.shape[2]
+    ),
     backward=_hyper_linear_grad_h_backward,
 )
 
 hyper_linear_grad_weight = _define(
     "hyper_linear_grad_weight",
-    "(Tensor grad, Tensor x, Tensor h, Tensor? task_ids, bool target_bias, str plan) -> Tensor",
+    "(Tensor grad, Tensor x, Tensor h, Tensor? task_ids, bool vector, str plan) -> Tensor",
     roles=(ROW, ROW, TASK, IDS),
     kernel=eager.hyper_linear_grad_weight,
     plain=reference.hyper_linear_grad_weight,
-    shape=lambda grad, x, h, ids, target_bias, plan: (
-        grad.shape[-1] * (x.shape[-1] + target_bias),
+    shape=lambda grad, x, h, ids, vector, _: (
+        grad.shape[-1] * (x.shape[-1] + vector),
         h.shape[1],
+    ),
+    flops=lambda grad, x, h, ids, vector, _: (
+        grad.numel() * x.shape[-1] + h.numel() * grad.shape[-1] * (x.shape[-1] + vector)
     ),
     backward=_hyper_linear_grad_weight_backward,
 )
-
-EXTENSION_ERROR = ""
-if os.environ.get("HYPERFAST_NO_EXT") == "1":
-    EXTENSION_ERROR = "HYPERFAST_NO_EXT=1 is set"
-else:
-    try:
-        import hyperfast._C  # noqa: F401  (its load registers the CPU kernels)
-    except ImportError as error:
-        EXTENSION_ERROR = str(error)

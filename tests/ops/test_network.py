@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from hyperfast.activations import FORMULAS, encode, resolve
-from hyperfast.ops import network as mlp_ops
+from hyperfast.activations import KNOWN
+from hyperfast.ops import network as networks
 from tests.support.cases import close
 from tests.support.networks import apply_stored, expected, random, stored, text
 
@@ -28,18 +28,18 @@ SIZES = [
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("activation", [*FORMULAS, "leaky_relu:0.2", "sin:3.0"])
+@pytest.mark.parametrize("activation", [*KNOWN, "leaky_relu:0.2", "sin:3.0"])
 def test_value_and_gradients(activation, size, ragged):
     sizes = size[0]
     for last, bias, target_bias in product(LAST[:2], (False, True), (False, True)):
         args = random(*size, ragged=ragged, bias=bias, target_bias=target_bias)
-        options = (sizes, target_bias, text(sizes, activation, last))
-        y = expected(*args, *options)
+        net = text(sizes, ",".join([activation] * (len(sizes) - 2) + [last]), target_bias)
+        y = expected(*args, net)
         weight = torch.randn_like(y)
         tensors = [a for a in args[:4] if a is not None]
         gradients = torch.autograd.grad(y, tensors, weight)
         for keep in (True, False):
-            ours, hidden = ops.hyper_mlp(*args, *options, keep)
+            ours, hidden = ops.hyper_mlp(*args, net, keep)
             close(ours, y)
             assert bool(hidden.numel()) <= keep
             close(torch.autograd.grad(ours, tensors, weight), gradients)
@@ -49,11 +49,11 @@ def test_value_and_gradients(activation, size, ragged):
 def test_only_the_gradients_asked_for(mask):
     size = SIZES[0]
     args = random(*size)
-    options = (size[0], True, "tanh,identity")
-    y, hidden = ops.hyper_mlp(*args, *options, True)
+    net = text(size[0], "tanh,identity")
+    y, hidden = ops.hyper_mlp(*args, net, True)
     with torch.no_grad():
-        full = ops.hyper_mlp_backward(y, *args, hidden, *options, [True] * 4)
-        some = ops.hyper_mlp_backward(y, *args, hidden, *options, mask)
+        full = ops.hyper_mlp_backward(y, *args, hidden, net, [True] * 4)
+        some = ops.hyper_mlp_backward(y, *args, hidden, net, mask)
     for wanted, one, other in zip(mask, some, full, strict=True):
         assert torch.equal(one, other) if wanted else one.numel() == 0
 
@@ -64,7 +64,7 @@ def test_derivatives_of_derivatives(ragged):
     ids = args.pop()
 
     def f(*tensors):
-        return ops.hyper_mlp(*tensors, ids, (3, 4, 2), True, "sin:2.0,tanh", True)[0]
+        return ops.hyper_mlp(*tensors, ids, text((3, 4, 2), "sin:2.0,tanh"), True)[0]
 
     assert gradcheck(f, args)
     assert gradgradcheck(f, args)
@@ -74,23 +74,23 @@ def test_gradients_where_one_argument_comes_of_another():
     """The output of a network fed to it again: both orders count each path once."""
     args = random((3, 4, 3), 3, 2, 3)
     ids = args.pop()
-    options = ((3, 4, 3), True, "sin:2.0,tanh")
+    net = text((3, 4, 3), "sin:2.0,tanh")
     flat = torch.randn(3, 31, dtype=torch.float64, requires_grad=True)
 
     def twice(f, x, *rest):
         return f(f(x, *rest), *rest).square().sum()
 
     def generated(x, *rest):
-        return ops.hyper_mlp(x, *rest, ids, *options, True)[0]
+        return ops.hyper_mlp(x, *rest, ids, net, True)[0]
 
     def plain(x, *rest):
-        return expected(x, *rest, ids, *options)
+        return expected(x, *rest, ids, net)
 
     def stored_op(x, w):
-        return ops.task_mlp(x, w, None, None, *options)
+        return ops.task_mlp(x, w, None, None, net)
 
     def stored_layers(x, w):
-        return mlp_ops.by_task_layers(x, w, None, None, *options)
+        return networks.by_task_layers(x, w, None, None, net)
 
     for ours, theirs, tensors in (
         (generated, plain, args),
@@ -110,9 +110,9 @@ def test_a_gradient_passes_a_nan_as_in_pytorch():
     args = random((3, 4, 2), 5, 1, 3)
     with torch.no_grad():
         args[0][1] = torch.nan
-    options = ((3, 4, 2), True, "relu,identity")
-    y = ops.hyper_mlp(*args, *options, True)[0]
-    want = expected(*args, *options)
+    net = text((3, 4, 2), "relu,identity")
+    y = ops.hyper_mlp(*args, net, True)[0]
+    want = expected(*args, net)
     tensors = args[:2]
     for one, other in zip(
         torch.autograd.grad(y.nansum(), tensors),
@@ -125,9 +125,9 @@ def test_a_gradient_passes_a_nan_as_in_pytorch():
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
 def test_opcheck(grad, dynamo):
     args = random((3, 4, 2), 3, 2, 3, grad=grad)
-    torch.library.opcheck(ops.hyper_mlp.default, (*args, (3, 4, 2), True, "elu,identity", grad))
+    torch.library.opcheck(ops.hyper_mlp.default, (*args, text((3, 4, 2), "elu"), grad))
     hidden = torch.randn(3 * 2 * 4, dtype=torch.float64)
-    args = [*random((3, 4, 2), 3, 2, 3, grad=False), hidden, (3, 4, 2), True, "elu,identity"]
+    args = [*random((3, 4, 2), 3, 2, 3, grad=False), hidden, text((3, 4, 2), "elu")]
     y = torch.randn(3, 2, 2, dtype=torch.float64)
     torch.library.opcheck(ops.hyper_mlp_backward.default, (y, *args, [True, True, False, True]))
 
@@ -137,36 +137,39 @@ def test_opcheck(grad, dynamo):
 def test_stored_networks(size, ragged):
     sizes, tasks, rows, _ = size
     x, weight, ids = stored(sizes, tasks, rows, ragged=ragged)
-    activations = text(sizes, "silu", "identity")
-    y = ops.task_mlp(x, weight, None, ids, sizes, True, activations)
-    close(y, apply_stored(x, weight, ids, sizes, activations))
+    net = text(sizes, "silu")
+    y = ops.task_mlp(x, weight, None, ids, net)
+    close(y, apply_stored(x, weight, ids, net))
 
 
 def test_gradients_of_stored_networks(dynamo):
     x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    options = ((3, 4, 2), True, "tanh,identity")
-    assert gradcheck(lambda x, w: ops.task_mlp(x, w, None, ids, *options), (x, weight))
-    assert gradgradcheck(lambda x, w: ops.task_mlp(x, w, None, ids, *options), (x, weight))
-    torch.library.opcheck(ops.task_mlp.default, (x, weight, None, ids, *options))
+    net = text((3, 4, 2), "tanh,identity")
+    assert gradcheck(lambda x, w: ops.task_mlp(x, w, None, ids, net), (x, weight))
+    assert gradgradcheck(lambda x, w: ops.task_mlp(x, w, None, ids, net), (x, weight))
+    torch.library.opcheck(ops.task_mlp.default, (x, weight, None, ids, net))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({5: (3, 4, 3)}, ValueError, "weight"),
-        ({5: (3,)}, ValueError, "sizes"),
-        ({5: (3, 0, 2)}, ValueError, "sizes"),
-        ({7: "relu"}, ValueError, "activations"),
-        ({7: "relu,what"}, ValueError, "activations"),
-        ({7: "relu,sin:x"}, ValueError, "activations"),
+        ({5: "3 > 4 b, 3 b"}, ValueError, "weight"),
+        ({5: "3"}, ValueError, "network"),
+        ({5: "3 > 0 b, 2 b"}, ValueError, "network"),
+        ({5: "3 > 4 b relu 2 b"}, ValueError, "network"),
+        ({5: "3 > 4 b what, 2 b"}, ValueError, "network"),
+        ({5: "3 > 4 b sin:x, 2 b"}, ValueError, "network"),
+        ({5: "3 > 4 b relu abs(W), 2 b"}, ValueError, "transform"),
+        ({5: "3 > 4 b relu, 2"}, ValueError, "bias of its own in every layer"),
+        ({5: "3 > 4 s relu, 2 s"}, ValueError, "bias of its own in every layer"),
         ({0: torch.randn(3, 2, 5, dtype=torch.float64)}, ValueError, "x"),
         ({1: torch.randn(2, 3, dtype=torch.float64)}, ValueError, "task"),
         ({3: torch.randn(7, dtype=torch.float64)}, ValueError, "bias"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, match):
-    args = [*random((3, 4, 2), 3, 2, 3, grad=False), (3, 4, 2), True, "relu,identity", False]
+    args = [*random((3, 4, 2), 3, 2, 3, grad=False), text((3, 4, 2), "relu"), False]
     for n, value in change.items():
         args[n] = value
     with pytest.raises(error, match=match):
@@ -178,20 +181,8 @@ def test_ids_out_of_range(task):
     args = random((3, 4, 2), 3, 2, 3, ragged=True, grad=False)
     args[4][2] = task
     with pytest.raises(IndexError, match="task_ids"):
-        ops.hyper_mlp(*args, (3, 4, 2), True, "relu,identity", False)
+        ops.hyper_mlp(*args, text((3, 4, 2), "relu"), False)
     x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
     ids[1] = task
     with pytest.raises(IndexError, match="task_ids"):
-        ops.task_mlp(x, weight, None, ids, (3, 4, 2), True, "relu,identity")
-
-
-def test_encode_knows_what_it_may_replace():
-    assert encode([resolve("sin"), None]) == "sin:1.0,identity"
-    assert encode([torch.nn.LeakyReLU(0.3), torch.nn.Identity()]) == "leaky_relu:0.3,identity"
-    assert encode([torch.nn.ELU(2.0), None]) is None
-    assert encode([torch.nn.GELU(), None]) is None
-    hooked = torch.nn.ReLU()
-    hooked.register_forward_hook(lambda *_: None)
-    assert encode([hooked, None]) is None
-    for name in FORMULAS:
-        assert encode([resolve(name)]).partition(":")[0] == name
+        ops.task_mlp(x, weight, None, ids, text((3, 4, 2), "relu"))

@@ -52,7 +52,6 @@ class Variant(NamedTuple):
         the only one, has none."""
         tasks, rows, ins, outs, features = sizes
         lead = (tasks * rows,) if self.ragged else (tasks, rows)
-        params = outs * (ins + self.target_bias)
 
         def rand(*shape):
             # Away from zero, and drawn in fp64, so that every dtype sees the same numbers.
@@ -61,7 +60,10 @@ class Variant(NamedTuple):
 
         ids = torch.randint(max(tasks - 1, 1), lead[:1]) if self.ragged else None
         x, h, g = rand(*lead, ins), rand(tasks, features), rand(*lead, outs)
-        head, head_bias = rand(params, features), rand(params) if self.bias else None
+        matrix = rand(outs, ins, features)
+        matrix_bias = rand(outs, ins) if self.bias else None
+        vector = rand(outs, features) if self.target_bias else None
+        vector_bias = rand(outs) if self.bias and self.target_bias else None
         return {
             "task_linear": lambda: (
                 x,
@@ -70,12 +72,11 @@ class Variant(NamedTuple):
                 ids,
             ),
             "task_linear_grad_weight": lambda: (g, x, ids, tasks),
-            "hyper_linear": lambda: (x, h, head, head_bias, ids, self.target_bias, self.plan),
-            "hyper_linear_grad_x": lambda: (g, h, head, head_bias, ids, self.plan),
-            "hyper_linear_grad_h": lambda: (
-                *(g, x, head, ids, tasks),
-                *(self.target_bias, self.plan),
+            "hyper_linear": lambda: (
+                *(x, h, matrix, matrix_bias, vector, vector_bias),
+                *(ids, self.plan),
             ),
+            "hyper_linear_grad_h": lambda: (g, x, matrix, vector, ids, tasks, self.plan),
             "hyper_linear_grad_weight": lambda: (g, x, h, ids, self.target_bias, self.plan),
         }[self.name]()
 
@@ -107,7 +108,6 @@ def _variants():
             for bias, target_bias in product(both, both):
                 yield Variant("hyper_linear", ragged, bias, target_bias, plan)
             for bias in both:
-                yield Variant("hyper_linear_grad_x", ragged, bias, False, plan)
                 yield Variant("hyper_linear_grad_h", ragged, True, bias, plan)
                 yield Variant("hyper_linear_grad_weight", ragged, True, bias, plan)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from hyperfast.kernels import reference
-from hyperfast.ops import network as mlp_ops
+from hyperfast.layout import Network, of_layer
 
 
 def random(sizes, tasks, rows, features, *, ragged=False, bias=True, target_bias=True, grad=True):
@@ -26,17 +26,25 @@ def random(sizes, tasks, rows, features, *, ragged=False, bias=True, target_bias
     ]
 
 
-def expected(x, h, weight, bias, ids, sizes, target_bias, activations):
+def text(sizes, activations, has_bias=True):
+    """The text of a network with these activations, one a layer, separated by commas; a single one
+    stands behind all layers but the last."""
+    names = activations.split(",")
+    if len(names) == 1:
+        names = [*names * (len(sizes) - 2), "identity"]
+    layers = [
+        f"{o}{' b' * has_bias}{'' if name == 'identity' else f' {name}'}"
+        for o, name in zip(sizes[1:], names, strict=True)
+    ]
+    return f"{sizes[0]} > {', '.join(layers)}"
+
+
+def expected(x, h, weight, bias, ids, network):
     """The layers, each by the specification and differentiated by PyTorch itself."""
-    for layer in mlp_ops.layers_of(sizes, target_bias, activations):
-        part = None if bias is None else bias[layer.begin : layer.end]
-        rows = weight[layer.begin : layer.end]
-        x = layer.activate(reference.hyper_linear(x, h, rows, part, ids, target_bias))
+    for layer in Network.parse(network).layers:
+        made = of_layer(weight, bias, layer)
+        x = layer.activate(reference.hyper_linear(x, h, *made, ids))
     return x
-
-
-def text(sizes, first, last):
-    return ",".join([first] * (len(sizes) - 2) + [last])
 
 
 def stored(sizes, tasks, rows, *, ragged, dtype=torch.float64):
@@ -47,20 +55,17 @@ def stored(sizes, tasks, rows, *, ragged, dtype=torch.float64):
     return x, weight, torch.randint(max(tasks - 1, 1), lead) if ragged else None
 
 
-def apply_stored(x, weight, ids, sizes, activations):
+def apply_stored(x, weight, ids, network):
     """Row by row, in fp64: nothing shared with what is tested."""
-    layers = mlp_ops.layers_of(sizes, True, activations)
-    flat = x.double().reshape(-1, sizes[0])
+    net = Network.parse(network)
+    flat = x.double().reshape(-1, net.sizes[0])
     owners = ids if ids is not None else torch.arange(len(weight)).repeat_interleave(x.shape[1])
-    out = [torch.empty(0, sizes[-1], dtype=torch.float64)]
+    out = [torch.empty(0, net.sizes[-1], dtype=torch.float64)]
     for row, owner in zip(flat, owners.tolist(), strict=True):
-        begin = 0
-        for layer in layers:
-            m = layer.ins * layer.out
-            w = weight[owner, begin : begin + m].view(layer.out, layer.ins)
+        for layer in net.layers:
+            mine, m = weight[owner, layer.begin : layer.end].double(), layer.weight_numel
             row = layer.activate(
-                w.double() @ row + weight[owner, begin + m :][: layer.out].double()
+                mine[:m].view(layer.out_features, layer.in_features) @ row + mine[m:]
             )
-            begin += m + layer.out
         out.append(row.unsqueeze(0))
-    return torch.cat(out).view(*x.shape[:-1], sizes[-1])
+    return torch.cat(out).view(*x.shape[:-1], net.sizes[-1])

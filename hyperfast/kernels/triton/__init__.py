@@ -17,7 +17,6 @@ from hyperfast.kernels.triton.layers import (
     hyper_linear,
     hyper_linear_grad_h,
     hyper_linear_grad_weight,
-    hyper_linear_grad_x,
     task_linear,
     task_linear_grad_weight,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "hyper_linear",
     "hyper_linear_grad_h",
     "hyper_linear_grad_weight",
-    "hyper_linear_grad_x",
     "hyper_mlp",
     "hyper_mlp_backward",
     "task_linear",

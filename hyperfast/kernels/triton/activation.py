@@ -1,4 +1,4 @@
-"""What follows a layer, as :data:`hyperfast.activations.FORMULAS` says it, inside a kernel.
+"""What follows a layer, as :data:`hyperfast.activations.KNOWN` says it, inside a kernel.
 
 Sums are fp32 or fp64 here. NaN passes through each of them, as it does in PyTorch.
 """
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperfast.activations import FORMULAS
+from hyperfast.activations import KNOWN
+from hyperfast.layout import Network
 
 
 @triton.jit
@@ -22,18 +23,28 @@ def _expm1(z):
 
 
 @triton.jit
+def _log1p(u):
+    """``log(1 + u)``, ``u >= 0``: what rounding takes from ``1 + u`` it takes from both factors."""
+    w = 1 + u
+    return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
+
+
+@triton.jit
 def _tanh(z):
     u = _expm1(-2 * tl.abs(z))
     t = -u / (2 + u)
     return tl.where(z < 0, -t, t)
 
 
+# sqrt(1 / 2), 1 / sqrt(2 pi), sqrt(2 / pi)
+_HALF_ROOT = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)
+_ROOT = tl.constexpr(0.7978845608028654)
+_CUBE = tl.constexpr(0.044715)
+
+
 @triton.jit
 def activate(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
-    tl.static_assert(
-        NAME == "identity" or NAME == "relu" or NAME == "leaky_relu" or NAME == "elu"
-        or NAME == "sigmoid" or NAME == "silu" or NAME == "sin" or NAME == "tanh"
-    )  # fmt: skip
     if NAME == "relu":
         z = tl.where(z <= 0, 0.0, z)
     elif NAME == "leaky_relu":
@@ -48,16 +59,20 @@ def activate(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
         z = tl.sin(z * PARAMETER)
     elif NAME == "tanh":
         z = _tanh(z)
+    elif NAME == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * _HALF_ROOT))
+    elif NAME == "gelu_tanh":
+        z = 0.5 * z * (1 + _tanh((z + z * z * z * _CUBE) * _ROOT))
+    elif NAME == "softplus":
+        z = tl.where(z > 20, z, _log1p(tl.exp(tl.where(z > 20, 0.0, z))))
+    else:
+        tl.static_assert(NAME == "identity")
     return z
 
 
 @triton.jit
 def slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
     """The derivative of :func:`activate` at ``z``."""
-    tl.static_assert(
-        NAME == "relu" or NAME == "leaky_relu" or NAME == "elu" or NAME == "sigmoid"
-        or NAME == "silu" or NAME == "sin" or NAME == "tanh"
-    )  # fmt: skip
     if NAME == "relu":
         z = tl.where(z <= 0, 0.0, 1.0).to(z.dtype)
     elif NAME == "leaky_relu":
@@ -75,43 +90,52 @@ def slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
     elif NAME == "tanh":
         t = _tanh(z)
         z = 1 - t * t
+    elif NAME == "gelu":
+        z = 0.5 * (1 + tl.erf(z * _HALF_ROOT)) + z * _DENSITY * tl.exp(-0.5 * z * z)
+    elif NAME == "gelu_tanh":
+        t = _tanh((z + z * z * z * _CUBE) * _ROOT)
+        z = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * (1 + z * z * (3 * _CUBE)) * _ROOT
+    elif NAME == "softplus":
+        z = tl.where(z > 20, 1.0, tl.sigmoid(z)).to(z.dtype)
+    else:
+        tl.static_assert(False)
     return z
 
 
 class Finish(NamedTuple):
     """What a kernel does with its sums before it stores them.
 
-    It applies the activation ``name``, and keeps its argument in ``z`` where that is given; or,
-    with ``slope``, it multiplies the sums by the derivative of the activation at ``z``.
+    It applies the activation ``name``, and keeps its argument in ``pre`` where that is given; or,
+    with ``slope``, it multiplies the sums by the derivative of the activation at ``pre``.
     """
 
     name: str = "identity"
     parameter: float = 1.0
-    z: Tensor | None = None
+    pre: Tensor | None = None
     slope: bool = False
 
-    def backward(self, z: Tensor) -> Finish:
-        """Multiplies by the derivative at ``z``; that of the identity is 1."""
-        return self if self.name == "identity" else self._replace(z=z, slope=True)
+    def backward(self, pre: Tensor) -> Finish:
+        """Multiplies by the derivative at ``pre``; that of the identity is 1."""
+        return self if self.name == "identity" else self._replace(pre=pre, slope=True)
 
     def at(self, rows: slice) -> Finish:
         """The same for some of the rows."""
-        return self if self.z is None else self._replace(z=self.z[rows])
+        return self if self.pre is None else self._replace(pre=self.pre[rows])
 
     def by_torch(self, total: Tensor) -> Tensor:
         """The same for sums that a library made."""
-        formula = FORMULAS[self.name]
-        if self.z is not None and self.slope:
-            return total * formula.slope(self.z, self.parameter)
-        if self.z is not None:
-            self.z.copy_(total)
+        formula = KNOWN[self.name]
+        if self.pre is not None and self.slope:
+            return total * formula.slope(self.pre, self.parameter)
+        if self.pre is not None:
+            self.pre.copy_(total)
         return formula.value(total, self.parameter)
 
     def options(self) -> dict[str, Any]:
         return {
             "ACTIVATION": self.name,
             "PARAMETER": self.parameter,
-            "KEEP": self.z is not None and not self.slope,
+            "KEEP": self.pre is not None and not self.slope,
             "SLOPE": self.slope,
         }
 
@@ -121,18 +145,17 @@ NOTHING = Finish()
 
 @triton.jit
 def finish(
-    total, z, at, mask,
+    total, pre, at, mask,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """:class:`Finish`, in a kernel: ``at`` is where the sums lie among the rows of ``z``."""
+    """:class:`Finish`, in a kernel: ``at`` is where the sums lie among the rows of ``pre``."""
     if SLOPE:
-        return total * slope(tl.load(z + at, mask, 0.0).to(total.dtype), ACTIVATION, PARAMETER)
+        return total * slope(tl.load(pre + at, mask, 0.0).to(total.dtype), ACTIVATION, PARAMETER)
     if KEEP:
-        tl.store(z + at, total.to(z.dtype.element_ty), mask)
+        tl.store(pre + at, total.to(pre.dtype.element_ty), mask)
     return activate(total, ACTIVATION, PARAMETER)
 
 
-def decoded(activations: str) -> list[Finish]:
-    """What follows each layer, by the text that ops take."""
-    entries = (entry.partition(":") for entry in activations.split(","))
-    return [Finish(name, float(parameter or 1)) for name, _, parameter in entries]
+def followed(network: Network) -> list[Finish]:
+    """What follows each layer."""
+    return [Finish(layer.activation, layer.parameter) for layer in network.layers]

@@ -9,112 +9,69 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hyperfast.kernels import reference
 from hyperfast.kernels.triton import grouped
 from hyperfast.kernels.triton.activation import NOTHING, Finish
 from hyperfast.kernels.triton.launch import Rows
 from hyperfast.kernels.triton.trilinear import sum_outer, trilinear
+from hyperfast.layout import Generated
 from hyperfast.plans import choose as plans
+from hyperfast.plans.gpu import GPU_BLOCK, arithmetic
+from hyperfast.plans.sizes import Sizes
 
 
 def choose(rows: Rows, out: int, ins: int, features: int, dtype: torch.dtype) -> str:
-    layer = plans.Layer(rows.tasks, rows.total, ins, out, features, ragged=rows.ragged)
-    return plans.choose(layer, dtype.itemsize, plans.arithmetic(dtype))
+    layer = Sizes(rows.tasks, rows.total, ins, out, features, ragged=rows.ragged)
+    return plans.choose(layer, dtype, arithmetic(dtype))
 
 
 def forward(
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    made: Generated,
     rows: Rows,
-    target_bias: bool,
     plan: str = "",
     then: Finish = NOTHING,
 ) -> Tensor:
     """``(R, O)`` from ``x (R, I)``, and what follows the layer."""
-    ins = x.shape[1]
-    out = len(weight) // (ins + target_bias)
-    n = out * ins
-    plan = plan or choose(rows, out, ins, h.shape[1], x.dtype)
+    matrix, matrix_bias, vector, vector_bias = made
+    out, ins, features = matrix.shape
+    plan = plan or choose(rows, out, ins, features, x.dtype)
     if plan == "tile":
         y = x.new_empty(len(x), out)
-        for t, r, part in _blocks(rows, weight):
-            y[r] = forward(x[r], h[t], weight, bias, part, target_bias, "materialize", then.at(r))
+        for t, r, part in _blocks(rows, matrix):
+            y[r] = forward(x[r], h[t], made, part, "materialize", then.at(r))
         return y
     if plan == "materialize":
-        flat = F.linear(h, weight, bias)
-        w, b = flat[:, :n].unflatten(1, (out, ins)), flat[:, n:] if target_bias else None
-        return grouped.linear(x, w, b, rows, then)
+        w = reference.weights(h, matrix, matrix_bias)
+        return grouped.linear(x, w, reference.biases(h, vector, vector_bias), rows, then)
     return trilinear(
-        (x, False),
-        (h, True),
-        weight[:n].unflatten(0, (out, ins)),
-        None if bias is None else bias[:n].view(out, ins),
-        weight[n:] if target_bias else None,
-        bias[n:] if target_bias and bias is not None else None,
-        rows,
-        x.dtype,
-        then,
-    )
-
-
-def grad_x(
-    grad: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Rows,
-    plan: str = "",
-    then: Finish = NOTHING,
-) -> Tensor:
-    """``(R, I)``; ``weight`` and ``bias`` hold no rows of a target bias."""
-    out = grad.shape[1]
-    ins = len(weight) // out
-    plan = plan or choose(rows, out, ins, h.shape[1], grad.dtype)
-    if plan == "tile":
-        y = grad.new_empty(len(grad), ins)
-        for t, r, part in _blocks(rows, weight):
-            y[r] = grad_x(grad[r], h[t], weight, bias, part, "materialize", then.at(r))
-        return y
-    if plan == "materialize":
-        w = F.linear(h, weight, bias).unflatten(1, (out, ins))
-        return grouped.linear(grad, w.mT, None, rows, then)
-    return trilinear(
-        (grad, False),
-        (h, True),
-        weight.unflatten(0, (out, ins)).transpose(0, 1),
-        None if bias is None else bias.view(out, ins).mT,
-        None,
-        None,
-        rows,
-        grad.dtype,
-        then,
+        (x, False), (h, True), matrix, matrix_bias, vector, vector_bias, rows, x.dtype, then
     )
 
 
 def grad_h(
-    grad: Tensor, x: Tensor, weight: Tensor, rows: Rows, target_bias: bool, plan: str = ""
+    grad: Tensor, x: Tensor, matrix: Tensor, vector: Tensor | None, rows: Rows, plan: str = ""
 ) -> Tensor:
     """``(B, K)``."""
-    out, ins, features = grad.shape[1], x.shape[1], weight.shape[1]
-    n = out * ins
+    out, ins, features = matrix.shape
     plan = plan or choose(rows, out, ins, features, x.dtype)
     if plan == "tile":
         y = grad.new_empty(rows.tasks, features)
-        for t, r, part in _blocks(rows, weight):
-            y[t] = _grad_flat(grad[r], x[r], part, target_bias) @ weight
+        for t, r, part in _blocks(rows, matrix):
+            y[t] = grad_h(grad[r], x[r], matrix, vector, part, "materialize")
         return y
     if plan == "materialize":
-        return _grad_flat(grad, x, rows, target_bias) @ weight
+        y = grouped.outer(grad, x, rows).flatten(1) @ matrix.flatten(0, 1)
+        return y if vector is None else y + _sums(grad, rows) @ vector
     single = not rows.ragged and rows.per_task == 1
     each = trilinear(
         (grad, False),
         (x, False),
-        weight[:n].unflatten(0, (out, ins)).permute(2, 0, 1),
-        weight[n:].mT if target_bias else None,
+        matrix.permute(2, 0, 1),
+        None if vector is None else vector.mT,
         None,
         None,
         rows,
@@ -125,37 +82,40 @@ def grad_h(
         return each
     if not rows.ragged:
         return each.view(rows.tasks, rows.per_task, features).sum(1).to(grad.dtype)
-    return grouped.outer(each, _ones(each), rows).squeeze(2).to(grad.dtype)
+    return _sums(each, rows).to(grad.dtype)
 
 
 def grad_weight(
-    grad: Tensor, x: Tensor, h: Tensor, rows: Rows, target_bias: bool, plan: str = ""
+    grad: Tensor, x: Tensor, h: Tensor, rows: Rows, vector: bool, plan: str = ""
 ) -> Tensor:
-    """``(P, K)``."""
+    """``(O*I [+ O], K)``."""
     out, ins, features = grad.shape[1], x.shape[1], h.shape[1]
     n = out * ins
     plan = plan or choose(rows, out, ins, features, x.dtype)
+    if plan == "materialize":
+        return _grad_flat(grad, x, rows, vector).mT @ h
     if plan == "tile":  # summed in fp32, or the rounding would grow with the number of blocks
         total = torch.promote_types(grad.dtype, torch.float32)
-        y = grad.new_zeros(n + out * target_bias, features, dtype=total)
-        for t, r, part in _blocks(rows, y):
-            y += _grad_flat(grad[r], x[r], part, target_bias).mT @ h[t]
+        y = grad.new_zeros(n + out * vector, features, dtype=total)
+        for t, r, part in _blocks(rows, y[:n].unflatten(0, (out, ins))):
+            y += _grad_flat(grad[r], x[r], part, vector).mT @ h[t]
         return y.to(grad.dtype)
-    if plan == "materialize":
-        return _grad_flat(grad, x, rows, target_bias).mT @ h
-    y = grad.new_empty(n + out * target_bias, features)
+    y = grad.new_empty(n + out * vector, features)
     sum_outer((grad, False), (x, False), (h, True), y[:n].unflatten(0, (out, ins)), rows)
-    if target_bias:
+    if vector:
         sum_outer((_ones(grad), False), (grad, False), (h, True), y[n:].unsqueeze(0), rows)
     return y
 
 
-def _grad_flat(grad: Tensor, x: Tensor, rows: Rows, target_bias: bool) -> Tensor:
-    """``(B, P)``: the gradient with respect to the generated vector of every task."""
+def _grad_flat(grad: Tensor, x: Tensor, rows: Rows, vector: bool) -> Tensor:
+    """``(B, O*I [+ O])``: the gradients of the weights and biases of every task."""
     w = grouped.outer(grad, x, rows).flatten(1)
-    if not target_bias:
-        return w
-    return torch.cat([w, grouped.outer(grad, _ones(grad), rows).flatten(1)], 1)
+    return torch.cat([w, _sums(grad, rows)], 1) if vector else w
+
+
+def _sums(each: Tensor, rows: Rows) -> Tensor:
+    """``(B, C)``: the sum of the rows of each task."""
+    return grouped.outer(each, _ones(each), rows).squeeze(2)
 
 
 def _ones(rows: Tensor) -> Tensor:
@@ -163,9 +123,10 @@ def _ones(rows: Tensor) -> Tensor:
     return rows.new_ones(()).expand(len(rows), 1)
 
 
-def _blocks(rows: Rows, weight: Tensor) -> Iterator[tuple[slice, slice, Rows]]:
+def _blocks(rows: Rows, matrix: Tensor) -> Iterator[tuple[slice, slice, Rows]]:
     """Tasks whose generated weights fit half of the cache, their rows, and what these are."""
-    n, step = rows.per_task, max(1, plans.GPU_BLOCK // (weight.element_size() * len(weight)))
+    params = max(matrix.shape[0] * (matrix.shape[1] + 1), 1)
+    n, step = rows.per_task, max(1, GPU_BLOCK // (matrix.element_size() * params))
     for t in range(0, rows.tasks, step):
         end = min(t + step, rows.tasks)
         yield slice(t, end), slice(t * n, end * n), Rows(end - t, (end - t) * n, n)

@@ -16,7 +16,7 @@ from hyperfast.kernels import reference
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, power, up
-from hyperfast.plans import choose as plans
+from hyperfast.plans import gpu as plans
 
 NONE = tl.constexpr(2147483647)  # the task of no row: behind all others
 
@@ -178,7 +178,7 @@ def linear(
     launch.start(
         _task_linear,
         up(rows.total, block) * up(out, columns),
-        x, weight, s, b, keys, order, then.z, y, rows.total, rows.per_task, ins, out,
+        x, weight, s, b, keys, order, then.pre, y, rows.total, rows.per_task, ins, out,
         *x.stride(), *weight.stride(), *s.stride()[:2], *b.stride()[:2],
         RAGGED=rows.ragged, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
         **then.options(), **launch.arithmetic(x.dtype),

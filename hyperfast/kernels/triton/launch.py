@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperfast import checks
-from hyperfast.plans import choose as plans
+from hyperfast.plans import gpu as plans
 
 INTERPRETED = triton.knobs.runtime.interpret
 

@@ -4,85 +4,70 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hyperfast.kernels import eager, reference
+from hyperfast.kernels import eager
 from hyperfast.kernels.triton import generated, grouped
 from hyperfast.kernels.triton.launch import agree, expect, rows_of
+from hyperfast.layout import Generated
 
 
 def hyper_linear(
     x: Tensor,
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    matrix: Tensor,
+    matrix_bias: Tensor | None,
+    vector: Tensor | None,
+    vector_bias: Tensor | None,
     task_ids: Tensor | None,
-    target_bias: bool,
     plan: str,
 ) -> Tensor:
-    ins = x.shape[-1]
-    out = reference.out_features(weight, ins, target_bias)
-    agree(x=x, h=h, weight=weight, bias=bias)
-    expect(weight, "weight", (out * (ins + target_bias), h.shape[1]))
-    expect(bias, "bias", weight.shape[:1])
+    made = Generated(matrix, matrix_bias, vector, vector_bias)
+    out, ins = matrix.shape[:2]
+    agree(
+        x=x,
+        h=h,
+        matrix=matrix,
+        matrix_bias=matrix_bias,
+        vector=vector,
+        vector_bias=vector_bias,
+    )
+    _expect_made(made, h.shape[1])
+    expect(x, "x", (*x.shape[:-1], ins))
     rows = rows_of([x], [h], task_ids, len(h))
     if plan == "tile" and rows.ragged:
-        return eager.hyper_linear(x, h, weight, bias, task_ids, target_bias, plan)
-    y = generated.forward(x.reshape(-1, ins), h, weight, bias, rows, target_bias, plan)
+        return eager.hyper_linear(x, h, *made, task_ids, plan)
+    y = generated.forward(x.reshape(-1, ins), h, made, rows, plan)
     return y.view(*x.shape[:-1], out)
-
-
-def hyper_linear_grad_x(
-    grad: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    task_ids: Tensor | None,
-    plan: str,
-) -> Tensor:
-    out = grad.shape[-1]
-    ins = len(weight) // out
-    agree(grad=grad, h=h, weight=weight, bias=bias)
-    expect(weight, "weight", (out * ins, h.shape[1]))
-    expect(bias, "bias", weight.shape[:1])
-    rows = rows_of([grad], [h], task_ids, len(h))
-    if plan == "tile" and rows.ragged:
-        return eager.hyper_linear_grad_x(grad, h, weight, bias, task_ids, plan)
-    y = generated.grad_x(grad.reshape(-1, out), h, weight, bias, rows, plan)
-    return y.view(*grad.shape[:-1], ins)
 
 
 def hyper_linear_grad_h(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    matrix: Tensor,
+    vector: Tensor | None,
     task_ids: Tensor | None,
     tasks: int,
-    target_bias: bool,
     plan: str,
 ) -> Tensor:
-    out, ins = grad.shape[-1], x.shape[-1]
-    agree(grad=grad, x=x, weight=weight)
-    expect(weight, "weight", (out * (ins + target_bias), weight.shape[1]))
+    out, ins, features = matrix.shape
+    agree(grad=grad, x=x, matrix=matrix, vector=vector)
+    _expect_made(Generated(matrix, None, vector), features)
+    expect(grad, "grad", (*grad.shape[:-1], out))
+    expect(x, "x", (*x.shape[:-1], ins))
     rows = rows_of([grad, x], [], task_ids, tasks)
     if plan == "tile" and rows.ragged:
-        return eager.hyper_linear_grad_h(grad, x, weight, task_ids, tasks, target_bias, plan)
-    grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
-    return generated.grad_h(grad, x, weight, rows, target_bias, plan)
+        return eager.hyper_linear_grad_h(grad, x, matrix, vector, task_ids, tasks, plan)
+    return generated.grad_h(grad.reshape(-1, out), x.reshape(-1, ins), matrix, vector, rows, plan)
 
 
 def hyper_linear_grad_weight(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    task_ids: Tensor | None,
-    target_bias: bool,
-    plan: str,
+    grad: Tensor, x: Tensor, h: Tensor, task_ids: Tensor | None, vector: bool, plan: str
 ) -> Tensor:
     agree(grad=grad, x=x, h=h)
     rows = rows_of([grad, x], [h], task_ids, len(h))
     if plan == "tile" and rows.ragged:
-        return eager.hyper_linear_grad_weight(grad, x, h, task_ids, target_bias, plan)
+        return eager.hyper_linear_grad_weight(grad, x, h, task_ids, vector, plan)
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return generated.grad_weight(grad, x, h, rows, target_bias, plan)
+    return generated.grad_weight(grad, x, h, rows, vector, plan)
 
 
 def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -98,3 +83,11 @@ def task_linear_grad_weight(grad: Tensor, x: Tensor, task_ids: Tensor | None, ta
     agree(grad=grad, x=x)
     rows = rows_of([grad, x], [], task_ids, tasks)
     return grouped.outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
+
+
+def _expect_made(made: Generated, features: int) -> None:
+    out, ins = made.matrix.shape[:2]
+    expect(made.matrix, "matrix", (out, ins, features))
+    expect(made.matrix_bias, "matrix_bias", (out, ins))
+    expect(made.vector, "vector", (out, features))
+    expect(made.vector_bias, "vector_bias", (out,))

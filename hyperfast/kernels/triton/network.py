@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperfast.kernels.triton import generated, launch
-from hyperfast.kernels.triton.activation import NOTHING, Finish, decoded, finish
+from hyperfast.kernels.triton.activation import NOTHING, Finish, finish, followed
 from hyperfast.kernels.triton.launch import Config, Rows, agree, deep, entry, expect, tile, up
-from hyperfast.ops.network import Layer, kept, layers_of
-from hyperfast.plans import choose as plans
+from hyperfast.layout import Network, of_layer
+from hyperfast.plans import gpu as plans
+from hyperfast.plans.sizes import Sizes
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _layer(
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _hyper_mlp(
-    x, h, weight, by_feature, bias, keys, hidden, y, rows, per_task, K, step,
+    x, h, weight, by_feature, bias, keys, preactivations, y, rows, per_task, K, step,
     x_r, x_i, h_t, h_k, w_p, w_k, bias_p,
     SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, LOOPS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, KEPT: tl.constexpr, AT: tl.constexpr,
@@ -125,8 +126,8 @@ def _hyper_mlp(
         o = tl.arange(0, TILES[n + 1])
         at = r[:, None] * SIZES[n + 1] + o[None, :]
         mask = live[:, None] & (o < SIZES[n + 1])[None, :]
-        z = hidden + tl.cast(rows, tl.int64) * AT[n]
-        total = finish(total, z, at, mask, ACTIVATIONS[n], PARAMETERS[n], n < KEPT, False)
+        pre = preactivations + tl.cast(rows, tl.int64) * AT[n]
+        total = finish(total, pre, at, mask, ACTIVATIONS[n], PARAMETERS[n], n < KEPT, False)
         v = total.to(y.dtype.element_ty)
     tl.store(y + at, v, mask)
 
@@ -147,30 +148,30 @@ def hyper_mlp(
     weight: Tensor,
     bias: Tensor | None,
     task_ids: Tensor | None,
-    sizes: Sequence[int],
-    target_bias: bool,
-    activations: str,
+    network: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    layers = layers_of(sizes, target_bias, activations)
-    rows = _checked([x], h, weight, bias, task_ids, layers)
-    then = decoded(activations)
-    widths = kept(sizes, activations) if keep else []
-    hidden = x.new_empty(rows.total * sum(widths))
-    y = x.reshape(-1, sizes[0])
-    planned = tuple(
-        plans.Layer(rows.tasks, rows.total, v.ins, v.out, h.shape[1], rows.ragged, target_bias)
-        for v in layers
+    net = Network.for_kernels(network)
+    rows = _checked([x], h, weight, bias, task_ids, net)
+    then = followed(net)
+    widths = net.kept if keep else []
+    preactivations = x.new_empty(rows.total * sum(widths))
+    y = x.reshape(-1, net.sizes[0])
+    sizes = tuple(
+        Sizes(
+            *(rows.tasks, rows.total, v.in_features, v.out_features, h.shape[1]),
+            *(rows.ragged, net.has_bias),
+        )
+        for v in net.layers
     )
-    if plans.one_kernel(planned, h.element_size(), plans.arithmetic(h.dtype)):
-        y = _whole(y, h, weight, bias, rows, planned, then, hidden, len(widths))
+    if plans.one_kernel(sizes, h.element_size(), plans.arithmetic(h.dtype)):
+        y = _whole(y, h, weight, bias, rows, sizes, then, preactivations, len(widths))
     else:
-        for n, z in enumerate(_split(hidden, widths, rows)):
-            then[n] = then[n]._replace(z=z)
-        for layer, follows in zip(layers, then, strict=True):
-            w, b = weight[layer.begin : layer.end], _bias(bias, layer)
-            y = generated.forward(y, h, w, b, rows, target_bias, then=follows)
-    return y.view(*x.shape[:-1], sizes[-1]), hidden
+        for n, pre in enumerate(_split(preactivations, widths, rows)):
+            then[n] = then[n]._replace(pre=pre)
+        for layer, follows in zip(net.layers, then, strict=True):
+            y = generated.forward(y, h, of_layer(weight, bias, layer), rows, then=follows)
+    return y.view(*x.shape[:-1], net.sizes[-1]), preactivations
 
 
 def hyper_mlp_backward(
@@ -180,44 +181,40 @@ def hyper_mlp_backward(
     weight: Tensor,
     bias: Tensor | None,
     task_ids: Tensor | None,
-    hidden: Tensor,
-    sizes: Sequence[int],
-    target_bias: bool,
-    activations: str,
+    preactivations: Tensor,
+    network: str,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layers = layers_of(sizes, target_bias, activations)
-    rows = _checked([grad, x], h, weight, bias, task_ids, layers)
-    widths = kept(sizes, activations)
-    if widths and not hidden.numel():  # it was not kept
-        hidden = hyper_mlp(x, h, weight, bias, task_ids, sizes, target_bias, activations, True)[1]
-    agree(x=x, grad=grad, hidden=hidden)
-    expect(grad, "grad", (*x.shape[:-1], sizes[-1]))
-    expect(hidden, "hidden", (rows.total * sum(widths),))
-    z, then = _split(hidden, widths, rows), decoded(activations)
+    net = Network.for_kernels(network)
+    rows = _checked([grad, x], h, weight, bias, task_ids, net)
+    if net.kept and not preactivations.numel():  # they were not kept
+        preactivations = hyper_mlp(x, h, weight, bias, task_ids, network, True)[1]
+    agree(x=x, grad=grad, preactivations=preactivations)
+    expect(grad, "grad", (*x.shape[:-1], net.sizes[-1]))
+    expect(preactivations, "preactivations", (rows.total * sum(net.kept),))
+    pres, then = _split(preactivations, net.kept, rows), followed(net)
     of_x, of_h, of_weight, of_bias = output_mask
     nothing = x.new_empty(0)
-    inputs = [x.reshape(-1, sizes[0])]
-    inputs += [f.by_torch(v) for f, v in zip(then[:-1], z, strict=False)]
-    grad = grad.reshape(-1, sizes[-1])
-    if len(z) == len(layers):
-        grad = then[-1].backward(z[-1]).by_torch(grad)
+    inputs = [x.reshape(-1, net.sizes[0])]
+    inputs += [f.by_torch(pre) for f, pre in zip(then[:-1], pres, strict=False)]
+    grad = grad.reshape(-1, net.sizes[-1])
+    if len(pres) == len(then):
+        grad = then[-1].backward(pres[-1]).by_torch(grad)
     grad_h, weights, biases = nothing, [], []
-    for n, layer in reversed(list(enumerate(layers))):
-        w, b = weight[layer.begin : layer.end], _bias(bias, layer)
+    for n, layer in reversed(list(enumerate(net.layers))):
+        made = of_layer(weight, bias, layer)
         if of_h:
             # Lest 16-bit sums over the layers be rounded after each.
-            part = generated.grad_h(grad, inputs[n], w, rows, target_bias)
+            part = generated.grad_h(grad, inputs[n], made.matrix, made.vector, rows)
             part = part.to(torch.promote_types(part.dtype, torch.float32))
             grad_h = grad_h.add_(part) if grad_h.numel() else part
         if of_weight:
-            weights.append(generated.grad_weight(grad, inputs[n], h, rows, target_bias))
+            weights.append(generated.grad_weight(grad, inputs[n], h, rows, net.has_bias))
         if of_bias:
-            biases += [grad.sum(0)] * target_bias + [(grad.mT @ inputs[n]).flatten()]
+            biases += [grad.sum(0)] * net.has_bias + [(grad.mT @ inputs[n]).flatten()]
         if n or of_x:
-            m = layer.out * layer.ins
-            before = then[n - 1].backward(z[n - 1]) if n else NOTHING
-            grad = generated.grad_x(grad, h, w[:m], None if b is None else b[:m], rows, then=before)
+            before = then[n - 1].backward(pres[n - 1]) if n else NOTHING
+            grad = generated.forward(grad, h, made.transposed, rows, then=before)
     return (
         grad.view(x.shape) if of_x else nothing,
         grad_h.to(x.dtype),
@@ -232,12 +229,12 @@ def _whole(
     weight: Tensor,
     bias: Tensor | None,
     rows: Rows,
-    layers: Sequence[plans.Layer],
+    layers: Sequence[Sizes],
     then: list[Finish],
-    hidden: Tensor,
+    preactivations: Tensor,
     keep: int,
 ) -> Tensor:
-    """``(R, out)``; the arguments of the first ``keep`` activations go to ``hidden``."""
+    """``(R, out)``; the arguments of the first ``keep`` activations go to ``preactivations``."""
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
     params, features = weight.shape
     loops = tuple(plans.loop(layer, n == 0) for n, layer in enumerate(layers))
@@ -260,7 +257,7 @@ def _whole(
     def run(config: Config) -> None:
         launch.start(
             _hyper_mlp, up(rows.total, block(config)),
-            x, h, weight, by_feature, b, rows.keys, hidden, y, rows.total, rows.per_task,
+            x, h, weight, by_feature, b, rows.keys, preactivations, y, rows.total, rows.per_task,
             features, by_feature.stride(0), *x.stride(), *h.stride(), *weight.stride(), b.stride(0),
             SIZES=sizes, TILES=tuple(map(tile, sizes)), LOOPS=loops,
             BEGINS=(0, *accumulate(layer.params for layer in layers[:-1])),
@@ -282,19 +279,15 @@ def _checked(
     weight: Tensor,
     bias: Tensor | None,
     task_ids: Tensor | None,
-    layers: list[Layer],
+    net: Network,
 ) -> Rows:
     agree(x=rows[-1], h=h, weight=weight, bias=bias)
-    expect(weight, "weight", (layers[-1].end, h.shape[1]))
+    expect(weight, "weight", (net.numel, h.shape[1]))
     expect(bias, "bias", weight.shape[:1])
-    expect(rows[-1], "x", (*rows[-1].shape[:-1], layers[0].ins))
+    expect(rows[-1], "x", (*rows[-1].shape[:-1], net.sizes[0]))
     return launch.rows_of(rows, [h], task_ids, len(h))
 
 
-def _bias(bias: Tensor | None, layer: Layer) -> Tensor | None:
-    return None if bias is None else bias[layer.begin : layer.end]
-
-
-def _split(hidden: Tensor, widths: list[int], rows: Rows) -> list[Tensor]:
-    pieces = hidden.split([rows.total * width for width in widths])
+def _split(preactivations: Tensor, widths: list[int], rows: Rows) -> list[Tensor]:
+    pieces = preactivations.split([rows.total * width for width in widths])
     return [piece.view(rows.total, width) for piece, width in zip(pieces, widths, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, entry, power, tile, up
-from hyperfast.plans import choose as plans
+from hyperfast.plans import gpu as plans
 
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
@@ -206,7 +206,8 @@ def trilinear(
         block, columns = cut(config)
         launch.start(
             _contract, programs(config),
-            a_, c, v, u, s, extra, rows.keys, then.z, y, rows.total, rows.per_task, *v.shape[1:], n,
+            a_, c, v, u, s, extra, rows.keys, then.pre, y, rows.total, rows.per_task,
+            *v.shape[1:], n,
             *a_.stride(), *c.stride(), *v.stride(), *u.stride(), *s.stride(), extra.stride(0),
             A_TASK=a_task, C_TASK=c_task, RAGGED=rows.ragged,
             HAS_U=b_weight is not None, HAS_S=a_weight is not None, HAS_BIAS=bias is not None,

@@ -11,14 +11,14 @@ import torch
 from torch.autograd import gradcheck
 
 import hyperfast
-from hyperfast.activations import FORMULAS
-from hyperfast.bank.rows import Format
+from hyperfast.activations import KNOWN
+from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
 from hyperfast.kernels.triton import grouped, launch, trilinear
 from hyperfast.kernels.triton import stored as stored_networks
-from hyperfast.ops import network as mlp_ops
-from hyperfast.plans import choose as plan
+from hyperfast.ops import network as networks
+from hyperfast.plans import gpu as plan
 from tests.support.cases import (
     FUSED,
     VARIANTS,
@@ -48,7 +48,6 @@ KERNELS = {
     "task_linear": "_task_linear",
     "task_linear_grad_weight": "_task_outer",
     "hyper_linear": "_contract",
-    "hyper_linear_grad_x": "_contract",
     "hyper_linear_grad_h": "_contract",
     "hyper_linear_grad_weight": "_outer",
 }
@@ -180,10 +179,9 @@ def test_offsets_beyond_32_bits(monkeypatch):
         1e-5,
     )
     h, weight = apart(2, 2), apart(3, 2)
-    args = x, h, weight, None, None, False
     close(
-        hyper_linear(*args[:5], target_bias=False, plan="contract"),
-        reference.hyper_linear(*args),
+        hyper_linear(x, h, weight, None, target_bias=False, plan="contract"),
+        reference.hyper_linear(x, h, weight.unflatten(0, (1, 3))),
         1e-5,
     )
     choose(monkeypatch, True)
@@ -191,12 +189,12 @@ def test_offsets_beyond_32_bits(monkeypatch):
     for loop, bias in product(("feature", "input", "output"), (False, True)):
         monkeypatch.setattr(plan, "loop", lambda layer, first, loop=loop: loop)
         ins = 3 - bias
-        args = apart(2, 1, ins), h, weight, None, None, (ins, 1), bias, "tanh"
+        args = apart(2, 1, ins), h, weight, None, None, text((ins, 1), "tanh", bias)
         close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
     w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
-    x, sizes = apart(3, 3), (3, 2, 1)
-    y = torch.ops.hyperfast.task_mlp(x, w, None, ids, sizes, True, "relu,identity")
-    close(y.double(), apply_stored(x, w, ids, sizes, "relu,identity"), 1e-5)
+    x, net = apart(3, 3), text((3, 2, 1), "relu")
+    y = torch.ops.hyperfast.task_mlp(x, w, None, ids, net)
+    close(y.double(), apply_stored(x, w, ids, net), 1e-5)
 
 
 # sizes of the network, tasks, rows a task, features
@@ -225,17 +223,17 @@ def choose(monkeypatch, whole):
 def check_network(size, activations, ragged, *, bias=True, target_bias=True, tolerance=1e-9):
     """The value, what is kept, and every gradient."""
     args = random(*size, ragged=ragged, bias=bias, target_bias=target_bias)
-    options = (size[0], target_bias, activations)
-    y = expected(*args, *options)
+    net = text(size[0], activations, target_bias)
+    y = expected(*args, net)
     weight = torch.randn_like(y)
     tensors = [a for a in args[:4] if a is not None]
     gradients = torch.autograd.grad(y, tensors, weight)
-    ours, hidden = torch.ops.hyperfast.hyper_mlp(*args, *options, True)
+    ours, hidden = torch.ops.hyperfast.hyper_mlp(*args, net, True)
     close(ours, y)
-    close(hidden, mlp_ops._hyper_mlp(*args, *options, True)[1])
+    close(hidden, networks._hyper_mlp(*args, net, True)[1])
     close(torch.autograd.grad(ours, tensors, weight), gradients)
     with torch.no_grad():
-        alone, nothing = torch.ops.hyperfast.hyper_mlp(*args, *options, False)
+        alone, nothing = torch.ops.hyperfast.hyper_mlp(*args, net, False)
     assert torch.equal(alone, ours)
     assert not nothing.numel()
 
@@ -247,13 +245,13 @@ def test_generated_networks(size, whole, ragged, monkeypatch, launched):
     choose(monkeypatch, whole)
     for both in (False, True):
         last = "tanh" if both else "identity"
-        activations = text(size[0], "silu", last)
+        activations = ",".join(["silu"] * (len(size[0]) - 2) + [last])
         check_network(size, activations, ragged, bias=both, target_bias=both)
     assert bool(launched["_hyper_mlp"]) == (whole and size[1] * size[2] > 0)
 
 
 @one_kernel_or_layers
-@pytest.mark.parametrize("activation", [*FORMULAS, "leaky_relu:0.2", "sin:3.0"])
+@pytest.mark.parametrize("activation", [*KNOWN, "leaky_relu:0.2", "sin:3.0"])
 def test_activations(activation, whole, monkeypatch):
     choose(monkeypatch, whole)
     check_network(NETWORKS[0], f"{activation},{activation}", True, bias=False)
@@ -287,10 +285,10 @@ def test_networks_in_fp32(whole, ragged, monkeypatch):
         [a.detach().to(FP32).to(dtype).requires_grad_() if is_float(a) else a for a in given]
         for dtype in (FP32, FP64)
     )
-    options = (size[0], True, "elu,silu,sigmoid")
+    net = text(size[0], "elu,silu,sigmoid")
 
     def run(function, args):
-        y = function(*args, *options)
+        y = function(*args, net)
         return y, *torch.autograd.grad(y.sum(), floats(args))
 
     ours = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], args)
@@ -307,9 +305,8 @@ def test_gradcheck_of_networks(whole, ragged, monkeypatch):
     *args, ids = random((2, 3, 2), 2, 2, 3, ragged=ragged)
 
     def network(*tensors):
-        return torch.ops.hyperfast.hyper_mlp(*tensors, ids, (2, 3, 2), True, "sin:2.0,tanh", True)[
-            0
-        ]
+        net = text((2, 3, 2), "sin:2.0,tanh")
+        return torch.ops.hyperfast.hyper_mlp(*tensors, ids, net, True)[0]
 
     assert gradcheck(network, args, fast_mode=True)
 
@@ -318,19 +315,19 @@ def test_gradcheck_of_networks(whole, ragged, monkeypatch):
 @one_kernel_or_layers
 def test_strides_of_networks(whole, how, monkeypatch):
     choose(monkeypatch, whole)
-    options = (3, 5, 4), True, "relu,tanh"
+    net = text((3, 5, 4), "relu,tanh")
     args = random((3, 5, 4), 3, 2, 6, grad=False)
     args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
-    y, hidden = torch.ops.hyperfast.hyper_mlp(*args, *options, True)
-    close(y, expected(*args, *options))
+    y, hidden = torch.ops.hyperfast.hyper_mlp(*args, net, True)
+    close(y, expected(*args, net))
     for grad in (torch.randn_like(y), torch.randn(1, 1, 1, dtype=FP64).expand_as(y)):
-        given = grad, *args, hidden, *options, [True, True, True, True]
-        close(torch.ops.hyperfast.hyper_mlp_backward(*given), mlp_ops._hyper_mlp_backward(*given))
+        given = grad, *args, hidden, net, [True, True, True, True]
+        close(torch.ops.hyperfast.hyper_mlp_backward(*given), networks._hyper_mlp_backward(*given))
     x, weight, _ = stored((3, 5, 4), 3, 2, ragged=False)
     x, weight = strided(x, how), strided(weight, how)
     close(
-        torch.ops.hyperfast.task_mlp(x, weight, None, None, *options),
-        apply_stored(x, weight, None, options[0], options[2]),
+        torch.ops.hyperfast.task_mlp(x, weight, None, None, net),
+        apply_stored(x, weight, None, net),
     )
 
 
@@ -341,9 +338,9 @@ def test_stored_networks(size, whole, ragged, monkeypatch):
     choose(monkeypatch, whole)
     sizes, tasks, rows, _ = size
     x, weight, ids = stored(sizes, tasks, rows, ragged=ragged)
-    activations = text(sizes, "silu", "tanh")
-    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, sizes, True, activations)
-    close(y, apply_stored(x, weight, ids, sizes, activations))
+    net = text(sizes, ",".join(["silu"] * (len(sizes) - 2) + ["tanh"]))
+    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, net)
+    close(y, apply_stored(x, weight, ids, net))
 
 
 @ragged_or_not
@@ -353,24 +350,24 @@ def test_stored_networks(size, whole, ragged, monkeypatch):
 def test_stored_steps_of_int8(size, bias, whole, ragged, monkeypatch):
     choose(monkeypatch, whole)
     sizes, tasks, rows, _ = size
-    kept = Format(hyperfast.MLPSpec(sizes, bias), torch.int8)
+    kept = format_of(hyperfast.MLPSpec(sizes, bias), torch.int8)
     flat = torch.randn(tasks, kept.spec.numel, dtype=FP64)
     steps, affine = kept.encode(flat)
     x, _, ids = stored(sizes, tasks, rows, ragged=ragged)
-    given = x, steps, affine.double(), ids, sizes, bias, text(sizes, "tanh", "identity")
-    close(torch.ops.hyperfast.task_mlp(*given), mlp_ops.by_task_layers(*given))
+    given = x, steps, affine.double(), ids, text(sizes, "tanh", bias)
+    close(torch.ops.hyperfast.task_mlp(*given), networks.by_task_layers(*given))
 
 
 @one_kernel_or_layers
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_nan_stays_with_its_network(whole, monkeypatch):
     choose(monkeypatch, whole)
-    sizes, activations = (3, 4, 2), "relu,identity"
+    sizes, net = (3, 4, 2), text((3, 4, 2), "relu")
     x, weight, _ = stored(sizes, 5, 9, ragged=True)
     ids = torch.arange(45) ** 2 % 5  # unevenly many, so that blocks of rows mix tasks
-    clean = apply_stored(x, weight, ids, sizes, activations)
+    clean = apply_stored(x, weight, ids, net)
     weight[1], x[5] = torch.nan, torch.nan
-    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, sizes, True, activations)
+    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, net)
     others = (ids != 1) & (torch.arange(45) != 5)
     close(y[others], clean[others])
     assert not y[~others].isfinite().any()
@@ -378,46 +375,49 @@ def test_nan_stays_with_its_network(whole, monkeypatch):
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_ids_of_networks_out_of_range(bad):
-    sizes = (3, 4, 2), True, "relu,identity"
-    args = random(sizes[0], 3, 2, 3, ragged=True, grad=False)
-    x, weight, ids = stored(sizes[0], 3, 2, ragged=True)
+    sizes, net = (3, 4, 2), text((3, 4, 2), "relu")
+    args = random(sizes, 3, 2, 3, ragged=True, grad=False)
+    x, weight, ids = stored(sizes, 3, 2, ragged=True)
     args[4][1] = ids[1] = bad
     with pytest.raises(IndexError, match=rf"\[0, 3\), got {bad}"):
-        torch.ops.hyperfast.hyper_mlp(*args, *sizes, False)
+        torch.ops.hyperfast.hyper_mlp(*args, net, False)
     with pytest.raises(IndexError, match=rf"\[0, 3\), got {bad}"):
-        torch.ops.hyperfast.task_mlp(x, weight, None, ids, *sizes)
+        torch.ops.hyperfast.task_mlp(x, weight, None, ids, net)
 
 
 @pytest.mark.parametrize("name", ["x", "h", "weight", "bias"])
 def test_shapes_and_dtypes_of_networks(name):
-    options = (3, 4, 2), True, "relu,identity", False
+    net = text((3, 4, 2), "relu")
     n = ["x", "h", "weight", "bias"].index(name)
     args = random((3, 4, 2), 3, 2, 3, grad=False)
     good, args[n] = args[n], args[n][..., 1:]
     with pytest.raises(ValueError, match="weight" if name == "h" else name):
-        torch.ops.hyperfast.hyper_mlp(*args, *options)
+        torch.ops.hyperfast.hyper_mlp(*args, net, False)
     args[n] = good.float()
     with pytest.raises(TypeError, match="dtype"):
-        torch.ops.hyperfast.hyper_mlp(*args, *options)
+        torch.ops.hyperfast.hyper_mlp(*args, net, False)
     args[n] = good
     hidden, grad = torch.randn(24, dtype=FP64), torch.randn(3, 2, 2, dtype=FP64)
-    for name, given in {"hidden": (grad, hidden[1:]), "grad": (grad[..., 1:], hidden)}.items():
+    for name, given in {
+        "preactivations": (grad, hidden[1:]),
+        "grad": (grad[..., 1:], hidden),
+    }.items():
         with pytest.raises(ValueError, match=name):
             torch.ops.hyperfast.hyper_mlp_backward(
-                given[0], *args, given[1], *options[:3], [True, True, True, True]
+                given[0], *args, given[1], net, [True, True, True, True]
             )
 
 
 def test_shapes_and_dtypes_of_stored_networks():
     x, weight, ids = stored((3, 4, 2), 3, 2, ragged=True)
-    options = ids, (3, 4, 2), True, "relu,identity"
+    options = ids, text((3, 4, 2), "relu")
     steps, affine = weight[:, 6:].to(torch.int8), weight[:, :12]
     for told, (given, error) in {
         "x": ((x[:, 1:], weight, None), ValueError),
         "weight": ((x, weight[:, 1:], None), ValueError),
-        "affine": ((x, steps, affine[:, 1:]), ValueError),
+        "scales_and_biases": ((x, steps, affine[:, 1:]), ValueError),
         "dtype": ((x.float(), weight, None), TypeError),
-        "affine must be of x's dtype": ((x.float(), steps, affine), TypeError),
+        "scales_and_biases must be of x's dtype": ((x.float(), steps, affine), TypeError),
     }.items():
         with pytest.raises(error, match=told):
             torch.ops.hyperfast.task_mlp(*given, *options)

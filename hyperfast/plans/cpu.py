@@ -1,0 +1,58 @@
+"""The C++ kernels and their own choice of plan, which csrc/plan.cpp makes: here it is asked."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+from hyperfast.layout import Network
+from hyperfast.plans.sizes import Sizes
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, whose load registers its kernels, or why it is not there."""
+    if os.environ.get("HYPERFAST_NO_EXT") == "1":
+        return None, "HYPERFAST_NO_EXT=1 is set"
+    try:
+        return importlib.import_module("hyperfast._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+EXTENSION, EXTENSION_ERROR = _load()
+
+# Weights of so many tasks are made at a time where networks run whole (csrc/plan.h).
+NETWORKS_BYTES = 9 << 20
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plan(sizes: Sizes, dtype: torch.dtype, gradients: bool = False) -> str:
+    """The plan by which the kernels run one layer."""
+    assert EXTENSION is not None
+    tasks, rows, _, _, features, ragged, _ = sizes
+    return EXTENSION.plan(_name(dtype), ragged, tasks, rows, sizes.params, features, gradients)
+
+
+def runs_whole(
+    network: Network, dtype: torch.dtype, ragged: bool, tasks: int, rows: int, features: int
+) -> bool:
+    """Whether the kernels run a generated network task by task, all layers of one together, rather
+    than layer by layer."""
+    assert EXTENSION is not None
+    return EXTENSION.runs_whole(network.text, _name(dtype), ragged, tasks, rows, features)
+
+
+def keeps(
+    network: str, dtype: torch.dtype, ragged: bool, tasks: int, rows: int, features: int
+) -> bool:
+    """Whether a forward pass in training keeps its pre-activations; else the backward pass makes
+    them again."""
+    if EXTENSION is None:
+        return True
+    return EXTENSION.keeps(network, _name(dtype), ragged, tasks, rows, features)

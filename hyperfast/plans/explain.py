@@ -1,0 +1,112 @@
+"""The plans of a model, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hyperfast.plans import cpu, gpu
+from hyperfast.plans.choose import choose, costs, device_key
+from hyperfast.plans.sizes import Cost, Sizes
+
+
+class Fused(Protocol):
+    """What is asked of a model: its hypernetwork, and of what runs as one op the layout, the target
+    and the head."""
+
+    hyper: Any
+
+    @property
+    def mlp(self) -> tuple[Any, Any, Any] | None: ...
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of every layer of a model, forward; ``print`` shows it as a table.
+
+    ``whole`` says that the layers of a task run together, on weights that are made for a block of
+    tasks at a time: their extra memory is there at once.
+    """
+
+    title: str
+    layers: tuple[tuple[str, Cost], ...]
+    whole: bool = False
+
+    def __str__(self) -> str:
+        head = f"{'layer':>12} {'plan':<12} {'MFLOP':>10} {'MB moved':>10} {'MB extra':>10}"
+        rows = [(name, c.plan, c.flops, c.bytes, c.extra_bytes) for name, c in self.layers]
+        flops, moved, extra = zip(*(r[2:] for r in rows), strict=True)
+        rows.append(("total", "", sum(flops), sum(moved), (sum if self.whole else max)(extra)))
+        lines = [
+            f"{name:>12} {plan:<12} {f / 1e6:>10.3f} {b / 1e6:>10.3f} {e / 1e6:>10.3f}"
+            for name, plan, f, b, e in rows
+        ]
+        return "\n".join([self.title, head, *lines])
+
+    __repr__ = __str__
+
+
+def explain(
+    model: Fused, x_shape: Sequence[int], z_shape: Sequence[int], *, ragged: bool = False
+) -> Explanation:
+    """The plan chosen for every layer of ``model``, its FLOPs, bytes and extra memory.
+
+    In the way of ``numpy.einsum_path``: nothing runs. FLOPs and bytes are those of one forward
+    pass without the trunk; extra memory is what is neither input, parameter nor output. The plan
+    ``whole`` is that of the C++ kernels for many rows a task and for few tasks: all layers of a
+    task together, on weights made for a block of tasks at a time.
+
+    Args:
+        model: a :class:`hyperfast.HyperMLP`.
+        x_shape: ``(B, N, in)`` or ``(B, in)``, or ``(R, in)`` with ``ragged``.
+        z_shape: ``(B, z_dim)``.
+        ragged: whether rows name their tasks by ``task_ids``.
+
+    Raises:
+        TypeError: the model is not one whose layers are generated and applied in one op each.
+        ValueError: shapes that do not fit the model or each other.
+    """
+    mlp = getattr(model, "mlp", None)
+    if mlp is None:
+        raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
+    (spec, target, linear), z_dim = mlp, model.hyper.z_dim
+    x_shape, z_shape = tuple(x_shape), tuple(z_shape)
+    if len(z_shape) != 2 or z_shape[1] != z_dim:
+        raise ValueError(f"z_shape must be (B, {z_dim}), got {z_shape}")
+    fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == z_shape[0]
+    if not fits or x_shape[-1] != spec.sizes[0]:
+        b, i = z_shape[0], spec.sizes[0]
+        want = f"(R, {i})" if ragged else f"({b}, N, {i}) or ({b}, {i})"
+        raise ValueError(f"x_shape must be {want}, got {x_shape}")
+    tasks, rows, weight = z_shape[0], math.prod(x_shape[:-1]), linear.weight
+    features = weight.shape[1]
+    device, dtype = device_key(weight.device.type, weight.dtype), weight.dtype
+    layers = tuple(
+        Sizes(tasks, rows, v.in_features, v.out_features, features, ragged, spec.bias)
+        for v in spec.layers
+    )
+    title = f"x {x_shape}, z {z_shape}, {str(dtype).removeprefix('torch.')} on {weight.device.type}"
+    network = spec.describe(target.layer_activations(len(layers)))
+    whole = False
+    if network is not None and device in gpu.GPU:
+        if gpu.one_kernel(layers, dtype.itemsize, device):
+            title += ", in one kernel"
+    elif network is not None and device == "cpp":
+        whole = cpu.runs_whole(network, dtype, ragged, tasks, rows, features)
+    chosen = []
+    for v in layers:
+        if whole:
+            cost = _whole(v, spec.numel, dtype.itemsize, costs(v, dtype, device)["materialize"])
+        else:
+            cost = costs(v, dtype, device)[choose(v, dtype, device)]
+        chosen.append((f"{v.in_features} -> {v.out_features}", cost))
+    return Explanation(title, tuple(chosen), whole)
+
+
+def _whole(layer: Sizes, params: int, itemsize: int, cost: Cost) -> Cost:
+    """One layer of networks of ``params`` numbers that run whole: its weights in one block."""
+    block = min(layer.tasks * params * max(itemsize, 4), cpu.NETWORKS_BYTES)
+    share = block * layer.params // params
+    return Cost("whole", cost.flops, cost.bytes, share, cost.seconds)

@@ -1,0 +1,124 @@
+"""What the Triton kernels reach, and what one kernel can run. No GPU has been measured yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from hyperfast.plans.sizes import Cost, Sizes
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Gpu(NamedTuple):
+    """What the fused kernel and a library's matrix product reach in one kind of arithmetic: FLOP/s.
+    An H200's peaks by its data sheet, of which a fused kernel is taken to reach half and a library
+    three quarters. The figures order the plans; they are not measured."""
+
+    fused: float
+    library: float
+
+
+GPU = {
+    "half": Gpu(495e12, 740e12),
+    "tf32": Gpu(245e12, 370e12),
+    "fp32": Gpu(33e12, 50e12),
+    "fp64": Gpu(33e12, 50e12),
+}
+GPU_MEMORY, GPU_CACHE = 4.8e12, 7e12  # bytes/s
+GPU_LAUNCH = 3e-6  # seconds
+GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
+
+# One kernel runs a whole network of layers up to this width. Inputs and sums of a row are in
+# registers at once; those of 128 spill on sm_80 and gfx942, in TF32 on sm_90 too. Little is lost:
+# of W * W * K multiply-adds and 4 * W bytes a row and layer, it saves the bytes, at 128 about 1%.
+GPU_WIDEST = 64
+GPU_DEEPEST = 4  # layers: each is compiled for itself, a second or more
+GPU_ROWS = 64  # of its smallest tile; 32 where products run on matrix units
+GPU_MULTIPROCESSORS = 132
+
+
+@lru_cache(maxsize=4096)
+def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
+    """Where fused kernels run: ``contract`` stores nothing; ``tile`` writes and reads the weights
+    in cache, a block at a time; ``materialize`` in memory, unless they fit.
+    ``device`` is a key of :data:`GPU`."""
+    gpu = GPU[device]
+    b, r, i, o, k, ragged, _ = layer
+    p = layer.params
+    io = (p * k + b * k + r * (i + o)) * itemsize
+    weights = b * p * itemsize
+    generated = 2 * b * p * k + 2 * r * p
+    blocks = max(-(-weights // GPU_BLOCK), 1)
+    memory = GPU_MEMORY if blocks > 1 else GPU_CACHE
+    # FLOPs at a rate, weights stored, bytes of them moved at a rate, launches. Mixed rows would
+    # have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
+    table = {
+        "contract": (2 * r * p * k, gpu.fused, 0, 0, memory, 1),
+        "tile": (generated, gpu.library, min(weights, GPU_BLOCK), 2 * weights, GPU_CACHE,
+                 2 * blocks),
+        "materialize": (generated, gpu.library, weights, 2 * weights, memory, 2),
+    }  # fmt: skip
+    return {
+        name: Cost(
+            name,
+            flops,
+            io + min(moved, 2 * stored),
+            stored,
+            math.inf
+            if ragged and name == "tile"
+            else flops / rate + moved / bandwidth + launches * GPU_LAUNCH,
+        )
+        for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()
+    }
+
+
+def loop(layer: Sizes, first: bool) -> str:
+    """What the kernel of a whole network loops over in one layer: ``"feature"``, ``"input"`` or
+    ``"output"``; it multiplies along one of the other two. By steps, times the sizes of a product
+    and what goes with it; only the ``first`` layer's inputs lie in memory."""
+    i, o = (max(16, 1 << (n - 1).bit_length()) for n in (layer.in_features, layer.out_features))
+    blocks = -(-layer.features // 64)
+    work = {
+        "feature": layer.features * (i + 16) * o,
+        "input": layer.in_features * blocks * (64 + 16) * o if first else math.inf,
+        "output": layer.out_features * blocks * (i + 32) * 64,
+    }
+    return min(work, key=lambda name: work[name])
+
+
+def fits_one_kernel(sizes: Sequence[int]) -> bool:
+    """Whether one kernel can run a network of these widths on a GPU."""
+    return max(sizes) <= GPU_WIDEST and len(sizes) - 1 <= GPU_DEEPEST
+
+
+@lru_cache(maxsize=4096)
+def one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str) -> bool:
+    """Whether one kernel runs the layers of a network: it stores nothing between them, but is one
+    program a block of rows, where a layer's kernel cuts its outputs too. ``device`` is a key of
+    :data:`GPU`."""
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    rows = layers[0].rows
+    if not fits_one_kernel(widths) or not rows:
+        return False
+    tables = [costs(layer, itemsize, device) for layer in layers]
+    copied = any(loop(layer, n == 0) == "feature" for n, layer in enumerate(layers))
+    fill = min(rows / (GPU_ROWS * GPU_MULTIPROCESSORS), 1)
+    whole = sum(table["contract"].flops for table in tables) / GPU[device].fused / fill
+    apart = sum(min(c.seconds for c in table.values()) for table in tables)
+    apart += 2 * rows * sum(widths[1:-1]) * itemsize / GPU_MEMORY
+    return whole + (1 + copied) * GPU_LAUNCH < apart
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """The kind of arithmetic, a key of :data:`GPU`: fp32 is TF32 where PyTorch's products are."""
+    if dtype == torch.float64:
+        return "fp64"
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+    return "half"
