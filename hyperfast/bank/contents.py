@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from hyperfast import checks
 from hyperfast.bank import fork
 from hyperfast.bank.file import BankFileError, raw
-from hyperfast.bank.formats import Format, format_of
+from hyperfast.bank.formats import format_of
 from hyperfast.bank.log import Log, Record, pack_keys, records, unpack_keys
 from hyperfast.bank.rows import Columns, Store
-from hyperfast.bank.table import LATENT, SLOT, Change, Key, Named, Table, fits, integer, to_key
+from hyperfast.bank.table import LATENT, SLOT, Change, Key, Named, Table, fits, integer
 from hyperfast.layout import MLPSpec, positive
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
@@ -36,7 +36,7 @@ class Given(NamedTuple):
     """Networks that were given to a bank: how many, their latents if they have any, and their
     columns, a block at a time, unless these are made when they are used."""
 
-    count: int
+    tasks: int
     z: Tensor | None
     blocks: Iterable[Columns] | None
 
@@ -186,20 +186,18 @@ class Contents:
         return Given(len(z), z, blocks)
 
     @contextmanager
-    def adding(
-        self, given: Given, keys: Iterable[Key | None] | None = None
-    ) -> Iterator[Tensor]:
+    def adding(self, given: Given, keys: Iterable[Key | None] | None = None) -> Iterator[Tensor]:
         """Adds tasks: made before the block, which gets their ids, and published after it, all at
         once. If the block raises, or the log cannot be written, nothing has changed.
 
         Args:
-            keys: of each task its key or ``None``.
+            keys: of each task its key, as :func:`to_key` gives it, or ``None``.
         """
-        names = [None if key is None else to_key(key) for key in keys or ()]
-        if keys is not None and len(names) != given.count:
-            raise ValueError(f"keys must hold {given.count} keys, one a task, got {len(names)}")
+        names = list(keys or ())
+        if keys is not None and len(names) != given.tasks:
+            raise ValueError(f"keys must hold {given.tasks} keys, one a task, got {len(names)}")
         with self.table.write:
-            ids = self.table.fresh_ids(given.count)
+            ids = self.table.fresh_ids(given.tasks)
             named = [
                 (task, name)
                 for task, name in zip(ids.tolist() if names else [], names, strict=True)
@@ -214,8 +212,8 @@ class Contents:
     @contextmanager
     def updating(self, ids: Tensor, given: Given) -> Iterator[None]:
         """Replaces the networks of tasks, in the same way."""
-        if given.count != len(ids):
-            raise ValueError(f"ids must hold {given.count} ids, one a network, got {len(ids)}")
+        if given.tasks != len(ids):
+            raise ValueError(f"ids must hold {given.tasks} ids, one a network, got {len(ids)}")
         with self.table.write:
             self.table.find(ids)
             with self._changing("update", ids, given, []):
@@ -454,7 +452,7 @@ def copy_module(
         twin = copy.deepcopy(module, memo)
     except Exception as error:
         raise TypeError(
-            f"{name} must be such that it can be copied, for a bank keeps a copy of its own: {error}"
+            f"{name} must be such that it can be copied, as a bank keeps its own: {error}"
         ) from error
     twin = twin.to(device=device, dtype=dtype)
     for part in twin.modules():

@@ -254,8 +254,8 @@ class Checks:
         self._verified = 0  # at least so many parts, for threads may verify one twice
         self._pending: Tensor | None = torch.ones(len(sums), dtype=torch.bool, device="cpu")
 
-    def __call__(self, rows: Tensor | None) -> None:
-        """Raises BankFileError if one of ``rows``, or any for ``None``, lies in a damaged part.
+    def __call__(self, slots: Tensor | None) -> None:
+        """Raises BankFileError if one of ``slots``, or any for ``None``, lies in a damaged part.
 
         Threads may verify the same part twice. None goes on before its parts are verified, for a
         part leaves ``pending`` only afterwards.
@@ -263,8 +263,8 @@ class Checks:
         pending = self._pending
         if pending is None:
             return
-        if rows is not None:
-            touched = rows.div(self._array.step, rounding_mode="floor")
+        if slots is not None:
+            touched = slots.div(self._array.step, rounding_mode="floor")
             wanted = touched[pending[touched]].unique()
         else:
             wanted = pending.nonzero().squeeze(1)
@@ -278,7 +278,7 @@ class Checks:
                 raise BankFileError(f"{self._name} is damaged in its rows {first} to {last}")
         pending[wanted] = False
         self._verified += len(wanted)
-        # Not looked for before it may be so: a batch of few rows must not read a flag of every part.
+        # Looked for only when it may be so: a batch of few rows must not read a flag of every part.
         if self._verified >= len(pending) and not bool(pending.any()):
             self._pending = None
 

@@ -151,9 +151,7 @@ def _attach(contents: Contents, hyper: HyperNet, path: Path) -> None:
         raise TypeError(f"hyper must be a HyperNet, got {type(hyper).__name__}")
     dtype, device = kind_of(hyper)
     if hyper.spec != contents.spec or device != contents.device:
-        raise ValueError(
-            f"hyper must generate {contents.spec} on {contents.device}, got {hyper!r}"
-        )
+        raise ValueError(f"hyper must generate {contents.spec} on {contents.device}, got {hyper!r}")
     latent, stored = (hyper.z_dim, dtype), contents.table.latents
     fits = stored is None or stored.columns[0] == latent
     if not fits or contents.mark not in (None, mark_of(hyper)):

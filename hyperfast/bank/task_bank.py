@@ -15,7 +15,7 @@ from hyperfast import checks
 from hyperfast.bank import report, snapshot
 from hyperfast.bank.contents import Contents, Ids, Weights, kind_of, to_flat, to_ids
 from hyperfast.bank.export import BankModule
-from hyperfast.bank.table import Key, integer
+from hyperfast.bank.table import Key, integer, to_key
 from hyperfast.layout import MLPSpec, positive
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
@@ -149,8 +149,9 @@ class TaskBank:
 
     def __contains__(self, task: object) -> bool:
         """Whether ``task`` is the id of a task in the bank; for keys ask ``bank.keys``."""
+        number = integer("a task id must be an int; for keys ask bank.keys", task)
         try:
-            ids = to_ids(integer("a task id must be an int; for keys ask bank.keys", task), self.device)
+            ids = to_ids(number, self.device)
             with self.contents.table.lock:
                 self.contents.table.find(ids)
         except IndexError:
@@ -290,7 +291,8 @@ class TaskBank:
             TypeError: dtypes that disagree.
             OSError: the log could not be written, or is that of another process.
         """
-        with self.contents.adding(self.contents.given(z, weights), keys) as ids:
+        names = None if keys is None else [to_key(key) for key in keys]
+        with self.contents.adding(self.contents.given(z, weights), names) as ids:
             pass
         return ids
 
@@ -360,7 +362,8 @@ class TaskBank:
                 by a bank that was saved with a memory budget.
             max_bytes: another budget for such a bank.
             log: write every change to ``path + ".log"`` before it is acknowledged. One bank at a
-                time can do so, and none of its process's forks. The changes in an existing log are read in any case.
+                time can do so, in the process that opened it. The changes in an existing log are
+                read in any case.
             verify: check all of the file now, not each part when it is first used.
 
         Raises:

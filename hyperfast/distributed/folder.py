@@ -9,7 +9,6 @@ tensors are cut along their rows, not by the hash of a key.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -97,13 +96,12 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with closing(lock):
-            # What cannot be removed now is left to the next save; what was saved is safe.
-            with suppress(OSError, BankFileError):
-                keep = set(Manifest.read(folder).files)
-                for path in folder.iterdir():
-                    if SHARD.fullmatch(path.name) and path.name not in keep:
-                        path.unlink()
+        # What cannot be removed now is left to the next save; what was saved is safe.
+        with closing(lock), suppress(OSError, BankFileError):
+            keep = set(Manifest.read(folder).files)
+            for path in folder.iterdir():
+                if SHARD.fullmatch(path.name) and path.name not in keep:
+                    path.unlink()
 
 
 def model(folder: Path, rank: int) -> Path:

@@ -137,8 +137,11 @@ class ShardedTaskBank:
         """
         ranks = Ranks(group)
         with ranks.agreed():
-            single = isinstance(weights, Tensor)
-            none = _no_rows(weights) if single else [_no_rows(w) for w in weights]
+            none: Weights
+            if isinstance(weights, Tensor):
+                none = _no_rows(weights)
+            else:
+                none = [_no_rows(w) for w in weights]
             local = TaskBank.from_weights(spec, none, dtype=dtype, target=target)
         bank = cls(local, ranks)
         bank.add(weights=weights, keys=keys)
@@ -269,7 +272,8 @@ class ShardedTaskBank:
         owned, *exact = self._ranks.exchange(counts, sent)
         width = 6 * len(local.spec.layers)
         with self._ranks.agreed(width) as told:
-            errors = report.measure(contents, self._find(owned), *(exact or [None]), rows)
+            right = exact[0] if exact else None
+            errors = report.measure(contents, self._find(owned), right, rows)
             told[self.rank] = errors.flatten().view(torch.int64)
         errors = told.cpu().contiguous().view(torch.float64)
         errors = errors.view(self.ranks, len(local.spec.layers), 2, 3)
@@ -349,12 +353,14 @@ class ShardedTaskBank:
         with self._ranks.agreed(3) as told:
             given = contents.given(z, weights)
             ids = None if keys is None else self.ids(keys)
-            if ids is not None and len(ids) != given.count:
-                raise ValueError(f"keys must hold {given.count} keys, one a network, got {len(ids)}")
+            if ids is not None and len(ids) != given.tasks:
+                raise ValueError(
+                    f"keys must hold {given.tasks} keys, one a network, got {len(ids)}"
+                )
             if ids is not None and bool((ids < 0).any()):
                 raise ValueError(f"keys must be in [0, 2**63), got {int(ids.min())}")
             numbers = [] if ids is None else ids[ids < NAMED].tolist()
-            new = given.count if ids is None else 0
+            new = given.tasks if ids is None else 0
             told[self.rank] = torch.tensor(
                 [given.z is None, new, max(numbers, default=-1)], dtype=torch.int64, device="cpu"
             )
@@ -364,7 +370,7 @@ class ShardedTaskBank:
         if ids is None:
             start = first + int(told[: self.rank, 1].sum())
             ids = torch.arange(
-                start, start + given.count, dtype=torch.int64, device=contents.device
+                start, start + given.tasks, dtype=torch.int64, device=contents.device
             )
 
         def content() -> tuple[Tensor, ...]:
@@ -498,7 +504,6 @@ class ShardedTaskBank:
             return self.local.ids(ids.tolist())
         except KeyError as error:
             raise IndexError(f"no task of the bank has the id {error}") from None
-
 
     def _known(self, ids: Tensor) -> Tensor:
         """Which of ``ids`` are tasks of this rank ``(n, 1)``."""

@@ -11,8 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from numbers import Real
-from typing import Any, NamedTuple, NoReturn, SupportsIndex
+from typing import Any, NamedTuple, NoReturn, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -77,13 +76,13 @@ class TaskServer:
     ):
         if not callable(bank):
             raise TypeError(f"bank must be a TaskBank or callable, got {type(bank).__name__}")
-        if not isinstance(max_delay, Real) or isinstance(max_delay, bool):
+        if not isinstance(max_delay, SupportsFloat) or isinstance(max_delay, bool):
             raise TypeError(f"max_delay must be a number of seconds, got {max_delay!r}")
         if not 0 <= max_delay <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_delay must be finite and not negative, got {max_delay}")
         self.bank = bank
         self.max_rows = positive("max_rows", max_rows)
-        self.max_delay = max_delay
+        self.max_delay = float(max_delay)
         self.max_waiting = positive("max_waiting", max_waiting)
         self._width = bank.spec.sizes[0] if isinstance(bank, TaskBank) else None
         self._device = bank.device if isinstance(bank, TaskBank) else None
