@@ -147,6 +147,7 @@ class Contents:
                 raise ValueError("ids must be of tasks that were given by latents")
             return self.table.latents.column(0, slots)
 
+    @torch.no_grad()
     def generate(self, z: Tensor) -> Columns:
         """The columns of the networks of ``z (n, z_dim)``."""
         assert self.hyper is not None
