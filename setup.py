@@ -27,7 +27,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefe
 
 BF16 = [*AVX512, "-mavx512bf16"]
 
-# csrc/isa/table.cpp is compiled once for each, into its own namespace; the CPU chooses at run time.
+# This is compiled once for each, into its own namespace; the CPU chooses at run time.
+KERNELS = Path("csrc/isa/table.cpp")
 ISAS = {"portable": []}
 if X86:
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": BF16}
@@ -50,7 +51,7 @@ class BuildKernels(build_ext):
 
         jobs = [(source,) for source in ext.sources]
         jobs += [
-            ("csrc/isa/table.cpp", isa, [*flags, f"-DHF_ISA={isa}"]) for isa, flags in ISAS.items()
+            (KERNELS.as_posix(), isa, [*flags, f"-DHF_ISA={isa}"]) for isa, flags in ISAS.items()
         ]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = [o for done in pool.map(lambda job: compile_one(*job), jobs) for o in done]
@@ -66,12 +67,17 @@ class BuildKernels(build_ext):
         )
 
 
+def sources():
+    return [p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cpp")]
+
+
 def extension():
     from torch.utils import cpp_extension
 
     return Extension(
         "hyperfast._C",
-        sources=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.cpp")),
+        sources=sorted(p.as_posix() for p in sources() if p != KERNELS),
+        include_dirs=["csrc"],
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu"],
         define_macros=[

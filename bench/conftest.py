@@ -68,13 +68,9 @@ def contest(request: pytest.FixtureRequest, peaks: memory.Peaks) -> dict[str, Ou
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, object]) -> None:
     output_json["hyperfast"] = {
-        "date": machine.today(),
-        "commit": machine.commit(),
-        "threads": config.getoption("--threads"),
+        **machine.circumstances(config.getoption("--threads")),
         "scale": config.getoption("--scale"),
         "rounds": config.getoption("--rounds"),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
         "ceilings": ceilings.measure(config.getoption("--threads")),
         "memory": config.stash[MEMORY],
         "absent": config.stash[ABSENT],

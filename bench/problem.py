@@ -130,15 +130,46 @@ def make_problem(
     return make_hyper(workload, seed, dtype)
 
 
-def make_bank(w: BankWorkload, seed: int = 0, dtype: torch.dtype = torch.float32) -> BankProblem:
+def _fan_in(workload: AnyWorkload, like: Tensor) -> Tensor:
+    """(P,): the inputs of the layer that each parameter belongs to."""
+    return torch.cat([like.new_full((i * o + o,), float(i)) for i, o in workload.layers])
+
+
+def make_bank(
+    w: BankWorkload,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> BankProblem:
     """Random values of the size training starts from."""
-    rng = torch.Generator().manual_seed(seed)
-    fan_in = torch.cat([torch.full((i * o + o,), float(i)) for i, o in w.layers])
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=dtype, device=device)
+
+    flat = normal(w.tasks, w.P)
     return BankProblem(
         w,
-        torch.randn(w.tasks, w.P, generator=rng, dtype=dtype).div_(fan_in.sqrt()),
-        torch.randn(w.requests, w.rows, w.sizes[0], generator=rng, dtype=dtype),
-        torch.randint(w.tasks, (w.requests, w.rows), generator=rng),
+        flat.div_(_fan_in(w, flat).sqrt()),
+        normal(w.requests, w.rows, w.sizes[0]),
+        torch.randint(w.tasks, (w.requests, w.rows), generator=rng, device=device),
+    )
+
+
+def draw(w: Workload, normal: Callable[..., Tensor]) -> Problem:
+    """Values of the size training starts from, made of what ``normal(*shape)`` draws."""
+    head = normal(w.P, w.H)
+    # Half of a weight's variance comes from the head's bias, half from its H features.
+    fan_in = _fan_in(w, head)
+    return Problem(
+        w,
+        trunk_weight=normal(w.H, w.z_dim) * w.z_dim**-0.5,
+        trunk_bias=normal(w.H) * 0.1,
+        head_weight=head / fan_in.mul(w.H).sqrt()[:, None],
+        head_bias=normal(w.P) / fan_in.sqrt(),
+        z=normal(w.B, w.z_dim),
+        x=normal(w.B, w.N, w.sizes[0]),
+        grad=normal(w.B, w.N, w.sizes[-1]),
     )
 
 
@@ -146,26 +177,18 @@ def make_hyper(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.flo
     """Random values of the size training starts from, with no pre-activation on relu's corner."""
     rng = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64).mul_(std).to(dtype).double()
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
-    w = workload
-    # Half of a weight's variance comes from the head's bias, half from its H features.
-    fan_in = torch.cat([torch.full((i * o + o,), float(i)) for i, o in w.layers]).double()
-    problem = Problem(
-        workload,
-        trunk_weight=normal(w.H, w.z_dim, std=w.z_dim**-0.5),
-        trunk_bias=normal(w.H, std=0.1),
-        head_weight=(normal(w.P, w.H) / fan_in.mul(w.H).sqrt()[:, None]).to(dtype).double(),
-        head_bias=(normal(w.P) / fan_in.sqrt()).to(dtype).double(),
-        z=normal(w.B, w.z_dim),
-        x=normal(w.B, w.N, w.sizes[0]),
-        grad=normal(w.B, w.N, w.sizes[-1]),
-    )
+    def rounded(tensor: Tensor) -> Tensor:
+        """Numbers of `dtype`, in which no distance to the corner is lost."""
+        return tensor.to(dtype).double()
+
+    problem = draw(workload, normal).to(dtype).to(torch.float64)
     while (bad := _corner_distance(problem)[0] < CORNER).any():
-        problem.z[bad] = normal(int(bad.sum()), w.z_dim)
+        problem.z[bad] = rounded(normal(int(bad.sum()), workload.z_dim))
     while (bad := _corner_distance(problem)[1] < CORNER).any():
-        problem.x[bad] = normal(int(bad.sum()), w.sizes[0])
+        problem.x[bad] = rounded(normal(int(bad.sum()), workload.sizes[0]))
     return problem.to(dtype)
 
 

@@ -13,15 +13,14 @@ from pathlib import Path
 
 from bench.measure import calibrate, machine
 from bench.rivals import OURS, RIVALS
-from bench.show import plots
-from bench.show import results_file as results
-from bench.show import tables as report
+from bench.show import calibration, plots, results_file, tables
 from bench.workloads import WORKLOADS
 
 BENCH = Path(__file__).resolve().parent
+CALIBRATION = BENCH / "results" / "calibration.json"
 
 # A smoke test: one small workload without and one with many rows, and no long compilation.
-QUICK_WORKLOADS = ("qmix1024", "digits_inr")
+QUICK_WORKLOADS = ("mlp8_1024", "digits_inr")
 QUICK_RIVALS = (OURS, "loop", "vmap", "bmm", "jax")
 QUICK_ROUNDS = 3
 ROUNDS = 10
@@ -84,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def measure(args: argparse.Namespace) -> tuple[results.Results | None, int]:
+def measure(args: argparse.Namespace) -> tuple[results_file.Results | None, int]:
     """Runs pytest in a process of its own, where threads are set before anything is imported."""
     workloads = args.only or (QUICK_WORKLOADS if args.quick else tuple(WORKLOADS))
     rivals = args.rivals or (QUICK_RIVALS if args.quick else tuple(RIVALS))
@@ -103,14 +102,14 @@ def measure(args: argparse.Namespace) -> tuple[results.Results | None, int]:
         status = subprocess.run(command, cwd=BENCH.parent).returncode
         if not file.exists() or not (text := file.read_text()):
             return None, status or 1
-        return results.collect(json.loads(text)), status
+        return results_file.collect(json.loads(text)), status
 
 
-def save(new: results.Results, path: Path, keep: bool) -> None:
+def save(new: results_file.Results, path: Path, keep: bool) -> None:
     """The file and its pictures; `keep`: what the file holds of other workloads stays."""
     if keep and path.exists():
-        new = results.merge(results.read(path), new)
-    results.write(new, path)
+        new = results_file.merge(results_file.read(path), new)
+    results_file.write(new, path)
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed", file=sys.stderr)
         return
@@ -123,14 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     if args.calibrate:
+        path = args.report or args.json or CALIBRATION
         if not args.report:
-            calibrate.save(args.threads, args.json or calibrate.FILE)
-        print(calibrate.report(results.read(args.report or args.json or calibrate.FILE)["results"]))
+            results_file.write(calibrate.measure(args.threads), path)
+        print(calibration.text(results_file.read(path)["results"]))
         return 0
-    old = results.read(args.compare) if args.compare else None
+    old = results_file.read(args.compare) if args.compare else None
     status = 0
     if args.report:
-        new = results.read(args.report)
+        new = results_file.read(args.report)
     else:
         if importlib.util.find_spec("pytest_benchmark") is None:
             print("hyperfast bench: needs the extra: pip install -e '.[bench]'", file=sys.stderr)
@@ -146,11 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = BENCH / "results" / f"{name}.json"
         if path:
             save(new, path, keep=bool(args.only))
-    print(report.text(new, args.markdown))
+    print(tables.text(new, args.markdown))
     if old is not None:
         if old["machine"] != new["machine"] or old["threads"] != new["threads"]:
             print("compared with results of another machine or number of threads")
-        fallen = list(results.regressions(old, new, args.tolerance))
+        fallen = list(results_file.regressions(old, new, args.tolerance))
         print("\n".join(f"slower: {line}" for line in fallen))
         if fallen and status == 0:
             status = 3

@@ -119,8 +119,8 @@ AnyWorkload = Workload | BankWorkload
 WORKLOADS: dict[str, AnyWorkload] = {
     w.name: w
     for w in (
-        Workload("qmix1024", B=1024, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),
-        Workload("qmix4096", B=4096, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),
+        Workload("mlp8_1024", B=1024, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),
+        Workload("mlp8_4096", B=4096, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),
         Workload("digits_inr", B=256, N=64, z_dim=32, H=128, sizes=(2, 32, 1)),
         Workload("mlp64_n1", B=1024, N=1, z_dim=32, H=64, sizes=(64, 64, 10)),
         Workload("mlp64_n32", B=256, N=32, z_dim=32, H=64, sizes=(64, 64, 10)),

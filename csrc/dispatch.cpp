@@ -13,8 +13,8 @@
 
 namespace hyperfast {
 
-#define HF_DECLARE(isa) \
-  namespace isa {       \
+#define HF_DECLARE(isa)       \
+  namespace isa {             \
   extern const Kernels table; \
   }
 #ifdef HF_AMX
@@ -34,21 +34,26 @@ struct Candidate {
   const Kernels* table;
   bool present;
   bool (*ask)() = nullptr;  // what else must be granted
+
+  bool runs() const { return present && (!ask || ask()); }
 };
 
 #ifdef HF_AMX
-// Whether the CPU has the matrix unit with bf16, and the kernel lets this process use it: its registers are
-// 8 KiB a thread, which Linux (5.16 and later) sets aside only for those that ask.
+// Whether the CPU has the matrix unit with bf16, and the kernel lets this process use it: its
+// registers are 8 KiB a thread, which Linux (5.16 and later) sets aside only for those that ask.
 bool matrix_unit() {
   unsigned a, b, c, d;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16) == 0 || (d & amx_tile) == 0)
+    return false;
+  constexpr long request_permission = 0x1023,
+                 tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
 
-const Kernels& choose() {
+// All of this build, best first.
+std::vector<Candidate> candidates() {
 #ifdef HF_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -58,23 +63,23 @@ const Kernels& choose() {
                       __builtin_cpu_supports("avx512dq");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  const Candidate candidates[] = {  // best first
+  return {
 #ifdef HF_AMX
       {&amx::table, bf16, matrix_unit},
 #endif
 #ifdef HF_X86
-      {&avx512_bf16::table, bf16},
-      {&avx512::table, avx512},
-      {&avx2::table, avx2},
+      {&avx512_bf16::table, bf16},      {&avx512::table, avx512}, {&avx2::table, avx2},
 #endif
       {&portable::table, true},
   };
+}
 
+const Kernels& choose() {
   const char* wanted = std::getenv("HYPERFAST_ISA");
   std::string known;
-  for (const Candidate& c : candidates) {
+  for (const Candidate& c : candidates()) {
     const bool any = !wanted || !*wanted, this_one = !any && c.table->isa == std::string(wanted);
-    if ((any || this_one) && c.present && (!c.ask || c.ask())) return *c.table;
+    if ((any || this_one) && c.runs()) return *c.table;
     if (this_one)
       throw std::invalid_argument(std::string("HYPERFAST_ISA=") + wanted +
                                   " is not available on this machine");
@@ -88,6 +93,13 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+std::vector<const Kernels*> builds() {
+  std::vector<const Kernels*> all;
+  for (const Candidate& c : candidates())
+    if (c.runs()) all.push_back(c.table);
+  return all;
 }
 
 }  // namespace hyperfast

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace hyperfast {
@@ -7,5 +9,8 @@ namespace hyperfast {
 // The table for the best instruction set of this machine, or for the lower one that the environment
 // variable HYPERFAST_ISA names. Throws std::invalid_argument when that one is unknown or absent.
 const Kernels& kernels();
+
+// The tables that can run on this machine, best first.
+std::vector<const Kernels*> builds();
 
 }  // namespace hyperfast

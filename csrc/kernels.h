@@ -1,10 +1,13 @@
 // The face of the kernels: plain structs over raw pointers, no torch type.
 //
-// Everything here has already been checked (ops.cpp): pointers are valid for the sizes and strides
-// given, task numbers are in range. Strides are in elements, may be zero, and are 64-bit throughout.
+// Everything here has already been checked (torch/): pointers are valid for the sizes and strides
+// given, task numbers are in range. Strides are in elements, may be zero, and are 64-bit
+// throughout.
 #pragma once
 
 #include <cstdint>
+
+#include "isa/simd/activation.h"
 
 namespace hyperfast {
 
@@ -23,7 +26,7 @@ struct Rows {
 // One matrix a task, shape (out, in).
 struct TaskMatrix {
   void* data;
-  Index task, out, in;
+  Index task, out_stride, in_stride;
 };
 
 // One vector a task; data may be null (absent).
@@ -38,7 +41,8 @@ struct Piece {
 };
 
 // The rows of every task, cut into pieces of at most `cut` rows so that threads share big tasks.
-// Batched: `per_task` pieces of each task, in turn. Ragged: `order` lists the row numbers sorted by task.
+// Batched: `per_task` pieces of each task, in turn. Ragged: `order` lists the row numbers sorted by
+// task.
 struct Groups {
   Index tasks;
   Index rows;    // of one task (batched), of all together (ragged)
@@ -53,45 +57,41 @@ struct TaskLinear {
   Dtype dtype;
   Groups groups;
   Index out, in;
-  Rows x;            // width in
+  Rows x;  // width in
   TaskMatrix weight;
-  TaskVector bias;   // width out
-  Rows y;            // width out, col == 1
+  TaskVector bias;  // width out
+  Rows y;           // width out, col == 1
 };
 
 struct TaskLinearGradWeight {
   Dtype dtype;
   Groups groups;  // never cut: one piece a task, every task present
   Index out, in;
-  Rows grad;      // width out
-  Rows x;         // width in
-  void* y;        // (tasks, out, in), contiguous
+  Rows grad;  // width out
+  Rows x;     // width in
+  void* y;    // (tasks, out, in), contiguous
 };
 
-// What the head makes of features h: entry (o, i) of a task's matrix is <weight(o, i), h> + bias(o, i),
-// where weight(o, i) starts at weight + o * out + i * in and its features are `feature` apart.
+// What the head makes of features h: entry (o, i) of a task's matrix is <weight(o, i), h> + bias(o,
+// i), where weight(o, i) starts at weight + o * out_stride + i * in_stride and its features are
+// `feature` apart.
 struct HeadMatrix {
   void* weight;
-  Index out, in, feature;
+  Index out_stride, in_stride, feature;
   void* bias;  // or null
-  Index bias_out, bias_in;
+  Index bias_out_stride, bias_in_stride;
 
   // What maps outputs to inputs.
-  HeadMatrix transposed() const { return {weight, in, out, feature, bias, bias_in, bias_out}; }
+  HeadMatrix transposed() const {
+    return {weight, in_stride, out_stride, feature, bias, bias_in_stride, bias_out_stride};
+  }
 };
 
-// How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and the
-// head read as it lies (contract); the head packed, and weights made slice by slice for blocks of tasks,
-// in the cache (tile); the head read once as it lies, and weights made whole (materialize).
+// How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and
+// the head read as it lies (contract); the head packed, and weights made slice by slice for blocks
+// of tasks, in the cache (tile); the head read once as it lies, and weights made whole
+// (materialize).
 enum class Plan { contract, tile, materialize };
-
-// How an op runs best (groups.cpp): one that makes weights, and one that makes gradients of weights.
-enum class Makes { weights, gradients };
-Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
-                  bool matrix_unit);
-
-// Whether the matrix unit, where there is one, is faster at `contract` than the vector units.
-bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features);
 
 // y[r] = M_b x[r] + v_b, both generated.
 struct HyperLinear {
@@ -102,46 +102,61 @@ struct HyperLinear {
   Rows x;  // width in
   TaskVector h;
   HeadMatrix matrix;
-  HeadMatrix vector;  // of one column; weight null when there is none
-  Rows y;             // width out, col == 1
+  HeadMatrix
+      vector;  // of one column, features as far apart; of a null weight, at most a shared bias
+  Rows y;      // width out, col == 1
+
+  bool head_bias() const { return matrix.bias || (vector.weight && vector.bias); }
 };
 
-// Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows of task b, they are
-// grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of G_b(p) h_b, grad_bias(p) = sum over b of
-// G_b(p), where p counts the entries of the matrix, then those of the vector. Those that are null are not wanted.
+// Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows
+// of task b, they are grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of
+// G_b(p) h_b, grad_bias(p) = sum over b of G_b(p), where p counts the entries of the matrix, then
+// those of the vector. Those that are null are not wanted.
 struct HyperLinearGrad {
   Dtype dtype;
   Plan plan;
   Groups groups;
   Index out, in, features;
-  bool target_bias;
-  Rows grad;    // width out
-  Rows x;       // width in
-  TaskVector h; // for grad_weight
+  bool has_bias;
+  Rows grad;                  // width out
+  Rows x;                     // width in
+  TaskVector h;               // for grad_weight
   HeadMatrix matrix, vector;  // for grad_h; the vector's weight follows that of the matrix
-  void* grad_h;       // (tasks, features), contiguous like the others
-  void* grad_weight;  // (params, features)
-  void* grad_bias;    // (params)
+  void* grad_h;               // (tasks, features), contiguous like the others
+  void* grad_weight;          // (params, features)
+  void* grad_bias;            // (params)
 
-  Index params() const { return out * (in + target_bias); }
+  Index params() const { return out * (in + has_bias); }
 };
 
-enum class Act { identity, relu, leaky_relu, elu, sigmoid, silu, sin, tanh };
+// Whose a layer's bias is, and what becomes of its generated matrix. Kernels of whole networks know
+// but biases of each task, and no transform.
+enum class Bias { none, own, shared };
+enum class Transform { none, abs, softplus, exp, square };
 
 struct Layer {
   Index in, out;
   Act act;
-  double parameter;
+  double parameter;  // of the activation
+  Bias bias = Bias::none;
+  Transform transform = Transform::none;
+  Index begin = 0;    // its first parameter
+  bool kept = false;  // whether the backward pass needs its pre-activations
 };
 
-// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has any.
+// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has
+// any.
 struct Net {
   const Layer* layers;
   Index count;
   bool bias;
+  Index params, outputs, kept,
+      widest;  // outputs of all layers, and of those whose pre-activations are kept
 };
 
-// What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p * bias_step].
+// What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p *
+// bias_step].
 struct NetHead {
   void* weight;
   Index row, feature;
@@ -158,22 +173,24 @@ struct HyperMlp {
   Rows x;
   TaskVector h;
   NetHead head;
-  Rows y;        // contiguous
-  void* hidden;  // or null; pre-activations, layer by layer (rows, out), of the last only if it has one
+  Rows y;  // contiguous
+  void*
+      preactivations;  // or null; layer by layer (rows, out), those of the last only if it is kept
 };
 
 // Gradients of the same; those that are null are not wanted. All are contiguous.
 struct HyperMlpBackward {
-  HyperMlp forward;   // without y; hidden is null where it was not kept
-  Rows grad;          // contiguous, written over where a last activation asks for it
+  HyperMlp forward;  // without y; preactivations are null where they were not kept
+  Rows grad;         // contiguous, written over where a last activation asks for it
   void* grad_x;
   void* grad_h;       // (tasks, features)
   void* grad_weight;  // (params, features)
   void* grad_bias;    // (params)
 };
 
-// Given parameters, of each task `weight_task` apart. With `affine` they are int8, matrices without
-// biases, and affine holds of every layer scales (out), then biases (out) if there are any, as floats.
+// Given parameters, of each task `weight_task` apart. With `scales_and_biases` they are int8,
+// matrices without biases, and of every layer there are scales (out), then biases (out) if it has
+// any, as floats.
 struct TaskMlp {
   Dtype dtype;
   Groups groups;
@@ -181,8 +198,8 @@ struct TaskMlp {
   Rows x;
   void* weight;
   Index weight_task;
-  void* affine;
-  Index affine_task;
+  void* scales_and_biases;
+  Index scales_and_biases_task;
   Rows y;  // contiguous
 };
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hyperfast import checks
 
@@ -225,14 +225,37 @@ def run_layers(
     return x
 
 
-def second_moment(activation: nn.Module) -> float:
-    """``E[f(g)^2]`` for a standard normal ``g``: 1/2 for ReLU, 1 for the identity.
+def second_moment(activation: nn.Module, width: int = 1) -> float:
+    """``E[f(g)^2]`` for rows of ``width`` independent standard normals: 1/2 for ReLU, 1 for the
+    identity.
 
     Its inverse is the squared gain that keeps the variance from layer to layer (He et al. 2015).
-    Trapezoid rule on [-8, 8], error below 1e-6 for the named activations.
+    Trapezoid rule on [-8, 8] for what acts on every element or column by itself, error below 1e-6
+    for the named activations; for anything else the mean over a sample, error 0.5%. It is 1 where
+    the activation cannot be asked: on the meta device, or where it does not take such rows.
     """
-    g = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")
-    density = torch.exp(-g * g / 2) / math.sqrt(2 * math.pi)
-    with torch.no_grad():
-        values = copy.deepcopy(activation).to("cpu", torch.float64)(g.clone())
-    return float(torch.trapezoid(values * values * density, g))
+    state = dict(activation.named_parameters()) | dict(activation.named_buffers())
+    if any(t.is_meta for t in state.values()):
+        return 1.0
+    by_column = type(activation) in ELEMENTWISE or type(activation) is nn.PReLU
+    if by_column:
+        g = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")
+        weight = torch.exp(-g * g / 2) * (16 / 4000 / math.sqrt(2 * math.pi))
+        rows = g.unsqueeze(1).repeat(1, width)
+    else:
+        rows = torch.randn(
+            max((1 << 18) // width, 64), width,
+            generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu",
+        )  # fmt: skip
+        weight = rows.new_full((len(rows),), 1 / len(rows))
+    state = {
+        name: t.detach().to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+        for name, t in state.items()
+    }
+    try:
+        with torch.no_grad():
+            values = functional_call(activation, state, (rows,))
+        moment = float(weight @ values.square().mean(1))
+    except Exception:  # of its own kind, whatever that is; it will come again in a forward pass
+        return 1.0
+    return moment if 0 < moment < math.inf else 1.0

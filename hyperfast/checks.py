@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+Weights: TypeAlias = Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.ParameterDict
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -18,6 +22,24 @@ def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     return value
+
+
+def tensors(name: str, values: Weights) -> Sequence[Tensor]:
+    """``values`` as a list or tuple, in their order: they may be an ``nn.ParameterList`` or a dict,
+    as ``torch.func.stack_module_state`` returns it."""
+    if isinstance(values, list | tuple):
+        found: Sequence[Tensor] = values
+    elif isinstance(values, Mapping | torch.nn.ParameterDict):
+        found = list(values.values())
+    elif isinstance(values, Iterable) and not isinstance(values, Tensor | str):
+        found = list(values)
+    else:
+        raise ValueError(f"{name} must be a non-empty sequence of tensors, got {values!r}")
+    if not found:
+        raise ValueError(f"{name} must be a non-empty sequence of tensors, got {values!r}")
+    for n, value in enumerate(found):
+        tensor(f"{name}[{n}]", value)
+    return found
 
 
 def dense(**tensors: Tensor | None) -> None:

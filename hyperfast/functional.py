@@ -13,7 +13,7 @@ from hyperfast import checks
 from hyperfast.activations import run_layers
 from hyperfast.kernels import reference
 from hyperfast.layout import Generated, MLPSpec
-from hyperfast.ops import backends, layer, network
+from hyperfast.ops import backends, layer, network, sharding
 from hyperfast.plans.sizes import PLANS
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
@@ -178,6 +178,8 @@ def generated_mlp(
     x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
     if backends.forced is not None:
         backends.insist(backends.forced, "hyper_mlp", x.device.type)
+    if type(x) is not Tensor:
+        sharding.prepare(x)
     single = task_ids is None and x.ndim == 2
     y = network.run(x.unsqueeze(1) if single else x, h, weight, bias, task_ids, text)
     return y.squeeze(1) if single else y
@@ -204,6 +206,8 @@ def task_mlp(
 def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options: tuple) -> Tensor:
     """Calls the op, or what :func:`hyperfast.use_backend` insists on; ``(B, in)`` is one row."""
     single = task_ids is None and x.ndim == 2
+    if type(x) is not Tensor:
+        sharding.prepare(x)
     if single:
         x = x.unsqueeze(1)
     if backends.forced == "reference":

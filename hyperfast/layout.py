@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -13,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hyperfast import checks
 from hyperfast.activations import KNOWN, named
+from hyperfast.checks import Weights
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,13 @@ class ParamSpec:
         # Splitting a dimension needs no copy, whatever its stride.
         return tuple(p.view((*p.shape[:-1], *s)) for p, s in zip(pieces, self.shapes, strict=True))
 
-    def flatten(self, weights: Sequence[Tensor]) -> Tensor:
+    def flatten(self, weights: Weights) -> Tensor:
         """The flat vector ``(..., P)`` that :meth:`split` would split into ``weights``.
 
         Raises:
             ValueError: wrong number of tensors, wrong shapes, or leading dimensions that disagree.
         """
+        weights = checks.tensors("weights", weights)
         if len(weights) != len(self.shapes):
             raise ValueError(
                 f"weights must hold {len(self.shapes)} tensors, one a parameter, got {len(weights)}"
@@ -87,13 +91,12 @@ class MLPSpec(ParamSpec):
     bias: bool
 
     def __init__(self, sizes: Sequence[int], bias: bool = True):
-        if not isinstance(sizes, Sequence):
+        if not isinstance(sizes, Iterable) or getattr(sizes, "ndim", None) == 0:
             raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}")
         sizes = tuple(sizes)
         if len(sizes) < 2:
             raise ValueError(f"sizes must hold at least an input and an output width, got {sizes}")
-        for s in sizes:
-            positive("sizes", s)
+        sizes = tuple(positive("sizes", s) for s in sizes)
         shapes: list[tuple[int, ...]] = []
         for i, o in pairwise(sizes):
             shapes += [(o, i), (o,)] if bias else [(o, i)]
@@ -382,6 +385,14 @@ class Generated(NamedTuple):
             constant[0] if constant else None,
         )
 
+    def check(self, in_features: int, features: int) -> None:
+        """Raises ValueError unless all shapes agree, with these numbers of inputs and features."""
+        out = self.matrix.shape[0] if self.matrix.ndim else 0
+        shapes = (out, in_features, features), (out, in_features), (out, features), (out,)
+        for name, t, shape in zip(self._fields, self, shapes, strict=True):
+            if t is not None and t.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+
     @property
     def transposed(self) -> Generated:
         """What maps gradients of outputs to those of inputs."""
@@ -397,9 +408,13 @@ def of_layer(weight: Tensor, bias: Tensor | None, layer: Layer) -> Generated:
 
 
 def positive(name: str, value: int) -> int:
-    """``value`` if it is an int of at least 1; raises TypeError or ValueError naming ``name``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """``value`` as an int, of at least 1; raises TypeError or ValueError naming ``name``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hyperfast
-from tests.support.cases import close
+from tests.support.budget import close
 
 # PyTorch's compiler imports modules of its own that still use torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -1,6 +1,7 @@
 """torch.export of a model and of a bank, and a package by AOTInductor that runs in a process which
 knows the registered ops and nothing of the model."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import torch
 from torch.export import Dim
 
 import hyperfast
-from hyperfast import HyperMLP, HyperNet, TaskBank
+from hyperfast import HyperMLP, HyperNet, TargetNet, TaskBank
+from tests.support.budget import assert_as_good, close
 
 # PyTorch's own: modules of its compiler still use torch.jit, and its pytrees what they deprecate.
 pytestmark = [
@@ -36,10 +38,6 @@ def rows_of(bank, count, dtype=torch.float32):
     return torch.randn(count, 4).to(dtype), ids[torch.randint(len(ids), (count,))]
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
 # The module of a bank
 
 
@@ -48,7 +46,6 @@ KINDS = {
     "fp64": {"of": torch.float64},
     "bf16": {"dtype": torch.bfloat16},
     "int8": {"dtype": torch.int8},
-    "budget": {"max_bytes": 2000},
 }
 
 
@@ -57,9 +54,24 @@ def test_module_of_a_bank(kind):
     bank = make_bank(**KINDS[kind])
     x, ids = rows_of(bank, 40)
     module, y = bank.module(), bank(x, ids)
-    torch.testing.assert_close(module(x, ids), y, rtol=1e-6, atol=1e-6)
+    close(module(x, ids), y, 1e-6)
     bank.remove(ids.unique())  # which the module does not see
-    torch.testing.assert_close(module(x, ids), y, rtol=1e-6, atol=1e-6)
+    close(module(x, ids), y, 1e-6)
+
+
+def test_module_of_a_bank_that_generates():
+    """Module and bank make the weights of latents by other ops, each with its own rounding."""
+    bank = make_bank(max_bytes=2000)
+    x, ids = rows_of(bank, 40)
+    with hyperfast.use_backend("reference"):
+        plain = bank(x, ids)
+    latents, hyper = bank.latents(ids).double(), copy.deepcopy(bank.hyper).double()
+    exact = TargetNet("tanh")(x.double().unsqueeze(1), hyper(latents)).squeeze(1)
+    module = bank.module()
+    for y in (bank(x, ids), module(x, ids)):
+        assert_as_good(y, plain, exact)
+    bank.remove(ids.unique())  # which the module does not see
+    assert_as_good(module(x, ids), plain, exact)
 
 
 @pytest.mark.parametrize("bad", [2, 8, 9, -1, -(2**32), 2**40, 2**62, 2**63 - 1, 2**31])

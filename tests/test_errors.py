@@ -7,6 +7,8 @@ from torch import nn
 import hyperfast
 from hyperfast import HyperMLP, HyperNet, MLPSpec, TargetNet
 from hyperfast.functional import hyper_linear, task_linear
+from hyperfast.layout import Generated
+from hyperfast.plans.sizes import PLANS
 
 OP = torch.ops.hyperfast
 
@@ -14,6 +16,7 @@ OP = torch.ops.hyperfast
 X, ROWS, IDS = torch.zeros(2, 3, 4), torch.zeros(6, 4), torch.tensor([0, 1, 1, 0, 0, 1])
 W, B = torch.zeros(2, 5, 4), torch.zeros(2, 5)
 H, HEAD, HEAD_B = torch.zeros(2, 7), torch.zeros(25, 7), torch.zeros(25)
+MADE = Generated.of_head(HEAD, HEAD_B, 4, True)
 Z = torch.zeros(2, 6)
 HYPER = HyperNet(6, 4, 8, 5)
 MODEL, TARGET = HyperMLP(HYPER), TargetNet()
@@ -319,15 +322,19 @@ G, GROWS = torch.zeros(2, 3, 5), torch.zeros(6, 5)
 DIRECT = {
     "task_linear": lambda ids: OP.task_linear(ROWS, W, B, ids),
     "task_linear_grad_weight": lambda ids: OP.task_linear_grad_weight(GROWS, ROWS, ids, 2),
-    "hyper_linear": lambda ids, plan: OP.hyper_linear(ROWS, H, HEAD, HEAD_B, ids, True, plan),
-    "hyper_linear_grad_x": lambda ids, plan: OP.hyper_linear_grad_x(
-        GROWS, H, HEAD[:20], HEAD_B[:20], ids, plan),
+    "hyper_linear": lambda ids, plan: OP.hyper_linear(ROWS, H, *MADE, ids, plan),
     "hyper_linear_grad_h": lambda ids, plan: OP.hyper_linear_grad_h(
-        GROWS, ROWS, HEAD, ids, 2, True, plan),
+        GROWS, ROWS, MADE.matrix, MADE.vector, ids, 2, plan),
     "hyper_linear_grad_weight": lambda ids, plan: OP.hyper_linear_grad_weight(
         GROWS, ROWS, H, ids, True, plan),
 }  # fmt: skip
-PLANS = ("", "contract", "tile", "materialize")
+
+
+def made(**change):
+    return MADE._replace(**change)
+
+
+NAMED = ("", *PLANS)
 
 
 @pytest.mark.parametrize("value", [-1, 2, -(2**63), 2**63 - 1])
@@ -336,7 +343,7 @@ def test_the_registered_ops_check_ids(name, value):
     """No id reaches memory unchecked, whoever calls."""
     ids = IDS.clone()
     ids[3] = value
-    for plan in PLANS if name.startswith("hyper") else (None,):
+    for plan in NAMED if name.startswith("hyper") else (None,):
         options = () if plan is None else (plan,)
         assert DIRECT[name](IDS, *options).isfinite().all()
         with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {value}"):
@@ -356,18 +363,22 @@ GARBAGE = [
     lambda: OP.task_linear_grad_weight(GROWS, ROWS, IDS, -1),
     *[
         lambda plan=plan, make=make: make(plan)
-        for plan in PLANS
+        for plan in NAMED
         for make in (
-            lambda p: OP.hyper_linear(X, H[:1], HEAD, HEAD_B, None, True, p),
-            lambda p: OP.hyper_linear(X[:, :, :0], H, HEAD[:0], None, None, False, p),
-            lambda p: OP.hyper_linear(X, H[:, :3], HEAD, HEAD_B, None, True, p),
-            lambda p: OP.hyper_linear(X, H, HEAD, HEAD_B[:7], None, True, p),
-            lambda p: OP.hyper_linear(ROWS, H, HEAD, HEAD_B, IDS[:5], True, p),
-            lambda p: OP.hyper_linear_grad_x(G, H, HEAD[:18], None, None, p),
-            lambda p: OP.hyper_linear_grad_x(G[..., :0], H, HEAD, None, None, p),
-            lambda p: OP.hyper_linear_grad_h(G, X[:, :2], HEAD, None, 2, True, p),
-            lambda p: OP.hyper_linear_grad_h(GROWS, ROWS, HEAD, IDS, -1, True, p),
-            lambda p: OP.hyper_linear_grad_h(GROWS, ROWS[:5], HEAD, IDS, 2, True, p),
+            lambda p: OP.hyper_linear(X, H[:1], *MADE, None, p),
+            lambda p: OP.hyper_linear(X, H[:, :3], *MADE, None, p),
+            lambda p: OP.hyper_linear(X[..., :3], H, *MADE, None, p),
+            lambda p: OP.hyper_linear(X, H, *made(matrix=MADE.matrix[:3]), None, p),
+            lambda p: OP.hyper_linear(X, H, *made(matrix=MADE.matrix[0]), None, p),
+            lambda p: OP.hyper_linear(X, H, *made(matrix_bias=MADE.matrix_bias.mT), None, p),
+            lambda p: OP.hyper_linear(X, H, *made(vector=MADE.vector[:3]), None, p),
+            lambda p: OP.hyper_linear(X, H, *made(vector_bias=MADE.vector_bias[:3]), None, p),
+            lambda p: OP.hyper_linear(ROWS, H, *MADE, IDS[:5], p),
+            lambda p: OP.hyper_linear_grad_h(G, X[:, :2], MADE.matrix, None, None, 2, p),
+            lambda p: OP.hyper_linear_grad_h(G, X, MADE.matrix[:3], None, None, 2, p),
+            lambda p: OP.hyper_linear_grad_h(G, X, MADE.matrix, MADE.vector[:3], None, 2, p),
+            lambda p: OP.hyper_linear_grad_h(GROWS, ROWS, MADE.matrix, MADE.vector, IDS, -1, p),
+            lambda p: OP.hyper_linear_grad_h(GROWS, ROWS[:5], MADE.matrix, MADE.vector, IDS, 2, p),
             lambda p: OP.hyper_linear_grad_weight(G, X, H[:1], None, True, p),
             lambda p: OP.hyper_linear_grad_weight(GROWS, ROWS, H, IDS[:5], True, p),
         )

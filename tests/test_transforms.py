@@ -10,7 +10,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 import hyperfast
 from hyperfast import functional
 from hyperfast.kernels import reference
-from tests.support.cases import close
+from hyperfast.layout import Generated
+from tests.support.budget import close
+from tests.support.draw import draw
 
 # PyTorch's own rules of forward mode still use torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")
@@ -19,21 +21,21 @@ SIZE, TASKS = 2, 3
 IDS = torch.tensor([2, 0, 0, 1, 2])
 
 
-def rand(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 def task_args(ragged):
-    return (rand(5, 4) if ragged else rand(TASKS, 2, 4), rand(TASKS, 6, 4), rand(TASKS, 6))
+    return (draw(5, 4) if ragged else draw(TASKS, 2, 4), draw(TASKS, 6, 4), draw(TASKS, 6))
 
 
 def hyper_args(ragged):
-    return (rand(5, 4) if ragged else rand(TASKS, 2, 4), rand(TASKS, 7), rand(30, 7), rand(30))
+    return (draw(5, 4) if ragged else draw(TASKS, 2, 4), draw(TASKS, 7), draw(30, 7), draw(30))
+
+
+def plain_hyper_linear(x, h, weight, bias, ids=None):
+    return reference.hyper_linear(x, h, *Generated.of_head(weight, bias, 4, True), ids)
 
 
 OPS = [
     (functional.task_linear, reference.task_linear, task_args),
-    (functional.hyper_linear, reference.hyper_linear, hyper_args),
+    (functional.hyper_linear, plain_hyper_linear, hyper_args),
 ]
 every_op = pytest.mark.parametrize(
     ("ours", "plain", "make"), OPS, ids=["task_linear", "hyper_linear"]
@@ -68,7 +70,7 @@ class TestDerivatives:
     def test_jvp_along_every_subset(self, ours, plain, make, ragged):
         args = make(ragged)
         for mask in product([0, 1], repeat=len(args)):
-            tangents = tuple(rand(*a.shape) * m for a, m in zip(args, mask, strict=True))
+            tangents = tuple(draw(*a.shape) * m for a, m in zip(args, mask, strict=True))
             f, g = (jvp(with_ids(f, ragged), args, tangents) for f in (ours, plain))
             close(f, g)
 
@@ -90,14 +92,14 @@ class TestDerivatives:
     def test_grads_batched(self, ours, plain, make, ragged):
         args = [a.requires_grad_() for a in make(ragged)]
         f, g = (with_ids(f, ragged)(*args) for f in (ours, plain))
-        many = rand(SIZE, *f.shape)
+        many = draw(SIZE, *f.shape)
         close(*(torch.autograd.grad(y, args, many, is_grads_batched=True) for y in (f, g)))
 
     def test_double_backward_of_batched_grads(self, ours, plain, make, ragged):
         """A gradient penalty on every row of a Jacobian."""
         args = [a.requires_grad_() for a in make(ragged)]
         results = []
-        many = rand(SIZE, *with_ids(plain, ragged)(*args).shape)
+        many = draw(SIZE, *with_ids(plain, ragged)(*args).shape)
         for f in (ours, plain):
             y = with_ids(f, ragged)(*args).sin()
             first = torch.autograd.grad(y, args, many, is_grads_batched=True, create_graph=True)
@@ -109,7 +111,7 @@ class TestDerivatives:
 def batch(args, dims):
     """Each argument batched in the dimension that ``dims`` says."""
     return [
-        a if d is None else torch.stack([rand(*a.shape) for _ in range(SIZE)], d)
+        a if d is None else torch.stack([draw(*a.shape) for _ in range(SIZE)], d)
         for a, d in zip(args, dims, strict=True)
     ]
 
@@ -132,7 +134,7 @@ class TestVmap:
     def test_out_dims_and_nesting(self, ours, plain, make, ragged):
         f, g = with_ids(ours, ragged), with_ids(plain, ragged)
         x, *rest = make(ragged)
-        many = rand(2, 3, *x.shape)
+        many = draw(2, 3, *x.shape)
         twice = lambda f: vmap(vmap(lambda x: f(x, *rest), out_dims=1), in_dims=1)(many)  # noqa: E731
         # in_dims=1 of (2, 3, ...) leaves (2, ...) for the inner one
         close(twice(f), twice(g))
@@ -140,7 +142,7 @@ class TestVmap:
     def test_second_derivatives(self, ours, plain, make, ragged):
         f, g = with_ids(ours, ragged), with_ids(plain, ragged)
         x, *rest = make(ragged)
-        many = rand(SIZE, *x.shape)
+        many = draw(SIZE, *x.shape)
         close(*(vmap(hessian(lambda x, f=f: loss(f)(x, *rest)))(many) for f in (f, g)))
 
 
@@ -174,7 +176,7 @@ class TestModel:
     def test_per_sample_gradients(self, model):
         """vmap of grad over the tasks equals one backward pass a task."""
         parameters = dict(model.named_parameters())
-        x, z = rand(TASKS, 2, 4), rand(TASKS, 5)
+        x, z = draw(TASKS, 2, 4), draw(TASKS, 5)
 
         def one(parameters, x, z):
             return functional_call(model, parameters, (x[None], z[None])).square().sum()
@@ -187,21 +189,21 @@ class TestModel:
 
     def test_laplacian(self, model):
         """Physics losses: the second derivative with respect to the input."""
-        z, x = rand(1, 5), rand(1, 4)
+        z, x = draw(1, 5), draw(1, 4)
         f = lambda x: model(x, z).sum()  # noqa: E731
         target, weights = hyperfast.TargetNet("tanh"), model.hyper(z)
         close(hessian(f)(x), hessian(lambda x: target(x[0], [w[0] for w in weights]).sum())(x))
 
     def test_vmap_of_a_single_network(self, model):
         """TargetNet on one network, batched by vmap rather than by its own batch."""
-        x, z = rand(TASKS, 2, 4), rand(TASKS, 5)
+        x, z = draw(TASKS, 2, 4), draw(TASKS, 5)
         target, weights = hyperfast.TargetNet("tanh"), model.hyper(z)
         close(vmap(target)(x, weights), target(x, weights))
         close(vmap(model)(x, z), model(x, z))
 
     def test_an_ensemble_of_models(self, model):
         """Every parameter batched."""
-        x, z = rand(TASKS, 2, 4), rand(TASKS, 5)
+        x, z = draw(TASKS, 2, 4), draw(TASKS, 5)
         models = [
             {k: torch.randn_like(p) for k, p in model.named_parameters()} for _ in range(SIZE)
         ]

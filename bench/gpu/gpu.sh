@@ -14,5 +14,5 @@ timeout -s INT 200 "$python" -m pytest -q -p no:cacheprovider --maxfail=20 \
     tests/kernels/triton/test_gpu.py
 tests=$?
 [ "$tests" -eq 124 ] && echo "the tests ran out of their 200 seconds"
-timeout 270 "$python" -m bench.gpu.gpu --tests-exit "$tests" "$@" || exit
+timeout 270 "$python" -m bench.gpu --tests-exit "$tests" "$@" || exit
 exit "$tests"

@@ -1,6 +1,5 @@
-"""``python -m hyperfast bench --calibrate``: times every plan of a generated layer over a grid of
-sizes, fits the rates of `plans` to that, and holds the rule of the C++ kernels
-against it."""
+"""Every plan of a generated layer timed over a grid of sizes; rates fitted to these times; what a
+choice by some rates, or by the rule of the C++ kernels, would cost."""
 
 from __future__ import annotations
 
@@ -8,34 +7,31 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.measure import machine
-from bench.measure.race import race
-from bench.show import results_file as results
+from bench.measure.race import race, rounded
 from bench.workloads import WORKLOADS, Workload
 from hyperfast.kernels import eager
+from hyperfast.layout import Generated
 from hyperfast.plans import choose as plan
-from hyperfast.plans.choose import PLANS, Layer, Work
+from hyperfast.plans.sizes import Sizes, Work
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "calibration.json"
 PASSES, ROUNDS = 3, 2  # over the grid, and in each of them over the plans of a layer
 HOPELESS = 10  # times the FLOPs of another plan: not timed
-ITEMSIZE = 4
-MOST = 1.15  # a chosen plan may take so many times as long as the fastest
+DTYPE = torch.float32
 
 Row = dict[str, Any]  # {"device": ..., "layer": [...], "seconds": {plan: ...}}
 
 
-def table_layers() -> list[Layer]:
+def table_layers() -> list[Sizes]:
     """Every layer of the bench table."""
     layers = [
-        Layer(w.B, w.B * w.N, i, o, w.H)
+        Sizes(w.B, w.B * w.N, i, o, w.H)
         for w in WORKLOADS.values()
         if isinstance(w, Workload)
         for i, o in w.layers
@@ -43,35 +39,36 @@ def table_layers() -> list[Layer]:
     return list(dict.fromkeys(layers))
 
 
-def grid() -> list[Layer]:
+def grid() -> list[Sizes]:
     """The bench table, a spread around it, and weights that fill no cache."""
     spread = [
-        Layer(tasks, tasks * rows, i, o, features)
+        Sizes(tasks, tasks * rows, i, o, features)
         for i, o in ((2, 64), (8, 32), (32, 1), (64, 10), (64, 64), (128, 128))
         for features in (32, 128)
         for tasks in (1, 4, 16, 64, 256)
         for rows in (1, 8, 64)
     ]
-    large = [Layer(2048, 2048 * rows, 128, 128, 32) for rows in (1, 8)]
+    large = [Sizes(2048, 2048 * rows, 128, 128, 32) for rows in (1, 8)]
     return list(dict.fromkeys(table_layers() + spread + large))
 
 
-def calls(layer: Layer, device: str) -> dict[str, Callable[[], Tensor]]:
+def calls(layer: Sizes, device: str) -> dict[str, Callable[[], Tensor]]:
     """The forward pass of a layer by every plan that is worth timing."""
     b, r, i, _, k, *_ = layer
     x, h = torch.randn(b, r // b, i), torch.randn(b, k)
     weight, bias = torch.randn(layer.params, k), torch.randn(layer.params)
     op = torch.ops.hyperfast.hyper_linear.default if device == "cpp" else eager.hyper_linear
-    flops = {name: cost.flops for name, cost in plan.costs(layer, ITEMSIZE, device).items()}
+    flops = {name: cost.flops for name, cost in plan.costs(layer, DTYPE, device).items()}
     names = [name for name in flops if flops[name] <= HOPELESS * min(flops.values())]
-    return {name: partial(op, x, h, weight, bias, None, True, name) for name in names}
+    made = Generated.of_head(weight, bias, i, True)
+    return {name: partial(op, x, h, *made, None, name) for name in names}
 
 
-def time_all(layers: Sequence[Layer], device: str) -> list[Row]:
+def time_all(layers: Sequence[Sizes], device: str) -> list[Row]:
     """Seconds of every plan: of all rounds' medians the first quartile, as others only add time.
     The whole grid is passed several times in changing order, so that no layer always meets the
     same disturbance."""
-    samples: dict[Layer, dict[str, list[float]]] = {layer: {} for layer in layers}
+    samples: dict[Sizes, dict[str, list[float]]] = {layer: {} for layer in layers}
     for number in range(PASSES):
         for layer in random.Random(number).sample(layers, len(layers)):
             plans = calls(layer, device)
@@ -84,7 +81,7 @@ def time_all(layers: Sequence[Layer], device: str) -> list[Row]:
             "device": device,
             "layer": layer[:5],
             "seconds": {
-                name: results.rounded(sorted(times)[len(times) // 4])
+                name: rounded(sorted(times)[len(times) // 4])
                 for name, times in samples[layer].items()
             },
         }
@@ -100,7 +97,7 @@ def fit(rows: Sequence[Row], device: str, steps: int = 2000) -> dict[str, Work]:
     the model is for.
     """
     plans = list(plan.RATES[device])
-    tables = [plan.work(Layer(*row["layer"]), ITEMSIZE, device) for row in rows]
+    tables = [plan.work(Sizes(*row["layer"]), DTYPE.itemsize, device) for row in rows]
     amounts = torch.tensor([[t[name] for name in plans] for t in tables], dtype=torch.float64)
     seconds = [[row["seconds"].get(name, math.inf) for name in plans] for row in rows]
     time = torch.tensor(seconds, dtype=torch.float64).log()  # (rows, plans); amounts: (.., kinds)
@@ -108,7 +105,7 @@ def fit(rows: Sequence[Row], device: str, steps: int = 2000) -> dict[str, Work]:
     rates = _search(amounts, time, lost, _descend(amounts, time, lost, steps), 5 * steps)
     values = rates.exp() * (amounts > 0).any(0)
     return {
-        name: Work(*(results.rounded(v, 3) or 0 for v in row))
+        name: Work(*(rounded(v, 3) or 0 for v in row))
         for name, row in zip(plans, values.tolist(), strict=True)
     }
 
@@ -160,47 +157,16 @@ def _search(amounts: Tensor, time: Tensor, lost: Tensor, rates: Tensor, steps: i
 def regret(row: Row, rates: dict[str, Work] | None) -> tuple[float, str]:
     """How many times longer the plan of least cost (without rates: the one that is chosen now)
     takes than the fastest one, and which it is."""
-    layer = Layer(*row["layer"])
+    layer = Sizes(*row["layer"])
     if rates is None:
-        chosen = plan.choose(layer, ITEMSIZE, row["device"])
+        chosen = plan.choose(layer, DTYPE, row["device"])
     else:
-        table = plan.work(layer, ITEMSIZE, row["device"])
+        table = plan.work(layer, DTYPE.itemsize, row["device"])
         chosen = min(row["seconds"], key=lambda name: table[name].seconds(rates[name]))
     return row["seconds"][chosen] / min(row["seconds"].values()), chosen
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The regret of every case by the rates fitted to all; the worst and the mean, also by those
-    that ``plan.py`` holds now; and the fitted rates as ``plan.py`` would hold them."""
-    lines = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        mine = [row for row in rows if row["device"] == device]
-        fitted = fit(mine, device) if device in plan.RATES else None
-        cells = "".join(f"{name:>13}" for name in (*Layer._fields[:5], *PLANS))
-        lines.append(f"{device}:{cells[len(device) + 1 :]}  regret  (microseconds)")
-        for row in mine:
-            times = [row["seconds"].get(name) for name in PLANS]
-            values = [*row["layer"], *(f"{t * 1e6:.4g}" if t else "-" for t in times)]
-            lost, chosen = regret(row, fitted)
-            lines.append("".join(f"{v:>13}" for v in values) + f"  {lost:6.2f}  {chosen}")
-        ways = {"fitted": fitted} if fitted else {}
-        for whose, rates in {**ways, "plan.py": None}.items():
-            losses = [regret(row, rates)[0] for row in mine]
-            mean = geometric_mean(losses)
-            lines.append(
-                f"{device}, {whose}: regret {max(losses):.2f} at worst, {mean:.3f}"
-                f" in the mean, above {MOST} in {sum(r > MOST for r in losses)} of {len(mine)}"
-            )
-        if fitted is None:
-            continue
-        lines += [f'    "{device}": {{']
-        for name, work in fitted.items():
-            lines.append(f'        "{name}": Work({", ".join(f"{v:.3g}" for v in work)}),')
-        lines += ["    },", ""]
-    return "\n".join(lines)
-
-
-def save(threads: int, path: Path) -> None:
+def measure(threads: int) -> dict[str, object]:
     """Measures everything on so many threads."""
     machine.use_threads(threads)
     devices = ["cpu"]
@@ -208,12 +174,4 @@ def save(threads: int, path: Path) -> None:
         devices.append("cpp")
     with torch.no_grad():
         rows = [row for device in devices for row in time_all(grid(), device)]
-    found = {
-        "date": machine.today(),
-        "commit": machine.commit(),
-        "threads": threads,
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "results": rows,
-    }
-    results.write(found, path)
+    return {**machine.circumstances(threads), "results": rows}

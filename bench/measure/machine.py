@@ -97,3 +97,14 @@ def commit() -> str:
 
 def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def circumstances(threads: int) -> dict[str, object]:
+    """What every results file says of its run."""
+    return {
+        "date": today(),
+        "commit": commit(),
+        "threads": threads,
+        "machine": machine(),
+        "versions": versions(),
+    }

@@ -96,9 +96,9 @@ def _child(workloads: list[str], rivals: list[str], threads: int, scale: int, fi
     machine.use_threads(threads)
     import torch
 
-    from .problem import make_problem
-    from .rivals import entry
-    from .workloads import WORKLOADS
+    from bench.problem import make_problem
+    from bench.rivals import entry
+    from bench.workloads import WORKLOADS
 
     peaks: Peaks = {}
     for workload in workloads:

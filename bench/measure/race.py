@@ -22,38 +22,45 @@ def warm_up(call: Call, clock: Callable[[], float] = time.perf_counter) -> None:
         count += 1
 
 
+def timed_turn(call: Call, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """A call that is not timed, to push the predecessor out of caches and thread pools, then the
+    seconds of each of as many calls as take about TURN seconds."""
+    begin = clock()
+    call()
+    repeats = min(max(int(TURN / max(clock() - begin, 1e-9)), 1), MOST_CALLS)
+    times = []
+    for _ in range(repeats):
+        begin = clock()
+        call()
+        times.append(clock() - begin)
+    return times
+
+
 def race(
     calls: Mapping[str, Call],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    turn: Callable[[Call], list[float]] = timed_turn,
 ) -> dict[str, Rounds]:
-    """Times warmed-up calls in rounds. In each round each rival has one turn: a call that is not
-    timed, to push the predecessor out of caches and thread pools, then timed calls for TURN
-    seconds. The order rotates, and every other round is reversed, so that nobody always follows the
-    same rival.
-    """
+    """Times warmed-up calls in rounds, in each of which each rival has one turn. The order rotates,
+    and every other round is reversed, so that nobody always follows the same rival."""
     order = list(calls)
     samples: dict[str, Rounds] = {name: [] for name in order}
     gc.collect()
     gc.disable()
     try:
         for number in range(rounds):
-            turn = number % len(order) if order else 0
-            rotated = order[turn:] + order[:turn]
+            first = number % len(order) if order else 0
+            rotated = order[first:] + order[:first]
             for name in rotated if number % 2 == 0 else reversed(rotated):
-                call = calls[name]
-                begin = clock()
-                call()
-                repeats = min(max(int(TURN / max(clock() - begin, 1e-9)), 1), MOST_CALLS)
-                times = []
-                for _ in range(repeats):
-                    begin = clock()
-                    call()
-                    times.append(clock() - begin)
-                samples[name].append(times)
+                samples[name].append(turn(calls[name]))
     finally:
         gc.enable()
     return samples
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """To significant digits: what a timing is worth, and a file that stays small."""
+    return None if value is None else float(f"{value:.{digits}g}")
 
 
 def flat(rounds: Rounds) -> list[float]:

@@ -1,1 +1,1 @@
-"""A server under load."""
+"""TaskServer under load: speed beside its bank, and what it must survive."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hyperfast
-from bench.show.results_file import rounded
+from bench.measure.race import rounded
 
 SPEC = hyperfast.MLPSpec((8, 4), bias=False)
 SAMPLES = 6

@@ -9,16 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.measure.race import rounded
 from bench.rivals import OURS, RIVALS
 from bench.workloads import MODES, WORKLOADS
 
 Results = dict[str, Any]
 Row = dict[str, Any]
-
-
-def rounded(value: float | None, digits: int = 4) -> float | None:
-    """To significant digits: what a timing is worth, and a file that stays small."""
-    return None if value is None else float(f"{value:.{digits}g}")
 
 
 def _key(row: Row) -> tuple[int, int, int]:

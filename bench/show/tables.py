@@ -11,11 +11,11 @@ BUSY = 0.1  # share of the machine taken by others above which a table says so
 
 def rows_of(results: Results, mode: str) -> dict[str, dict[str, Row]]:
     """workload -> rival -> row."""
-    table: dict[str, dict[str, Row]] = {}
+    found: dict[str, dict[str, Row]] = {}
     for row in results["results"]:
         if row["mode"] == mode:
-            table.setdefault(row["workload"], {})[row["rival"]] = row
-    return table
+            found.setdefault(row["workload"], {})[row["rival"]] = row
+    return found
 
 
 def _rivals(results: Results) -> list[str]:
@@ -25,14 +25,14 @@ def _rivals(results: Results) -> list[str]:
     return [name for name in results["rivals"] if name in seen and name != OURS]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    return f"{row['ratio']:.2f}x" if row["ratio"] is not None else _duration(row["median_s"])
+    return f"{row['ratio']:.2f}x" if row["ratio"] is not None else duration(row["median_s"])
 
 
 def _memory(row: Row | None) -> str:
@@ -41,7 +41,8 @@ def _memory(row: Row | None) -> str:
     return f"{row['peak_extra_bytes'] / 2**20:.1f}"
 
 
-def _table(header: list[str], body: list[list[str]], markdown: bool) -> list[str]:
+def table(header: list[str], body: list[list[str]], markdown: bool) -> list[str]:
+    """Its lines; the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     bar = " | " if markdown else "  "
 
@@ -81,9 +82,9 @@ def text(results: Results, markdown: bool = False) -> str:
         body = []
         for workload, by_rival in rows.items():
             ours = by_rival.get(OURS)
-            mine = _duration(ours["median_s"]) if ours else "-"
+            mine = duration(ours["median_s"]) if ours else "-"
             body.append([workload, mine] + [_cell(by_rival.get(name)) for name in rivals])
-        lines += [*_table(["workload", OURS, *rivals], body, markdown), ""]
+        lines += [*table(["workload", OURS, *rivals], body, markdown), ""]
     for mode in MODES:
         rows = rows_of(results, mode)
         if any(row["peak_extra_bytes"] is not None for by in rows.values() for row in by.values()):
@@ -92,7 +93,7 @@ def text(results: Results, markdown: bool = False) -> str:
                 [workload] + [_memory(by.get(name)) for name in (OURS, *rivals)]
                 for workload, by in rows.items()
             ]
-            lines += [*_table(["workload", OURS, *rivals], body, markdown), ""]
+            lines += [*table(["workload", OURS, *rivals], body, markdown), ""]
     return "\n".join(lines + _limits(results, markdown) + _remarks(results)).rstrip()
 
 
@@ -124,7 +125,7 @@ def _limits(results: Results, markdown: bool) -> list[str]:
         "over what the nearer ceiling allows"
     )
     header = ["workload", "mode", "GFLOP/s", "of peak", "GB/s", "of reads", "over the floor"]
-    return [title, "", *_table(header, body, markdown), ""]
+    return [title, "", *table(header, body, markdown), ""]
 
 
 def _remarks(results: Results) -> list[str]:

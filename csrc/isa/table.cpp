@@ -1,6 +1,8 @@
-// One build of the kernels. setup.py compiles this file once for every instruction set, each into the
-// namespace HF_ISA; dispatch.cpp chooses between the tables.
-#include "mlp.h"
+// One build of the kernels. setup.py compiles this file once for every instruction set, each into
+// the namespace HF_ISA; dispatch.cpp chooses between the tables.
+#include "isa/layer/task.h"
+#include "isa/network/generated.h"
+#include "isa/network/stored.h"
 
 #define HF_STRING(x) #x
 #define HF_NAME(x) HF_STRING(x)
@@ -9,14 +11,8 @@ namespace hyperfast::HF_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    HF_NAME(HF_ISA),
-    has_matrix_unit,
-    task_linear,
-    task_linear_grad_weight,
-    hyper_linear,
-    hyper_linear_grad,
-    hyper_mlp,
-    hyper_mlp_backward,
+    HF_NAME(HF_ISA), has_matrix_unit,   task_linear, task_linear_grad_weight,
+    hyper_linear,    hyper_linear_grad, hyper_mlp,   hyper_mlp_backward,
     task_mlp,
 };
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import uuid
 import zlib
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hyperfast import checks
 from hyperfast.bank import fork
@@ -21,6 +21,7 @@ from hyperfast.bank.log import Log, Record, pack_keys, records, unpack_keys
 from hyperfast.bank.rows import Columns, Store
 from hyperfast.bank.table import LATENT, SLOT, Change, Key, Named, Table, fits, integer
 from hyperfast.layout import MLPSpec, positive
+from hyperfast.nn.copies import clone
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
@@ -106,7 +107,7 @@ class Contents:
                 "target must have no weight_transform: transform the weights, then use from_weights"
             )
         activations = target.layer_activations(len(spec.layers))
-        latent = None if hyper is None else (hyper.z_dim, kind_of(hyper)[0])
+        latent = None if hyper is None else (hyper.z_dim, hyper.dtype)
         contents = cls(spec, activations, dtype, device, latent=latent, max_bytes=max_bytes)
         if hyper is not None:
             contents.attach(hyper)
@@ -161,7 +162,7 @@ class Contents:
         mark = mark_of(hyper)
         self.hyper, self.mark = copy_module("hyper", hyper).eval(), mark
         if self.table.latents is None:
-            self.table.latents = Store([(hyper.z_dim, kind_of(hyper)[0])], self.device)
+            self.table.latents = Store([(hyper.z_dim, hyper.dtype)], self.device)
 
     def given(self, z: Tensor | None, weights: Weights | None) -> Given:
         """Networks in the form in which they are kept, one of latents and weights being given."""
@@ -180,7 +181,7 @@ class Contents:
         z = checks.tensor("z", z).detach()
         if z.ndim != 2 or z.shape[1] != self.hyper.z_dim:
             raise ValueError(f"z must have shape (n, {self.hyper.z_dim}), got {checks.shape(z)}")
-        dtype, device = kind_of(self.hyper)
+        dtype, device = self.hyper.dtype, self.hyper.device
         if z.dtype != dtype or z.device != device:
             raise TypeError(f"z must be {dtype} on {device}, got {z.dtype}, {z.device}")
         blocks = None if self.max_bytes is not None else map(self.generate, z.split(size))
@@ -410,23 +411,13 @@ def to_flat(spec: MLPSpec, weights: Weights) -> Tensor:
 # Modules that a bank holds
 
 
-def kind_of(hyper: HyperNet) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of a hypernetwork's latents: those of its first floating-point parameter,
-    whatever its head is made of."""
-    for tensor in (*hyper.parameters(), *hyper.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype, tensor.device
-    return torch.float32, torch.device("cpu")  # quantized
-
-
 def mark_of(hyper: HyperNet) -> str:
     """A checksum of the parameters of ``hyper``."""
     total = 0
-    for value in hyper.state_dict().values():
-        if isinstance(value, Tensor):
+    for value in tree_leaves(hyper.state_dict()):
+        if isinstance(value, Tensor):  # quantised layers keep other values, and tuples
+            value = value.dequantize() if value.is_quantized else value
             total = zlib.crc32(raw(value.detach().cpu().contiguous()), total)
-        else:  # of what is quantized, or the module's own
-            total = zlib.crc32(repr(value).encode(), total)
     return f"{total:08x}"
 
 
@@ -438,25 +429,17 @@ def copy_module(
 ) -> Module:
     """A copy that shares nothing with ``module``, in another dtype or on another device if wanted.
 
-    Tensors that a module computes and keeps, as ``prune`` and old ``weight_norm`` do for hooks that
-    make them again in every call, are copied by value: ``copy.deepcopy`` refuses these.
-
     Raises:
         TypeError: there can be no copy; the message names the argument ``name``.
     """
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     try:
-        twin = copy.deepcopy(module, memo)
+        twin = clone(module)
     except Exception as error:
         raise TypeError(
             f"{name} must be such that it can be copied, as a bank keeps its own: {error}"
         ) from error
     twin = twin.to(device=device, dtype=dtype)
-    for part in twin.modules():
+    for part in twin.modules():  # tensors that are neither parameters nor buffers
         for key, value in vars(part).items():
             if isinstance(value, Tensor):
                 wanted = dtype if value.is_floating_point() else None

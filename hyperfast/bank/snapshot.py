@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.activations import KNOWN, named
-from hyperfast.bank.contents import Contents, kind_of, mark_of, renumbered
+from hyperfast.bank.contents import Contents, mark_of, renumbered
 from hyperfast.bank.file import Array, BankFileError, Snapshot, open_regular, write_snapshot
 from hyperfast.bank.formats import name_of
 from hyperfast.bank.log import Log, log_path, pack_keys, unpack_keys
@@ -149,10 +149,9 @@ def _attach(contents: Contents, hyper: HyperNet, path: Path) -> None:
     """Takes ``hyper`` as the hypernetwork of an opened bank."""
     if not isinstance(hyper, HyperNet):
         raise TypeError(f"hyper must be a HyperNet, got {type(hyper).__name__}")
-    dtype, device = kind_of(hyper)
-    if hyper.spec != contents.spec or device != contents.device:
+    if hyper.spec != contents.spec or hyper.device != contents.device:
         raise ValueError(f"hyper must generate {contents.spec} on {contents.device}, got {hyper!r}")
-    latent, stored = (hyper.z_dim, dtype), contents.table.latents
+    latent, stored = (hyper.z_dim, hyper.dtype), contents.table.latents
     fits = stored is None or stored.columns[0] == latent
     if not fits or contents.mark not in (None, mark_of(hyper)):
         raise BankFileError(f"{path} was made with another hypernetwork than hyper")

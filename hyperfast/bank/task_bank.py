@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperfast import checks
 from hyperfast.bank import report, snapshot
-from hyperfast.bank.contents import Contents, Ids, Weights, kind_of, to_flat, to_ids
+from hyperfast.bank.contents import Contents, Ids, Weights, to_flat, to_ids
 from hyperfast.bank.export import BankModule
 from hyperfast.bank.table import Key, integer, to_key
 from hyperfast.layout import MLPSpec, positive
@@ -103,9 +103,8 @@ class TaskBank:
         if not isinstance(hyper, HyperNet) or not isinstance(hyper.spec, MLPSpec):
             raise TypeError(f"hyper must be a HyperNet that generates an MLP, got {hyper!r}")
         target = TargetNet(hyper.target_activation) if target is None else target
-        kind, device = kind_of(hyper)
-        dtype = kind if dtype is None else dtype
-        bank = cls(Contents.of_target(hyper.spec, target, dtype, device, hyper, max_bytes))
+        dtype = hyper.dtype if dtype is None else dtype
+        bank = cls(Contents.of_target(hyper.spec, target, dtype, hyper.device, hyper, max_bytes))
         bank.add(z, keys=keys)
         return bank
 

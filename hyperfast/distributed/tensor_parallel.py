@@ -69,16 +69,17 @@ class ColwiseHyperMLP(nn.Module):
     def __init__(self, model: HyperMLP, mesh: DeviceMesh):
         super().__init__()
         assert model.mlp is not None
-        self.spec, self.target = model.mlp[:2]
+        self.spec, self.target, head, trunk = model.mlp
         self.z_dim = model.hyper.z_dim
         self.mesh = mesh
-        self.trunk = nn.Sequential(*list(model.hyper.generator)[:-1])
+        self.trunk = nn.Sequential(*trunk)
         distribute_module(self.trunk, mesh)  # replicates it
-        head, numels = model.hyper.head, [layer.numel for layer in self.spec.layers]
-        rows = zip(head.weight.split(numels), head.bias.split(numels), strict=True)
+        numels = [layer.numel for layer in self.spec.layers]
+        weights = head.weight.split(numels)
+        biases = [None] * len(numels) if head.bias is None else head.bias.split(numels)
         self.layers = nn.ModuleList(
             _Slice(layer, weight, bias, mesh)
-            for layer, (weight, bias) in zip(self.spec.layers, rows, strict=True)
+            for layer, weight, bias in zip(self.spec.layers, weights, biases, strict=True)
         )
 
     def forward(self, x: Any, z: Tensor, task_ids: Tensor | None = None) -> Any:
@@ -128,7 +129,8 @@ class ColwiseHyperMLP(nn.Module):
             for name, value in self.trunk.state_dict().items()
         }
         head = f"hyper.generator.{len(self.trunk)}"
-        for kind in ("weight", "bias"):
+        kinds = ("weight",) if self._slices[0].bias is None else ("weight", "bias")
+        for kind in kinds:
             named[f"{head}.{kind}"] = torch.cat(
                 [layer.rows(getattr(layer, kind).detach().full_tensor()) for layer in self._slices]
             )
@@ -140,16 +142,19 @@ class _Slice(nn.Module):
 
     ``weight (out, in + 1, H)`` and ``bias (out, in + 1)``, sharded along ``out``: in the last of
     the ``in + 1`` places is what makes the target's bias, whose input is a constant 1. (``in``
-    places for a target without biases.)
+    places for a target without biases; ``bias`` is ``None`` for a head without.)
     """
 
     weight: DTensor
-    bias: DTensor
+    bias: DTensor | None
 
-    def __init__(self, spec: Layer, weight: Tensor, bias: Tensor, mesh: DeviceMesh):
+    def __init__(self, spec: Layer, weight: Tensor, bias: Tensor | None, mesh: DeviceMesh):
         super().__init__()
         self.spec = spec
         for name, rows in (("weight", weight), ("bias", bias)):
+            if rows is None:
+                self.register_parameter(name, None)
+                continue
             shards = distribute_tensor(self._by_output(rows.detach()), mesh, [Shard(0)])
             self.register_parameter(name, nn.Parameter(shards, rows.requires_grad))
 
@@ -168,7 +173,8 @@ class _Slice(nn.Module):
         x = _shared(x, mesh)
         if self.spec.bias:
             x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
-        weight, bias = self.weight.to_local().flatten(0, 1), self.bias.to_local().flatten()
+        weight = self.weight.to_local().flatten(0, 1)
+        bias = None if self.bias is None else self.bias.to_local().flatten()
         if len(weight):
             y = hyper_linear(x, h, weight, bias, task_ids, target_bias=False)
         else:  # fewer outputs than ranks; gradients of zero keep the ranks' collectives in step

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from hyperfast import checks
 from hyperfast.activations import ELEMENTWISE
+from hyperfast.checks import Weights
 from hyperfast.layout import MLPSpec, ParamSpec
+from hyperfast.nn.copies import clone
 from hyperfast.nn.target import TargetNet
 
 Params: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -35,6 +39,27 @@ def _lstm(*args: Any) -> tuple[Tensor, ...]:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / v.square().sum_to_size(g.shape).sqrt())
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Gradients that depend on the index: vmap's rule has the rows of all tasks in one table, where
+    the padding row is the first task's alone, and counts the indices of all tasks together."""
+    y = F.embedding(input, weight, None, max_norm, norm_type, False, sparse)
+    if scale_grad_by_freq:
+        flat = input.flatten()
+        count = y.new_zeros(weight.shape[0]).scatter_add(0, flat, y.new_ones(flat.shape))
+        y = y.detach() + (y - y.detach()) / count[flat].view(*input.shape, 1)
+    if padding_idx is not None:
+        y = torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), y.detach(), y)
+    return y
 
 
 def _autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -65,12 +90,17 @@ REPLACED: dict[Callable, Callable] = {
     torch.rnn_tanh: _aten.rnn_tanh.input.decompose,
     torch.rnn_tanh_cell: _aten.rnn_tanh_cell.default.decompose,
     torch._weight_norm: _weight_norm,
+    F.embedding: _embedding,
     **{op: _autocast(op) for op in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{
         op: _autocast(op)
         for op in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
     },
 }
+
+
+# What a net may return beside tensors: nothing that could hold one.
+PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, Enum)
 
 
 class ModuleTarget(nn.Module):
@@ -82,7 +112,10 @@ class ModuleTarget(nn.Module):
 
     All tasks run in one ``torch.vmap``, recurrent layers and attention included. A module that
     vmap cannot run (a branch on values, ``.item()``) raises torch's error; loop over the tasks
-    with unbatched weights then. Dropout draws anew for every task. ``torch.compile`` takes all but
+    with unbatched weights then. The weights are there during the call alone, so no part of the net
+    may run again in the backward pass, as under ``torch.utils.checkpoint``: checkpoint the whole
+    model. An output that is no tensor is
+    returned once, as it is. Dropout draws anew for every task. ``torch.compile`` takes all but
     recurrent layers, which Dynamo refuses, and attention in eval mode, which wants
     ``torch.backends.mha.set_fastpath_enabled(False)`` first.
 
@@ -110,7 +143,14 @@ class ModuleTarget(nn.Module):
         if len({aliases[0] for aliases in self._aliases}) < len(self.names):
             raise ValueError(f"names must name every parameter once, got {list(self.names)}")
         self.spec = ParamSpec(tuple(tuple(net.get_parameter(n).shape) for n in self.names))
-        self.net = copy.deepcopy(net)
+        self.net = clone(net)
+        # What hooks compute at every call, as pruning does: the call leaves it as it was.
+        self._computed = [
+            (module, name, value)
+            for module in self.net.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ]
         for aliases in self._aliases:
             for alias in aliases:
                 path, _, name = alias.rpartition(".")
@@ -118,7 +158,7 @@ class ModuleTarget(nn.Module):
                 delattr(owner, name)
                 setattr(owner, name, torch.empty(0))  # functional_call wants something to replace
 
-    def forward(self, x: Any, weights: Sequence[Tensor], task_ids: Tensor | None = None) -> Any:
+    def forward(self, x: Any, weights: Weights, task_ids: Tensor | None = None) -> Any:
         """Runs the net once, or once for every task.
 
         Args:
@@ -127,7 +167,8 @@ class ModuleTarget(nn.Module):
                 tensor has a leading ``B``, and task ``b`` sees entry ``b``: ``(B, N, C, H, W)`` is
                 ``N`` images a task. With ``task_ids`` it is a leading ``R`` instead, and every row
                 reaches the net as a batch of one: ``(R, C, H, W)`` is one image a row.
-            weights: one tensor a generated parameter, all with a leading ``B`` or none.
+            weights: one tensor a generated parameter, all with a leading ``B`` or none: a sequence,
+                an ``nn.ParameterList``, or a dict by name, of which other names are left out.
             task_ids: ``(R,)`` int64: row ``r`` runs with the weights of task ``task_ids[r]``, of
                 which it gets a copy: memory for ``R`` networks.
 
@@ -137,10 +178,15 @@ class ModuleTarget(nn.Module):
 
         Raises:
             ValueError: shapes that disagree.
-            TypeError: weights that are not tensors, ids that are not int64.
+            TypeError: weights that are not tensors, ids that are not int64, a NestedTensor x, an
+                output of a type that might hold tensors unseen.
             IndexError: a task id out of range.
-            RuntimeError: a norm that would update running statistics, which the tasks share.
+            RuntimeError: a norm that would update running statistics, which the tasks share; a
+                checkpoint inside the net.
         """
+        if isinstance(weights, Mapping | nn.ParameterDict):
+            weights = self._by_name(weights)
+        weights = checks.tensors("weights", weights)
         tasks = self._tasks(weights)
         if tasks is None:
             if task_ids is not None:
@@ -150,6 +196,11 @@ class ModuleTarget(nn.Module):
                 )
             return self._call(x, weights)
         self._refuse_running_statistics()
+        if any(t.is_nested for t in _tensors(x)):
+            raise TypeError(
+                "x must be dense where a ModuleTarget has batched weights, got a NestedTensor: "
+                "give its rows with task_ids, or loop over x.unbind()"
+            )
         if task_ids is None:
             for t in _tensors(x):
                 if t.ndim == 0 or len(t) != tasks:
@@ -168,6 +219,17 @@ class ModuleTarget(nn.Module):
         weights = [w.index_select(0, task_ids) for w in weights]
         y = self._batched(x, weights, len(task_ids))
         return tree_map_only(Tensor, lambda t: t.squeeze(1), y)
+
+    def _by_name(self, weights: Mapping[str, Tensor] | nn.ParameterDict) -> list[Tensor]:
+        found = []
+        for aliases in self._aliases:
+            name = next((alias for alias in aliases if alias in weights), None)
+            if name is None:
+                raise ValueError(
+                    f"weights must hold {list(self.names)}, got {list(weights.keys())}"
+                )
+            found.append(weights[name])
+        return found
 
     def _tasks(self, weights: Sequence[Tensor]) -> int | None:
         """The number of tasks, ``None`` where the weights have no such dimension."""
@@ -193,9 +255,14 @@ class ModuleTarget(nn.Module):
         named = {
             alias: w for w, names in zip(weights, self._aliases, strict=True) for alias in names
         }
-        if isinstance(x, dict):
-            return functional_call(self.net, named, (), x)
-        return functional_call(self.net, named, x)
+        try:
+            with _no_checkpoint():
+                if isinstance(x, dict):
+                    return functional_call(self.net, named, (), x)
+                return functional_call(self.net, named, x)
+        finally:
+            for module, name, value in self._computed:
+                setattr(module, name, value)
 
     def _batched(self, x: Any, weights: Sequence[Tensor], tasks: int) -> Any:
         if tasks == 0:  # convolutions cannot be vmapped over nothing
@@ -203,10 +270,21 @@ class ModuleTarget(nn.Module):
             return tree_map_only(Tensor, lambda t: t[:0], self._batched(x, weights, 1))
         on_cpu = weights[0].device.type == "cpu"
         in_dims = tree_map(lambda t: 0 if isinstance(t, Tensor) else None, x)
-        run = torch.vmap(self._call, (in_dims, 0), randomness="different")
+        others: list[Any] = []
+        structure: Any = None
+
+        def call(x: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+            nonlocal structure
+            leaves, structure = tree_flatten(self._call(x, weights))
+            others[:] = [None if isinstance(leaf, Tensor) else _plain(leaf) for leaf in leaves]
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        run = torch.vmap(call, (in_dims, 0), randomness="different")
         # vmap has no rule for the CPU's flash attention and would loop over the tasks
         with _Replaced(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
-            return run(x, tuple(weights))
+            tensors = iter(run(x, tuple(weights)))
+        leaves = [next(tensors) if other is None else other.value for other in others]
+        return tree_unflatten(leaves, structure)
 
     def _refuse_running_statistics(self) -> None:
         for name, module in self.net.named_modules():
@@ -219,6 +297,52 @@ class ModuleTarget(nn.Module):
 
     def extra_repr(self) -> str:
         return f"generated={list(self.names)}"
+
+
+class _Plain(NamedTuple):
+    """A part of an output that is no tensor, the same for all tasks."""
+
+    value: Any
+
+
+def _plain(value: Any) -> _Plain:
+    if value is not None and not isinstance(value, PLAIN):
+        raise TypeError(
+            "net must return tensors, nested in tuples, lists and dicts, where weights are "
+            f"batched; got {type(value).__name__}, which may hold tensors"
+        )
+    return _Plain(value)
+
+
+@contextmanager
+def _no_checkpoint() -> Iterator[None]:
+    """Refuses what would run parts of a net again in the backward pass, when its weights are gone.
+    Hooks around the call stay in force."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    autograd = torch._C._autograd
+    before = autograd._saved_tensors_hooks_get_disabled_error_message()
+    autograd._saved_tensors_hooks_disable(
+        "net must not use torch.utils.checkpoint or saved-tensor hooks itself, as its weights are "
+        "there during the call alone: checkpoint the call of the whole model",
+        False,
+    )
+    try:
+        yield
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        raise RuntimeError(
+            "net must not call an autograd.Function that vmap does not know where weights are "
+            "batched, as torch.utils.checkpoint with use_reentrant=True does: checkpoint the call "
+            "of the whole model"
+        ) from error
+    finally:
+        if before is None:
+            autograd._saved_tensors_hooks_enable()
+        else:
+            autograd._saved_tensors_hooks_disable(before, False)
 
 
 class _Replaced(TorchFunctionMode):
@@ -301,7 +425,7 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
         if type(module) is nn.Linear:
             linears.append(module)
             activations.append([])
-        elif type(module) in ELEMENTWISE and linears:
+        elif type(module) in ELEMENTWISE and not module._parameters and linears:
             activations[-1].append(copy.deepcopy(module))
         elif type(module) is not nn.Sequential:
             return None
@@ -314,7 +438,10 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
     for module in (m for after in activations for m in after if hasattr(m, "inplace")):
         # its input may be a view that an op returned, which cannot be changed in place
         module.inplace = False  # type: ignore[assignment]
-    per_layer = [after[0] if len(after) == 1 else nn.Sequential(*after) for after in activations]
+    per_layer = [
+        nn.Identity() if not after else after[0] if len(after) == 1 else nn.Sequential(*after)
+        for after in activations
+    ]
     return MLPSpec(sizes, biases.pop()), TargetNet(per_layer)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
 from hyperfast.layout import MLPSpec, ParamSpec, positive
 from hyperfast.nn.any_module import ModuleTarget, Params, as_mlp, select
+from hyperfast.nn.copies import apart, clone
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
@@ -20,6 +25,10 @@ INITS = ("hyperfan_in", "hyperfan_out")
 class HyperNet(nn.Module):
     """A trunk MLP ``z -> h`` and a linear head ``h -> flat weights`` (Ha, Dai, Le 2016).
 
+    The ``generator`` may be changed or replaced; it is called and must return the flat vector.
+    Head rows of generated biases start at zero, by which ``weight_norm`` would divide: give them
+    values first, or generate no biases.
+
     Args:
         z_dim: size of the latent of one task.
         target_in: input features of the target MLP.
@@ -27,9 +36,11 @@ class HyperNet(nn.Module):
             empty tuple makes the target a single linear layer.
         target_out: output features of the target MLP.
         hidden: widths of the trunk; the last is ``H``. With ``()``, ``h`` is ``z`` itself.
-        activation: activation of the trunk: a name, a module or a function.
+        activation: activation of the trunk: a name, a module or a function. A module with
+            parameters is that of the first layer; the others have copies.
         target_activation: activation of the target. It sets the gain of the initialisation, and is
-            what a :class:`hyperfast.HyperMLP` without an explicit target applies.
+            what a :class:`hyperfast.HyperMLP` without an explicit target applies. Its parameters
+            are the target's: no part of ``parameters()`` and ``state_dict()`` of the hypernetwork.
         bias: whether the target's layers have biases.
         init: ``"hyperfan_in"`` or ``"hyperfan_out"`` (Chang, Flokas, Lipson 2020), the case in
             which generated biases start at zero: the generated weights start with the variance
@@ -61,10 +72,8 @@ class HyperNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        positive("target_in", target_in)
-        positive("target_out", target_out)
-        widths = _widths("target_hidden", target_hidden)
-        spec = MLPSpec((target_in, *widths, target_out), bias)
+        sizes = positive("target_in", target_in), *_widths("target_hidden", target_hidden)
+        spec = MLPSpec((*sizes, positive("target_out", target_out)), bias)
         self._build(spec, z_dim, hidden, activation, target_activation, init, device, dtype)
 
     @classmethod
@@ -89,7 +98,9 @@ class HyperNet(nn.Module):
 
         Parameters of rank below two, and those that are constant in ``net`` (scales of norms,
         layers that start at zero), start at their values in ``net`` for every latent. The others
-        start random, by fan as ``init`` says; in a net that is no plain stack with gain 1.
+        start random, by fan as ``init`` says; in a net that is no plain stack with gain 1. Values
+        of a net on the meta device are those that its modules' ``reset_parameters`` sets, zero
+        where none does.
 
         Args:
             net: the module. It is left as it is.
@@ -106,7 +117,7 @@ class HyperNet(nn.Module):
             ValueError: ``params`` that match nothing, or lazy parameters.
         """
         names = select(net, params)
-        values = [net.get_parameter(name).detach() for name in names]
+        first = net.get_parameter(names[0])
         mlp = as_mlp(net) if len(names) == len(list(net.parameters())) else None
         target: TargetNet | ModuleTarget
         if mlp is None:
@@ -118,9 +129,9 @@ class HyperNet(nn.Module):
         hyper = cls.__new__(cls)
         hyper._build(
             *(spec, z_dim, hidden, activation, gain, init),
-            values[0].device if device is None else device,
-            values[0].dtype if dtype is None else dtype,
-            tuple(v.clone() if v.ndim < 2 or _constant(v) else None for v in values),
+            first.device if device is None else device,
+            first.dtype if dtype is None else dtype,
+            tuple(_starts(net, names)),
         )
         return hyper, target.to(device=device, dtype=dtype)
 
@@ -139,23 +150,22 @@ class HyperNet(nn.Module):
         if init not in INITS:
             raise ValueError(f"init must be one of {list(INITS)}, got {init!r}")
         widths = (positive("z_dim", z_dim), *_widths("hidden", hidden))
-        resolve(target_activation, "target_activation")
+        of_target = resolve(target_activation, "target_activation")
         super().__init__()
         self.spec = spec
-        self.z_dim = z_dim
-        self.target_activation = target_activation
+        self.z_dim = widths[0]
         self.init = init
         # What a generated parameter starts as, where it does not start as random weights.
         self._start = start or [None] * len(spec.shapes)
+        *activations, of_target = apart([*(resolve(activation) for _ in widths[1:]), of_target])
+        given = isinstance(target_activation, nn.Module)
+        self.target_activation = of_target if given else target_activation
         layers: list[nn.Module] = []
-        for i, o in pairwise(widths):
-            layers += [
-                nn.Linear(i, o, device=device, dtype=dtype),
-                resolve(activation),
-            ]
+        for (i, o), module in zip(pairwise(widths), activations, strict=True):
+            layers += [nn.Linear(i, o, device=device, dtype=dtype), module]
         head = nn.Linear(widths[-1], spec.numel, device=device, dtype=dtype)
         self.generator = nn.Sequential(*layers, head)
-        self.reset_parameters()
+        self._reset()
 
     @property
     def total_target_params(self) -> int:
@@ -163,40 +173,97 @@ class HyperNet(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The last linear layer, ``h -> flat weights``."""
-        *_, head = self.generator._modules.values()
-        return head  # type: ignore[return-value]
+        """The last module of the generator, ``h -> flat weights``.
+
+        Raises:
+            TypeError: the generator is no ``nn.Sequential`` any more.
+        """
+        return self._in_a_row()[-1]  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the generator's first floating-point parameter; PyTorch's default where it has none,
+        as a quantised one may."""
+        parameter = _first_parameter(self.generator)
+        return torch.get_default_dtype() if parameter is None else parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of that parameter; the CPU where there is none."""
+        parameter = _first_parameter(self.generator)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def _in_a_row(self) -> list[nn.Module]:
+        """The modules that the generator calls one after the other."""
+        if type(self.generator).forward is not nn.Sequential.forward or not self.generator._modules:
+            raise TypeError(
+                "hyper.generator must be an nn.Sequential of a trunk and a head, "
+                f"got {type(self.generator).__name__}"
+            )
+        return list(self.generator._modules.values())
+
+    def reset_parameters(self) -> None:
+        """Initialises trunk and head; see ``init``. So are the activations that have a
+        ``reset_parameters`` themselves, that of the target included.
+
+        Raises:
+            TypeError: the generator is not as it was built: linear layers with weights of their own
+                and activations between them.
+        """
+        *trunk, _ = self._in_a_row()
+        for activation in [*trunk[1::2], self.target_activation]:
+            for module in activation.modules() if isinstance(activation, nn.Module) else ():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+        self._reset()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialises trunk and head; see ``init``."""
+    def _reset(self) -> None:
         moment = 1.0  # of the features that enter a layer; latents are taken to have variance 1
-        trunk = list(self.generator)[:-1]
-        for linear, activation in zip(trunk[::2], trunk[1::2], strict=True):
-            assert isinstance(linear, nn.Linear)
+        *trunk, last = self._in_a_row()
+        linears = [
+            m for m in (*trunk[::2], last) if isinstance(m, nn.Linear) and "weight" in m._parameters
+        ]
+        if len(linears) != len(trunk) // 2 + 1 or len(trunk) % 2:
+            raise TypeError(
+                "hyper.generator must be linear layers with weights of their own, and activations "
+                f"between them, to be initialised, got {self.generator}"
+            )
+        head = linears.pop()
+        for linear, activation in zip(linears, trunk[1::2], strict=True):
             nn.init.normal_(linear.weight, std=(moment * linear.in_features) ** -0.5)
-            nn.init.zeros_(linear.bias)
-            moment = second_moment(activation)
-        nn.init.zeros_(self.head.bias)
-        gain2 = 1 / second_moment(resolve(self.target_activation))
-        weights, biases = (t.split(self.spec.numels) for t in (self.head.weight, self.head.bias))
-        for rows, bias, shape, start in zip(
-            weights, biases, self.spec.shapes, self._start, strict=True
-        ):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+            moment = second_moment(activation, linear.out_features)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+        width = self.spec.sizes[1] if isinstance(self.spec, MLPSpec) else 1
+        gain2 = 1 / second_moment(resolve(self.target_activation), width)
+        pieces = zip(
+            head.weight.split(self.spec.numels),
+            [None] * len(self._start) if head.bias is None else head.bias.split(self.spec.numels),
+            self.spec.shapes,
+            self._start,
+            strict=True,
+        )
+        for rows, bias, shape, start in pieces:
             if len(shape) < 2 or start is not None:
                 nn.init.zeros_(rows)
-                if start is not None:
+                if start is not None and bias is not None:
                     bias.copy_(start.flatten())
                 continue
             receptive = rows.shape[0] // (shape[0] * shape[1])
             fan = receptive * shape[1 if self.init == "hyperfan_in" else 0]
-            nn.init.normal_(rows, std=(gain2 / (fan * moment * self.head.in_features)) ** 0.5)
+            nn.init.normal_(rows, std=(gain2 / (fan * moment * head.in_features)) ** 0.5)
 
     def features(self, z: Tensor) -> Tensor:
-        """``h``: the trunk's output, ``(..., H)``."""
-        self._check(z)
-        *trunk, _ = self.generator._modules.values()
-        for module in trunk:
+        """``h``: the trunk's output, ``(..., H)``.
+
+        Raises:
+            TypeError: the generator is no ``nn.Sequential`` any more, which has no trunk.
+        """
+        self.check_latents(z)
+        for module in self._in_a_row()[:-1]:
             z = module(z)
         return z
 
@@ -214,28 +281,136 @@ class HyperNet(nn.Module):
             ValueError: ``z`` has another shape.
             TypeError: ``z`` is not of the parameters' dtype.
         """
-        self._check(z)
+        self.check_latents(z)
+        _refuse_zero_norms(self.generator)
         return self.spec.split(self.generator(z))
 
-    def _check(self, z: Tensor) -> None:
-        weight = self.head.weight
+    def check_latents(self, z: Tensor) -> None:
+        """``z`` has the right shape, and the dtype and device of the parameters.
+
+        Raises:
+            ValueError: it has another shape, or lies elsewhere.
+            TypeError: it is of another dtype.
+        """
         if checks.tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
-        checks.like_weight(weight, z=z)
+        parameter = _first_parameter(self.generator)
+        if parameter is None:
+            checks.same_kind(z=z)
+        else:
+            checks.like_weight(parameter, z=z)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "target_activation":  # is the target's: nn.Module would register it here as well
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HyperNet:
+        """As of nn.Module; the target's activation moves along."""
+        super()._apply(fn, recurse)
+        if isinstance(self.target_activation, nn.Module):
+            self.target_activation._apply(fn)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As of nn.Module. State dicts once held the target's activation here as well."""
+        mine = f"{prefix}target_activation."
+        old = {
+            key.removeprefix(mine): state_dict.pop(key)
+            for key in [*state_dict]
+            if key.startswith(mine)
+        }
+        if old and isinstance(self.target_activation, nn.Module):
+            self.target_activation.load_state_dict(old, strict=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"
 
 
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter that is stored; none is computed."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
+
+
+def _refuse_zero_norms(generator: nn.Module) -> None:
+    """Raises ValueError where ``weight_norm`` divides zero by zero in the last layer."""
+    *_, head = generator._modules.values() or (None,)
+    for v, g, dim in () if head is None else _norms(head):
+        values = (
+            type(g) in (Tensor, nn.Parameter)
+            and not g.is_meta
+            and not (
+                torch.compiler.is_compiling()
+                or torch._C._are_functorch_transforms_active()
+                or (g.is_cuda and torch.cuda.is_current_stream_capturing())
+            )
+        )
+        if values and bool((g == 0).any()):
+            zeros = int(((g == 0) & (torch.norm_except_dim(v, 2, dim) == 0)).sum())
+            if zeros:
+                raise ValueError(
+                    f"weight_norm of hyper.head must not meet rows of zeros, got {zeros}: "
+                    "generated biases start at zero. Give these rows values before weight_norm is "
+                    "applied, or build the HyperNet with bias=False"
+                )
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """What ``weight_norm`` keeps in ``module``: directions, norms, dimension."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            v, g = (getattr(module, f"{hook.name}_{part}") for part in "vg")
+            yield v, g, hook.dim
+    for parametrizations in getattr(module, "parametrizations", {}).values():
+        for parametrization in parametrizations:
+            if isinstance(parametrization, _WeightNorm):
+                v, g = parametrizations.original1, parametrizations.original0
+                yield v, g, parametrization.dim
+
+
+def _starts(net: nn.Module, names: Sequence[str]) -> Iterator[Tensor | None]:
+    """The value at which each parameter starts for every latent, ``None`` for a random one."""
+    again: dict[str, nn.Module] = {}
+    for name in names:
+        value = net.get_parameter(name).detach()
+        if value.is_meta:
+            path, _, own = name.rpartition(".")
+            if path not in again:
+                again[path] = _initialised(net.get_submodule(path))
+            value = again[path].get_parameter(own).detach()
+        known = not value.isnan().any()
+        yield value.clone() if known and (value.ndim < 2 or _constant(value)) else None
+
+
+@torch.no_grad()
+def _initialised(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device with values, NaN where it does not set them itself."""
+    module = clone(module).to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.fill_(math.nan)
+    if callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+    return module
+
+
 def _constant(value: Tensor) -> bool:
-    return not value.is_meta and value.numel() > 1 and bool(value.min() == value.max())
+    return value.numel() > 1 and bool(value.min() == value.max())
 
 
 def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(widths, int):
-        widths = (widths,)
-    if not isinstance(widths, Sequence):
-        raise TypeError(f"{name} must be an int or a sequence of ints, got {widths!r}")
-    return tuple(positive(name, w) for w in widths)
+    # An array of rank 0 is one int.
+    one = isinstance(widths, str) or not isinstance(widths, Iterable)
+    if one or getattr(widths, "ndim", None) == 0:
+        return (positive(name, widths),)  # type: ignore[arg-type]
+    return tuple(positive(name, w) for w in widths)  # type: ignore[union-attr]

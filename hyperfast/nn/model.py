@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from hyperfast import checks
 from hyperfast.functional import generated_mlp
 from hyperfast.layout import MLPSpec
+from hyperfast.nn.copies import apart
+from hyperfast.nn.gate import Fused, fused
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet, from_jagged
 
@@ -18,12 +20,15 @@ class HyperMLP(nn.Module):
 
     Every layer of the target is generated and applied in one op, by the plan that
     :func:`hyperfast.explain` shows. A target with a ``weight_transform``, or one that is not an
-    MLP, is not linear in the generated weights; for these the weights are formed.
+    MLP, is not linear in the generated weights; for these the weights are formed. They are, too,
+    where the hypernetwork is another than was built: a generator of one's own, a head that is
+    pruned, normalised, quantised or adapted, hooks.
 
     Args:
         hyper: generates the weights.
         target: applies them: a module called as ``target(x, weights, task_ids)``; by default a
-            ``TargetNet(hyper.target_activation)``.
+            ``TargetNet(hyper.target_activation)``. A TargetNet that has parameters in common with
+            ``hyper`` is copied.
 
     Raises:
         TypeError: ``hyper`` is not a HyperNet, or ``target`` is not a module.
@@ -43,32 +48,21 @@ class HyperMLP(nn.Module):
             target = TargetNet(hyper.target_activation)
         if not isinstance(target, nn.Module):
             raise TypeError(f"target must be a module, got {type(target).__name__}")
+        if isinstance(target, TargetNet):
+            (target,) = apart([target], hyper)
         self.hyper = hyper
         self.target = target
-        if self.mlp is not None:
-            spec, mlp, _ = self.mlp
-            mlp.layer_activations(len(spec.layers))  # raises now what would raise later
+        if (mlp := self.mlp) is not None:
+            mlp.target.layer_activations(len(mlp.spec.layers))  # raises now what would raise later
 
     @property
-    def mlp(self) -> tuple[MLPSpec, TargetNet, nn.Linear] | None:
-        """Layout, target and head where the network is generated and applied in one op."""
-        hyper, target = self.hyper, self.target
-        if not isinstance(target, TargetNet) or not isinstance(spec := hyper.spec, MLPSpec):
-            return None
-        generator, head = hyper.generator, hyper.head
-        written = (
-            type(hyper).forward is HyperNet.forward
-            and type(head).forward is nn.Linear.forward
-            and type(target).forward is TargetNet.forward
-        )
-        # Pruning and adapters are hooks; what they change is not what the layers' op computes.
-        if not written or target.weight_transform is not None:
-            return None
-        return None if checks.hooked(hyper, generator, head, target) else (spec, target, head)
+    def mlp(self) -> Fused | None:
+        """Layout, target, head and trunk where layers are generated and applied in one op."""
+        return fused(self.hyper, self.target)
 
     @property
     def fused(self) -> bool:
-        """Whether the network is generated and applied in one op."""
+        """Whether layers are generated and applied in one op, without forming their weights."""
         return self.mlp is not None
 
     def forward(self, x: Any, z: Tensor, task_ids: Tensor | None = None) -> Any:
@@ -97,8 +91,11 @@ class HyperMLP(nn.Module):
                 f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
                 f"got {checks.shape(z)}"
             )
-        spec, target, head = mlp
-        h = self.hyper.features(z)
+        spec, target, head, trunk = mlp
+        self.hyper.check_latents(z)
+        h = z
+        for module in trunk:
+            h = module(h)
         weight, bias = head.weight, head.bias
         checks.like_weight(weight, x=x)
         activations = target.layer_activations(len(spec.layers))

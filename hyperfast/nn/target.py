@@ -14,8 +14,10 @@ from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, run_layers
+from hyperfast.checks import Weights
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.layout import MLPSpec
+from hyperfast.nn.copies import apart
 from hyperfast.ops import backends
 
 Transform: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -32,7 +34,8 @@ class TargetNet(nn.Module):
     Args:
         activation: a name, a module or a function, applied after every layer but the last; or a
             sequence of them, one a layer. A sequence as long as the network has layers also covers
-            the output, one shorter leaves it linear.
+            the output, one shorter leaves it linear. Where a module with parameters comes again in
+            the sequence, a copy takes its place.
         weight_transform: a function of every weight matrix, not of the biases, before it is used;
             or its name, ``"abs"``, ``"exp"`` or ``"softplus"``: monotonic mixers (QMIX, Rashid et
             al. 2018) use ``"abs"``.
@@ -44,13 +47,14 @@ class TargetNet(nn.Module):
 
     def __init__(
         self,
-        activation: Activation | Sequence[Activation] = "relu",
+        activation: Activation | Sequence[Activation] | nn.ModuleList = "relu",
         weight_transform: Transform | None = None,
     ):
         super().__init__()
-        self.per_layer = isinstance(activation, Sequence) and not isinstance(activation, str)
+        several = isinstance(activation, Sequence | nn.ModuleList)
+        self.per_layer = several and not isinstance(activation, str)
         activations = activation if self.per_layer else [activation]
-        self.activations = nn.ModuleList(resolve(a) for a in activations)  # type: ignore[union-attr, arg-type]
+        self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type: ignore[union-attr, arg-type]
         if isinstance(weight_transform, str):
             if weight_transform not in TRANSFORMS:
                 raise ValueError(
@@ -62,16 +66,15 @@ class TargetNet(nn.Module):
             raise TypeError(f"weight_transform must be callable, got {weight_transform!r}")
         self.weight_transform = weight_transform
 
-    def forward(
-        self, x: Tensor, weights: Sequence[Tensor], task_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, task_ids: Tensor | None = None) -> Tensor:
         """Runs one network, or one for every task.
 
         Args:
             x: with unbatched weights ``(N, in)`` or ``(in,)``; with batched ones ``(B, N, in)``,
                 ``(B, in)``, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with ``task_ids``.
             weights: ``(w1, b1, w2, b2, ...)`` or ``(w1, w2, ...)``: ``w (out, in)``, ``b (out,)``,
-                all with a leading ``B`` or none.
+                all with a leading ``B`` or none. Also an ``nn.ParameterList``, or a dict with its
+                values in this order, as ``torch.func.stack_module_state`` returns.
             task_ids: ``(R,)`` int64: row ``r`` runs through network ``task_ids[r]``.
 
         Returns:
@@ -82,7 +85,8 @@ class TargetNet(nn.Module):
             TypeError: dtypes that disagree.
             IndexError: a task id out of range.
         """
-        layers = _layers(weights)
+        weights = checks.tensors("weights", weights)
+        layers = _pairs(weights)
         if self.weight_transform is not None:
             layers = [(self.weight_transform(w), b) for w, b in layers]
         activations = self.layer_activations(len(layers))
@@ -203,13 +207,8 @@ def _linear(w: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
     return F.linear(x, w, b)
 
 
-def _layers(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+def _pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     """``(w1, b1, ...)`` or ``(w1, w2, ...)`` as pairs; a bias has one rank less than a weight."""
-    if not isinstance(weights, Sequence) or not weights:
-        raise ValueError(f"weights must be a non-empty sequence of tensors, got {weights!r}")
-    for n, w in enumerate(weights):
-        if not isinstance(w, Tensor):
-            raise TypeError(f"weights[{n}] must be a Tensor, got {type(w).__name__}")
     rank = weights[0].ndim
     if rank not in (2, 3):
         raise ValueError(

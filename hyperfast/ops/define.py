@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,34 @@ from hyperfast.plans.gpu import HAS_TRITON
 
 assert cpu  # its import loads the extension
 
+# What a tensor holds: an entry a row, an entry a task, the ids, or the same for all tasks.
+ROW, TASK, IDS, SHARED = "row", "task", "ids", "shared"
+
+
+class Roles(NamedTuple):
+    """What the tensors of an op hold: those that it takes, which come first in its schema, and
+    those that it returns; and whether the number of tasks is among its other arguments."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    counts_tasks: bool
+
+
 # All ops, in the order of their definition.
-OPS: list[str] = []
+OPS: dict[str, Roles] = {}
 
 
-def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    name: str,
+    schema: str,
+    roles: tuple[Sequence[str], Sequence[str]],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Any:
     """Registers an op and returns it as the dispatcher knows it.
 
     Args:
+        roles: of the tensors that it takes, and of those that it returns.
         kernel: runs where no backend has a kernel.
         fake: the output without its values.
     """
@@ -38,7 +58,7 @@ def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..
     if HAS_TRITON:
         torch.library.impl(qualified, "CUDA", _triton(name))
     torch.library.register_fake(qualified, fake)
-    OPS.append(name)
+    OPS[name] = Roles(*roles, "SymInt tasks" in schema)
     return getattr(torch.ops.hyperfast, name).default
 
 

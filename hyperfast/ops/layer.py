@@ -17,11 +17,18 @@ from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.kernels import eager, reference
-from hyperfast.ops.define import count_flops, define, differentiate, vectorize
+from hyperfast.layout import Generated
+from hyperfast.ops.define import (
+    IDS,
+    ROW,
+    SHARED,
+    TASK,
+    count_flops,
+    define,
+    differentiate,
+    vectorize,
+)
 from hyperfast.plans.sizes import PLANS
-
-# What a tensor argument holds: an entry a row, an entry a task, the ids, or the same for all tasks.
-ROW, TASK, IDS, SHARED = "row", "task", "ids", "shared"
 
 
 def _define(
@@ -29,6 +36,7 @@ def _define(
     schema: str,
     *,
     roles: Sequence[str],
+    returns: str,
     kernel: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     shape: Callable[..., Sequence[int]],
@@ -38,7 +46,7 @@ def _define(
     """Registers one op and returns the function that calls it.
 
     Args:
-        roles: the role of each tensor argument; tensors come first in every schema.
+        roles, returns: of the tensor arguments, and of the result.
         kernel: runs where no backend has a kernel.
         plain: the specification, which every transform can trace; takes all arguments but the plan.
         shape: the output's shape, from the arguments.
@@ -56,7 +64,9 @@ def _define(
             raise ValueError(f"plan must be one of {['', *PLANS]}, got {args[-1]!r}")
         return kernel(*args)
 
-    op = define(name, schema, checked, lambda *args: args[0].new_empty(shape(*args)))
+    op = define(
+        name, schema, (roles, [returns]), checked, lambda *args: args[0].new_empty(shape(*args))
+    )
     arguments = op._schema.arguments
     count = len(roles)
     plan_count = int(arguments[-1].name == "plan")
@@ -192,7 +202,7 @@ def _hyper_linear_backward(need, grad, x, h, matrix, matrix_bias, vector, vector
         grad_matrix if need[2] else None,
         grad_shared(grad, x) if need[3] else None,
         grad_vector,
-        grad.flatten(0, -2).sum(0) if need[5] else None,
+        grad.sum(tuple(range(grad.ndim - 1))) if need[5] else None,
     )
 
 
@@ -211,7 +221,7 @@ def _hyper_linear_grad_h_backward(need, grad, g, x, matrix, vector, ids, tasks, 
 
 def _hyper_linear_grad_weight_backward(need, grad, g, x, h, ids, vector, plan):
     n = g.shape[-1] * x.shape[-1]
-    matrix, of_vector = grad[:n].unflatten(0, (g.shape[-1], x.shape[-1])), grad[n:]
+    matrix, of_vector = grad[:n].reshape(g.shape[-1], x.shape[-1], h.shape[-1]), grad[n:]
     made = of_vector if vector else None
     return (
         hyper_linear(x, h, matrix, None, made, None, ids, plan) if need[0] else None,
@@ -228,7 +238,7 @@ def _grad_x(grad, h, matrix, matrix_bias, ids, plan):
 def _split(flat: Tensor, matrix: Tensor, vector: bool) -> tuple[Tensor, Tensor | None]:
     """The gradients of a matrix and a vector, back to back in ``flat (O*I [+ O], K)``."""
     n = matrix.shape[0] * matrix.shape[1]
-    return flat[:n].unflatten(0, matrix.shape[:2]), flat[n:] if vector else None
+    return flat[:n].reshape(matrix.shape), flat[n:] if vector else None
 
 
 def _one(rows: Tensor) -> Tensor:
@@ -242,6 +252,16 @@ def grad_shared(grad: Tensor, x: Tensor) -> Tensor:
     return task_linear_grad_weight(grad, x, None, 1).squeeze(0)
 
 
+def _hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, plan):
+    Generated(matrix, matrix_bias, vector, vector_bias).check(x.shape[-1], h.shape[-1])
+    return eager.hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, plan)
+
+
+def _hyper_linear_grad_h(grad, x, matrix, vector, ids, tasks, plan):
+    Generated(matrix, None, vector).check(x.shape[-1], matrix.shape[-1])
+    return eager.hyper_linear_grad_h(grad, x, matrix, vector, ids, tasks, plan)
+
+
 def _layer_flops(x, h, matrix, vector) -> int:
     """Multiply-adds to make the weights of each task once, and to apply them."""
     out, ins, features = matrix.shape
@@ -253,6 +273,7 @@ task_linear = _define(
     "task_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? task_ids) -> Tensor",
     roles=(ROW, TASK, TASK, IDS),
+    returns=ROW,
     kernel=reference.task_linear,
     plain=reference.task_linear,
     shape=lambda x, weight, *_: (*x.shape[:-1], weight.shape[1]),
@@ -264,6 +285,7 @@ task_linear_grad_weight = _define(
     "task_linear_grad_weight",
     "(Tensor grad, Tensor x, Tensor? task_ids, SymInt tasks) -> Tensor",
     roles=(ROW, ROW, IDS),
+    returns=TASK,
     kernel=reference.task_linear_grad_weight,
     plain=reference.task_linear_grad_weight,
     shape=lambda grad, x, _, tasks: (tasks, grad.shape[-1], x.shape[-1]),
@@ -276,7 +298,8 @@ hyper_linear = _define(
     "(Tensor x, Tensor h, Tensor matrix, Tensor? matrix_bias, Tensor? vector, Tensor? vector_bias,"
     " Tensor? task_ids, str plan) -> Tensor",
     roles=(ROW, TASK, SHARED, SHARED, SHARED, SHARED, IDS),
-    kernel=eager.hyper_linear,
+    returns=ROW,
+    kernel=_hyper_linear,
     plain=reference.hyper_linear,
     shape=lambda x, h, matrix, *_: (*x.shape[:-1], matrix.shape[0]),
     flops=lambda x, h, matrix, _, vector, *rest: _layer_flops(x, h, matrix, vector),
@@ -288,7 +311,8 @@ hyper_linear_grad_h = _define(
     "(Tensor grad, Tensor x, Tensor matrix, Tensor? vector, Tensor? task_ids, SymInt tasks,"
     " str plan) -> Tensor",
     roles=(ROW, ROW, SHARED, SHARED, IDS),
-    kernel=eager.hyper_linear_grad_h,
+    returns=TASK,
+    kernel=_hyper_linear_grad_h,
     plain=reference.hyper_linear_grad_h,
     shape=lambda grad, x, matrix, vector, ids, tasks, _: (tasks, matrix.shape[2]),
     flops=lambda grad, x, matrix, vector, ids, tasks, _: (
@@ -302,6 +326,7 @@ hyper_linear_grad_weight = _define(
     "hyper_linear_grad_weight",
     "(Tensor grad, Tensor x, Tensor h, Tensor? task_ids, bool vector, str plan) -> Tensor",
     roles=(ROW, ROW, TASK, IDS),
+    returns=SHARED,
     kernel=eager.hyper_linear_grad_weight,
     plain=reference.hyper_linear_grad_weight,
     shape=lambda grad, x, h, ids, vector, _: (

@@ -22,7 +22,16 @@ from hyperfast.activations import run_layers
 from hyperfast.kernels.rows import blocks
 from hyperfast.layout import Layer, Network, of_layer
 from hyperfast.ops import layer as ops
-from hyperfast.ops.define import count_flops, define, differentiate, views
+from hyperfast.ops.define import (
+    IDS,
+    ROW,
+    SHARED,
+    TASK,
+    count_flops,
+    define,
+    differentiate,
+    views,
+)
 from hyperfast.plans import cpu
 from hyperfast.plans.sizes import BLOCK
 
@@ -260,6 +269,7 @@ hyper_mlp = define(
     "hyper_mlp",
     "(Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? task_ids, str network, bool keep)"
     " -> (Tensor, Tensor)",
+    ((ROW, TASK, SHARED, SHARED, IDS), (ROW, ROW)),
     _hyper_mlp,
     _hyper_mlp_fake,
 )
@@ -275,6 +285,7 @@ hyper_mlp_backward = define(
     "hyper_mlp_backward",
     "(Tensor grad, Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? task_ids,"
     " Tensor preactivations, str network, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    ((ROW, ROW, TASK, SHARED, SHARED, IDS, ROW), (ROW, TASK, SHARED, SHARED)),
     _hyper_mlp_backward,
     _hyper_mlp_backward_fake,
 )
@@ -288,6 +299,7 @@ count_flops(  # of three products of a layer each: the weights' gradient serves 
 task_mlp = define(
     "task_mlp",
     "(Tensor x, Tensor weight, Tensor? scales_and_biases, Tensor? task_ids, str network) -> Tensor",
+    ((ROW, TASK, TASK, IDS), (ROW,)),
     _task_mlp,
     lambda x, *rest: x.new_empty(*x.shape[:-1], Network.for_kernels(rest[3]).sizes[-1]),
 )

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import torch
 
-from hyperfast.layout import Network
 from hyperfast.plans.sizes import Sizes
 
 
@@ -40,12 +39,12 @@ def plan(sizes: Sizes, dtype: torch.dtype, gradients: bool = False) -> str:
 
 
 def runs_whole(
-    network: Network, dtype: torch.dtype, ragged: bool, tasks: int, rows: int, features: int
+    network: str, dtype: torch.dtype, ragged: bool, tasks: int, rows: int, features: int
 ) -> bool:
     """Whether the kernels run a generated network task by task, all layers of one together, rather
     than layer by layer."""
     assert EXTENSION is not None
-    return EXTENSION.runs_whole(network.text, _name(dtype), ragged, tasks, rows, features)
+    return EXTENSION.runs_whole(network, _name(dtype), ragged, tasks, rows, features)
 
 
 def keeps(

@@ -12,14 +12,14 @@ from hyperfast.plans.choose import choose, costs, device_key
 from hyperfast.plans.sizes import Cost, Sizes
 
 
-class Fused(Protocol):
-    """What is asked of a model: its hypernetwork, and of what runs as one op the layout, the target
-    and the head."""
+class Model(Protocol):
+    """What is asked of a model: its hypernetwork, and of what runs as one op its ``spec``,
+    ``target`` and ``head``; ``None`` where it does not."""
 
     hyper: Any
 
     @property
-    def mlp(self) -> tuple[Any, Any, Any] | None: ...
+    def mlp(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Explanation:
 
 
 def explain(
-    model: Fused, x_shape: Sequence[int], z_shape: Sequence[int], *, ragged: bool = False
+    model: Model, x_shape: Sequence[int], z_shape: Sequence[int], *, ragged: bool = False
 ) -> Explanation:
     """The plan chosen for every layer of ``model``, its FLOPs, bytes and extra memory.
 
@@ -71,7 +71,7 @@ def explain(
     mlp = getattr(model, "mlp", None)
     if mlp is None:
         raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
-    (spec, target, linear), z_dim = mlp, model.hyper.z_dim
+    spec, target, linear, z_dim = mlp.spec, mlp.target, mlp.head, model.hyper.z_dim
     x_shape, z_shape = tuple(x_shape), tuple(z_shape)
     if len(z_shape) != 2 or z_shape[1] != z_dim:
         raise ValueError(f"z_shape must be (B, {z_dim}), got {z_shape}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import hyperfast
-from bench.serve import serve
+from bench.serve import clients
+from bench.serve.__main__ import main
 from bench.serve.stress import stress
 
 SECONDS = float(os.environ.get("HYPERFAST_STRESS_SECONDS", "1"))
@@ -32,20 +33,20 @@ def test_stress_tells_a_wrong_answer_and_one_for_a_task_that_is_gone():
 
 
 def test_every_way_is_right_and_a_wrong_one_is_found():
-    bank = serve.make_bank(20)
+    bank = clients.make_bank(20)
     with hyperfast.TaskServer(bank) as server:
-        for ask in serve.ways(bank, server).values():
-            assert all(0 < t < 10 for t in serve.turn(bank, ask, clients=3, seconds=0.02))
+        for ask in clients.ways(bank, server).values():
+            assert all(0 < t < 10 for t in clients.turn(bank, ask, clients=3, seconds=0.02))
         with pytest.raises(AssertionError):
-            serve.turn(bank, lambda task, row: torch.zeros(10), clients=1, seconds=0.01)
+            clients.turn(bank, lambda task, row: torch.zeros(10), clients=1, seconds=0.01)
 
 
 def test_main_saves_what_it_measures_and_keeps_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "TASKS", 20)
+    monkeypatch.setattr(clients, "TASKS", 20)
     path = tmp_path / "serve.json"
     path.write_text('{"stress": {"lost": 0}}')
     command = ["--clients", "1", "3", "--rounds", "2", "--seconds", "0.02", "--json", str(path)]
-    assert serve.main(command) == 0
+    assert main(command) == 0
     saved = json.loads(path.read_text())
     assert saved["stress"] == {"lost": 0}
     rows = saved["turns"]["results"]

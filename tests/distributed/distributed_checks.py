@@ -1,4 +1,5 @@
-"""What several processes check together; ``test_distributed.py`` launches them.
+"""What several processes check together: a suite that pytest does not collect.
+``test_distributed.py`` launches it.
 
 Every ``check`` runs on all ranks; the first failure ends the process, and with it the group.
 """
@@ -19,12 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from hyperfast import HyperMLP, HyperNet, MLPSpec, ShardedTaskBank, TargetNet, TaskBank
 from hyperfast.distributed import parallelize
 from hyperfast.distributed.folder import MANIFEST
+from tests.support.budget import close
 
 SPEC = MLPSpec((9, 17, 5))
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def make_model(out=1, **kwargs):

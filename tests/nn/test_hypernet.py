@@ -78,7 +78,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(activations.NAMES))
+@pytest.mark.parametrize("name", sorted(activations.KNOWN))
 def test_second_moment(name):
     module = activations.resolve(name)
     moment = activations.second_moment(module)

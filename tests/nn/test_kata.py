@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hyperfast
+from tests.support.draw import draw
 
 
 @pytest.fixture
@@ -12,18 +13,14 @@ def nets():
     return hyper, hyperfast.TargetNet()
 
 
-def rand(*shape):
-    return torch.randn(shape, dtype=torch.float64)
-
-
 def test_shapes(nets):
     hyper, target = nets
     single = [(8, 4), (8,), (3, 8), (3,)]
-    assert [tuple(w.shape) for w in hyper(rand(5))] == single
-    assert [tuple(w.shape) for w in hyper(rand(2, 5))] == [(2, *s) for s in single]
+    assert [tuple(w.shape) for w in hyper(draw(5))] == single
+    assert [tuple(w.shape) for w in hyper(draw(2, 5))] == [(2, *s) for s in single]
     assert hyper.total_target_params == 8 * 4 + 8 + 3 * 8 + 3
-    assert target(rand(7, 4), hyper(rand(5))).shape == (7, 3)
-    assert target(rand(4), hyper(rand(5))).shape == (3,)
+    assert target(draw(7, 4), hyper(draw(5))).shape == (7, 3)
+    assert target(draw(4), hyper(draw(5))).shape == (3,)
 
 
 def test_the_target_owns_nothing(nets):
@@ -34,7 +31,7 @@ def test_the_target_owns_nothing(nets):
 def test_gradient_reaches_every_parameter(nets, fused):
     hyper, target = nets
     model = hyperfast.HyperMLP(hyper, target)
-    x, z = rand(6, 7, 4), rand(6, 5)
+    x, z = draw(6, 7, 4), draw(6, 5)
     y = model(x, z) if fused else target(x, hyper(z))
     y.square().mean().backward()
     for name, p in hyper.named_parameters():
@@ -45,7 +42,7 @@ def test_gradient_reaches_every_parameter(nets, fused):
 def test_batched_equals_a_loop(nets):
     hyper, target = nets
     model = hyperfast.HyperMLP(hyper, target)
-    x, z = rand(6, 7, 4), rand(6, 5)
+    x, z = draw(6, 7, 4), draw(6, 5)
     loop = torch.stack([target(x[b], hyper(z[b])) for b in range(6)])
     ids = torch.arange(6).repeat_interleave(7)
     for y in (
@@ -61,7 +58,7 @@ def test_batched_equals_a_loop(nets):
 def test_one_row_a_task_needs_no_row_dimension(nets):
     hyper, target = nets
     model = hyperfast.HyperMLP(hyper, target)
-    x, z = rand(6, 4), rand(6, 5)
+    x, z = draw(6, 4), draw(6, 5)
     expected = torch.stack([target(x[b], hyper(z[b])) for b in range(6)])
     torch.testing.assert_close(target(x, hyper(z)), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model(x, z), expected, rtol=1e-12, atol=1e-12)
@@ -69,7 +66,7 @@ def test_one_row_a_task_needs_no_row_dimension(nets):
 
 def test_matches_a_network_written_out(nets):
     hyper, target = nets
-    z, x = rand(5), rand(7, 4)
+    z, x = draw(5), draw(7, 4)
     flat = hyper.generator(z)
     w1, b1 = flat[:32].view(8, 4), flat[32:40]
     w2, b2 = flat[40:64].view(3, 8), flat[64:]

@@ -1,5 +1,7 @@
 """The target network: every form of input, activation and transform."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,16 +9,15 @@ from torch import nn
 
 import hyperfast
 from hyperfast import Sine, TargetNet
-from hyperfast.ops import network as mlp_ops
-
-
-def rand(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+from hyperfast.activations import KNOWN
+from hyperfast.ops.network import task_mlp
+from tests.support import budget
+from tests.support.draw import draw
 
 
 def weights(*lead, bias=True, sizes=(4, 8, 3)):
     spec = hyperfast.MLPSpec(sizes, bias)
-    return spec.split(rand(*lead, spec.numel))
+    return spec.split(draw(*lead, spec.numel))
 
 
 def by_hand(x, ws, activation=torch.relu, bias=True):
@@ -27,8 +28,7 @@ def by_hand(x, ws, activation=torch.relu, bias=True):
     return F.linear(x, *layers[-1])
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+close = partial(budget.close, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -36,18 +36,18 @@ def close(a, b):
 class TestForms:
     @pytest.mark.parametrize("lead", [(), (7,), (2, 7), (0,)], ids=str)
     def test_one_network(self, sizes, bias, lead):
-        ws, x = weights(bias=bias, sizes=sizes), rand(*lead, 4)
+        ws, x = weights(bias=bias, sizes=sizes), draw(*lead, 4)
         close(TargetNet()(x, ws), by_hand(x, ws, bias=bias))
 
     @pytest.mark.parametrize("lead", [(5,), (5, 7), (5, 0), (5, 1)], ids=str)
     def test_batched(self, sizes, bias, lead):
-        ws, x = weights(5, bias=bias, sizes=sizes), rand(*lead, 4)
+        ws, x = weights(5, bias=bias, sizes=sizes), draw(*lead, 4)
         expected = [by_hand(x[b], [w[b] for w in ws], bias=bias) for b in range(5)]
         close(TargetNet()(x, ws), torch.stack(expected))
 
     @pytest.mark.parametrize("ids", [[3, 0, 0, 4, 3], [], [2]], ids=str)
     def test_ragged(self, sizes, bias, ids):
-        ws, x = weights(5, bias=bias, sizes=sizes), rand(len(ids), 4)
+        ws, x = weights(5, bias=bias, sizes=sizes), draw(len(ids), 4)
         y = TargetNet()(x, ws, torch.tensor(ids, dtype=torch.int64))
         assert y.shape == (len(ids), 3)
         for row, task, result in zip(x, ids, y, strict=True):
@@ -55,12 +55,12 @@ class TestForms:
 
     def test_no_tasks(self, sizes, bias):
         ws = weights(0, bias=bias, sizes=sizes)
-        assert TargetNet()(rand(0, 7, 4), ws).shape == (0, 7, 3)
-        assert TargetNet()(rand(0, 4), ws, torch.zeros(0, dtype=torch.int64)).shape == (0, 3)
+        assert TargetNet()(draw(0, 7, 4), ws).shape == (0, 7, 3)
+        assert TargetNet()(draw(0, 4), ws, torch.zeros(0, dtype=torch.int64)).shape == (0, 3)
 
 
 def jagged(*lengths):
-    return torch.nested.nested_tensor([rand(n, 4) for n in lengths], layout=torch.jagged)
+    return torch.nested.nested_tensor([draw(n, 4) for n in lengths], layout=torch.jagged)
 
 
 HYPER = hyperfast.HyperNet(5, 4, 8, 3, dtype=torch.float64)
@@ -74,7 +74,7 @@ MODELS = [
 class TestNested:
     @pytest.mark.parametrize("lengths", [(2, 5, 1), (3, 0, 2), (1,), (0, 0)], ids=str)
     def test_equals_task_by_task(self, run, lengths):
-        x, z = jagged(*lengths), rand(len(lengths), 5)
+        x, z = jagged(*lengths), draw(len(lengths), 5)
         y = run(x, z)
         assert y.is_nested
         assert y.layout == torch.jagged
@@ -82,8 +82,8 @@ class TestNested:
             close(yb, run(xb, zb))
 
     def test_gradients(self, run):
-        z = rand(3, 5).requires_grad_()
-        values = rand(8, 4).requires_grad_()
+        z = draw(3, 5).requires_grad_()
+        values = draw(8, 4).requires_grad_()
         x = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 7, 8]))
         run(x, z).values().sin().sum().backward()
         actual, z.grad, values.grad = (z.grad, values.grad), None, None
@@ -95,15 +95,15 @@ class TestNested:
     def test_the_ragged_size_is_that_of_x(self, run):
         """So the result can be added to its input."""
         x = jagged(2, 5, 1)
-        y = run(x, rand(3, 5))
+        y = run(x, draw(3, 5))
         assert y.shape[1] == x.shape[1]
         assert (y + x[..., :3]).is_nested
 
     def test_view_with_gaps(self, run):
-        dense = rand(2, 6, 4)
+        dense = draw(2, 6, 4)
         starts, lengths = torch.tensor([0, 1]), torch.tensor([2, 3])
         x = torch.nested.narrow(dense, 1, starts, lengths, layout=torch.jagged)
-        z = rand(2, 5)
+        z = draw(2, 5)
         y = run(x, z).unbind()
         close(y[0], run(dense[0, :2], z[0]))
         close(y[1], run(dense[1, 1:4], z[1]))
@@ -111,14 +111,14 @@ class TestNested:
     @pytest.mark.parametrize("tasks", [1, 3])
     def test_another_number_of_latents(self, run, tasks):
         with pytest.raises(ValueError, match=rf"shape \({tasks}, j, in\).* got \(2, "):
-            run(jagged(2, 5), rand(tasks, 5))
+            run(jagged(2, 5), draw(tasks, 5))
 
     def test_jagged_in_the_last_dimension(self, run):
         with pytest.raises(ValueError, match="jagged in j"):
-            run(jagged(2, 5).transpose(1, 2), rand(2, 5))
+            run(jagged(2, 5).transpose(1, 2), draw(2, 5))
 
     def test_a_single_latent_for_all(self, run):
-        x, z = jagged(2, 5), rand(5)
+        x, z = jagged(2, 5), draw(5)
         for xb, yb in zip(x.unbind(), run(x, z).unbind(), strict=True):
             close(yb, run(xb, z))
 
@@ -131,46 +131,29 @@ def test_nested_takes_no_ids():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_strided_nested():
-    x = torch.nested.nested_tensor([rand(2, 4), rand(3, 4)], layout=torch.strided)
+    x = torch.nested.nested_tensor([draw(2, 4), draw(3, 4)], layout=torch.strided)
     with pytest.raises(ValueError, match=r"layout torch\.jagged, got torch\.strided"):
         TargetNet()(x, weights(2))
 
 
-NAMED = {
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "identity": lambda x: x,
-    "leaky_relu": F.leaky_relu,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "sin": torch.sin,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-}
-
-
 class TestActivation:
-    def test_the_list_is_complete(self):
-        assert NAMED.keys() == hyperfast.activations.NAMES.keys()
-
-    @pytest.mark.parametrize("name", NAMED)
+    @pytest.mark.parametrize("name", KNOWN)
     def test_by_name(self, name):
-        x, ws = rand(7, 4), weights()
-        close(TargetNet(name)(x, ws), by_hand(x, ws, NAMED[name]))
+        x, ws = draw(7, 4), weights()
+        close(TargetNet(name)(x, ws), by_hand(x, ws, KNOWN[name].make()))
 
     @pytest.mark.parametrize("activation", [nn.Tanh(), torch.tanh, lambda x: x.tanh()])
     def test_by_module_or_function(self, activation):
-        x, ws = rand(7, 4), weights()
+        x, ws = draw(7, 4), weights()
         close(TargetNet(activation)(x, ws), by_hand(x, ws, torch.tanh))
 
     def test_sine_frequency(self):
-        x, ws = rand(7, 4), weights()
+        x, ws = draw(7, 4), weights()
         close(TargetNet(Sine(30.0))(x, ws), by_hand(x, ws, lambda v: torch.sin(30 * v)))
 
     @pytest.mark.parametrize("lead", [(), (5,)], ids=["one", "batched"])
     def test_per_layer(self, lead):
-        ws, x = weights(*lead, sizes=(4, 8, 6, 3)), rand(*lead, 7, 4)
+        ws, x = weights(*lead, sizes=(4, 8, 6, 3)), draw(*lead, 7, 4)
         apply = torch.baddbmm if lead else None
 
         def layer(n, v):
@@ -184,7 +167,7 @@ class TestActivation:
     def test_per_layer_in_the_model(self):
         target = TargetNet(["tanh", "sigmoid"])
         model = hyperfast.HyperMLP(HYPER, target)
-        x, z = rand(2, 7, 4), rand(2, 5)
+        x, z = draw(2, 7, 4), draw(2, 5)
         y = model(x, z)
         close(y, target(x, HYPER(z)))
         assert ((y > 0) & (y < 1)).all()
@@ -193,12 +176,12 @@ class TestActivation:
     def test_another_number_of_layers(self, count):
         target = TargetNet(["relu"] * count)
         with pytest.raises(ValueError, match=f"2 or 3 entries for a network of 3 .* got {count}"):
-            target(rand(4), weights(sizes=(4, 8, 6, 3)))
+            target(draw(4), weights(sizes=(4, 8, 6, 3)))
 
     def test_a_module_learns(self):
         """The parameters of an activation are those of the target."""
         target = TargetNet(nn.PReLU(dtype=torch.float64))
-        y = hyperfast.HyperMLP(HYPER, target)(rand(2, 7, 4), rand(2, 5))
+        y = hyperfast.HyperMLP(HYPER, target)(draw(2, 7, 4), draw(2, 5))
         y.sum().backward()
         (slope,) = target.parameters()
         assert slope.grad.abs() > 0
@@ -215,7 +198,7 @@ class TestTransform:
         ],
     )
     def test_weights_only(self, transform, function):
-        x, ws = rand(7, 4), weights()
+        x, ws = draw(7, 4), weights()
         changed = [function(ws[0]), ws[1], function(ws[2]), ws[3]]
         close(TargetNet(weight_transform=transform)(x, ws), by_hand(x, changed))
 
@@ -223,14 +206,14 @@ class TestTransform:
         target = TargetNet(weight_transform="abs")
         model = hyperfast.HyperMLP(HYPER, target)
         assert not model.fused
-        x, z, ids = rand(6, 4), rand(2, 5), torch.tensor([1, 0, 0, 1, 1, 1])
+        x, z, ids = draw(6, 4), draw(2, 5), torch.tensor([1, 0, 0, 1, 1, 1])
         close(model(x, z, ids), target(x, HYPER(z), ids))
 
     def test_monotonic(self):
         """The mixer of QMIX: no input may lower the output."""
         model = hyperfast.HyperMLP(HYPER, TargetNet("elu", weight_transform="abs"))
-        x = rand(6, 7, 4).requires_grad_()
-        model(x, rand(6, 5)).sum().backward()
+        x = draw(6, 7, 4).requires_grad_()
+        model(x, draw(6, 5)).sum().backward()
         assert (x.grad >= 0).all()
         assert (x.grad > 0).any()
 
@@ -249,7 +232,7 @@ def hooked():
 @pytest.mark.parametrize("target", [Doubled(), hooked()], ids=["subclass", "hook"])
 def test_a_target_that_does_more_is_not_fused(target):
     model = hyperfast.HyperMLP(HYPER, target)
-    x, z = rand(2, 7, 4), rand(2, 5)
+    x, z = draw(2, 7, 4), draw(2, 5)
     assert not model.fused
     close(model(x, z), 2 * hyperfast.HyperMLP(HYPER)(x, z))
 
@@ -260,7 +243,7 @@ def test_pieces_of_one_vector_run_as_one_op(bias, monkeypatch):
 
     def counted(*args):
         calls.append(args)
-        return mlp_ops.task_mlp(*args)
+        return task_mlp(*args)
 
     monkeypatch.setattr("hyperfast.nn.target.task_mlp", counted)
     hyper = hyperfast.HyperNet(5, 4, (6, 7), 3, bias=bias, dtype=torch.float64)

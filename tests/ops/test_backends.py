@@ -1,6 +1,7 @@
 """The choice of backend."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ import torch
 import hyperfast
 from hyperfast import functional, use_backend
 from hyperfast.ops import backends as backend
-from tests.support.cases import close
+from tests.support.budget import close
+from tests.support.draw import draw
 
 AVAILABLE = [b for b in backend.BACKENDS if not backend.why_missing(b)]
 
 
-def rand(*shape):
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+rand = partial(draw, grad=True)
 
 
 CALLS = {
@@ -101,7 +102,7 @@ def test_missing_says_why(name):
 
 def test_a_failed_extension_is_the_reason(monkeypatch):
     monkeypatch.setattr(backend, "has_kernel", lambda *_: False)
-    monkeypatch.setattr(backend.ops, "EXTENSION_ERROR", "undefined symbol: gone")
+    monkeypatch.setattr(backend, "EXTENSION_ERROR", "undefined symbol: gone")
     with (
         pytest.raises(RuntimeError, match=r"the C\+\+ extension is not loaded: undefined symbol"),
         use_backend("cpp"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.support.cases import Sizes, close, every_variant, floats
+from tests.support.budget import close
+from tests.support.cases import Sizes, every_variant, floats
 
 SIZES = Sizes(3, 5, 4, 6, 7)
 

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from hyperfast.activations import KNOWN
 from hyperfast.ops import network as networks
-from tests.support.cases import close
+from tests.support.budget import close
 from tests.support.networks import apply_stored, expected, random, stored, text
 
 ops = torch.ops.hyperfast

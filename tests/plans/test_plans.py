@@ -7,37 +7,41 @@ import pytest
 import torch
 
 import hyperfast
+from hyperfast.layout import Generated
 from hyperfast.plans import choose as plan
-from hyperfast.plans.choose import PLANS, Layer
+from hyperfast.plans import explain, gpu
+from hyperfast.plans.cpu import EXTENSION, runs_whole
+from hyperfast.plans.sizes import PLANS, Sizes
 
 LAYERS = [
-    Layer(1, 1, 1, 1, 1),
-    Layer(512, 512, 128, 128, 128),
-    Layer(512, 32768, 128, 128, 128),
-    Layer(16, 65536, 2, 64, 256),
-    Layer(256, 16384, 2, 32, 128, ragged=True),
-    Layer(0, 0, 3, 3, 3),
-    Layer(3, 0, 3, 3, 3, bias=False),
-    Layer(20000, 4096, 64, 64, 64, ragged=True),
+    Sizes(1, 1, 1, 1, 1),
+    Sizes(512, 512, 128, 128, 128),
+    Sizes(512, 32768, 128, 128, 128),
+    Sizes(16, 65536, 2, 64, 256),
+    Sizes(256, 16384, 2, 32, 128, ragged=True),
+    Sizes(0, 0, 3, 3, 3),
+    Sizes(3, 0, 3, 3, 3, bias=False),
+    Sizes(20000, 4096, 64, 64, 64, ragged=True),
 ]
-DEVICE = plan.device_key("cpu", torch.float32)
+FP32 = torch.float32
+DEVICE = plan.device_key("cpu", FP32)
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @every_layer
-def test_choose_takes_the_cheapest(layer, itemsize, device):
-    table = plan.costs(layer, itemsize, device)
+def test_choose_takes_the_cheapest(layer, dtype, device):
+    table = plan.costs(layer, dtype, device)
     assert tuple(table) == PLANS
-    best = plan.choose(layer, itemsize, device)
+    best = plan.choose(layer, dtype, device)
     assert table[best].seconds == min(c.seconds for c in table.values())
-    assert best == plan.choose.__wrapped__(layer, itemsize, device)
+    assert best == plan.choose.__wrapped__(layer, dtype, device)
 
 
 @every_layer
 def test_costs_are_sane(layer):
-    for name, cost in plan.costs(layer, 4).items():
+    for name, cost in plan.costs(layer, FP32).items():
         assert cost.plan == name
         assert min(cost.flops, cost.bytes, cost.extra_bytes) >= 0
         assert cost.seconds >= 0
@@ -47,16 +51,16 @@ def test_flops_of_materialize():
     """Generation and application, two FLOPs a multiply-add."""
     b, n, i, o, k = 7, 5, 3, 4, 6
     p = o * i + o
-    assert plan.costs(Layer(b, b * n, i, o, k), 4)["materialize"].flops == 2 * b * p * (k + n)
+    assert plan.costs(Sizes(b, b * n, i, o, k), FP32)["materialize"].flops == 2 * b * p * (k + n)
 
 
 def test_many_rows_a_task_do_not_contract():
-    assert plan.choose(Layer(512, 512 * 256, 128, 128, 128), 4) != "contract"
+    assert plan.choose(Sizes(512, 512 * 256, 128, 128, 128), FP32) != "contract"
 
 
 def test_materialize_stores_the_weights_and_the_others_do_not():
-    layer = Layer(4096, 4096, 128, 128, 64)
-    table = plan.costs(layer, 4)
+    layer = Sizes(4096, 4096, 128, 128, 64)
+    table = plan.costs(layer, FP32)
     weights = layer.tasks * layer.params * 4
     assert table["materialize"].extra_bytes == weights
     assert max(table["contract"].extra_bytes, table["tile"].extra_bytes) < weights / 10
@@ -71,6 +75,7 @@ def model():
     ("x_shape", "z_shape", "ragged", "rows"),
     [
         ((64, 10, 4), (64, 5), False, 640),
+        ((64, 100, 4), (64, 5), False, 6400),
         ((64, 4), (64, 5), False, 64),
         ((100, 4), (64, 5), True, 100),
         ((0, 4), (0, 5), False, 0),
@@ -79,23 +84,25 @@ def model():
 def test_explain_totals(model, x_shape, z_shape, ragged, rows):
     table = hyperfast.explain(model, x_shape, z_shape, ragged=ragged)
     assert [name for name, _ in table.layers] == ["4 -> 8", "8 -> 6", "6 -> 3"]
-    for (_, cost), layer in zip(table.layers, model.hyper.spec.layers, strict=True):
-        sizes = Layer(z_shape[0], rows, layer.in_features, layer.out_features, 64, ragged)
-        assert cost == plan.costs(sizes, 4, DEVICE)[plan.choose(sizes, 4, DEVICE)]
+    if not table.whole:
+        for (_, cost), layer in zip(table.layers, model.hyper.spec.layers, strict=True):
+            sizes = Sizes(z_shape[0], rows, layer.in_features, layer.out_features, 64, ragged)
+            assert cost == plan.costs(sizes, FP32, DEVICE)[plan.choose(sizes, FP32, DEVICE)]
     *_, total = str(table).splitlines()
     name, flops, moved, extra = total.split()
     assert name == "total"
     costs = [c for _, c in table.layers]
     assert float(flops) == pytest.approx(sum(c.flops for c in costs) / 1e6, abs=5e-4)
     assert float(moved) == pytest.approx(sum(c.bytes for c in costs) / 1e6, abs=5e-4)
-    assert float(extra) == pytest.approx(max(c.extra_bytes for c in costs) / 1e6, abs=5e-4)
+    together = sum if table.whole else max
+    assert float(extra) == pytest.approx(together(c.extra_bytes for c in costs) / 1e6, abs=5e-4)
 
 
 def test_explain_sees_dtype(model):
     table = hyperfast.explain(model.double(), (64, 10, 4), (64, 5))
     assert "float64 on cpu" in str(table)
-    sizes = Layer(64, 640, 4, 8, 64)
-    assert table.layers[0][1] == plan.costs(sizes, 8, DEVICE)[plan.choose(sizes, 8, DEVICE)]
+    sizes, dtype = Sizes(64, 640, 4, 8, 64), torch.float64
+    assert table.layers[0][1] == plan.costs(sizes, dtype, DEVICE)[plan.choose(sizes, dtype, DEVICE)]
 
 
 RULE = [  # tasks, rows, inputs, ragged, and the plan in fp32, with 17 outputs and 65 features
@@ -123,12 +130,13 @@ def test_the_rule_is_what_the_kernels_do(tasks, rows, ins, ragged, name):
     h, weight = torch.randn(tasks, 65), torch.randn(17 * (ins + 1), 65)
     x = torch.randn(rows, ins) if ragged else torch.randn(tasks, rows // tasks, ins)
     ids = torch.arange(rows) % min(tasks, rows) if ragged else None
-    layer = Layer(tasks, rows, ins, 17, 65, ragged)
-    assert plan.choose(layer, 4, "cpp") == name
+    layer = Sizes(tasks, rows, ins, 17, 65, ragged)
+    assert plan.choose(layer, FP32, "cpp") == name
 
     def run(chosen):
         bias = torch.linspace(-1, 1, len(weight))
-        return torch.ops.hyperfast.hyper_linear(x, h, weight, bias, ids, True, chosen)
+        made = Generated.of_head(weight, bias, ins, True)
+        return torch.ops.hyperfast.hyper_linear(x, h, *made, ids, chosen)
 
     same = [p for p in PLANS if torch.equal(run(p), run(""))]
     assert name in same
@@ -147,62 +155,64 @@ def test_the_rule_is_what_the_kernels_do(tasks, rows, ins, ragged, name):
     ],
 )
 def test_16_bit_heads_contract_where_a_matrix_unit_does_it(tasks, rows, ins, features):
-    from hyperfast import _C
-
-    layer = Layer(tasks, rows, ins, 16, features)
-    unit = _C.isa() == "amx" and tasks == 512 and rows <= 8 * tasks and features > 31
-    name = plan.choose(layer, 2, "cpp")
+    layer = Sizes(tasks, rows, ins, 16, features)
+    unit = EXTENSION.isa() == "amx" and tasks == 512 and rows <= 8 * tasks and features > 31
+    name = plan.choose(layer, torch.bfloat16, "cpp")
     assert name == ("contract" if unit else "tile")
     # What the first features add, the others take away: roundings in fp32 are left.
     x, h = torch.randn(tasks, rows // tasks, ins), torch.randn(tasks, features // 2 + 1)
     weight = torch.randn(layer.params, features // 2 + 1)
     h, weight = torch.cat([h, -h], 1)[:, -features:], torch.cat([weight] * 2, 1)[:, -features:]
     h[:, features // 2], weight[:, features // 2] = 0, 0
-    args = [t.bfloat16() for t in (x, h, weight)]
-    run = partial(torch.ops.hyperfast.hyper_linear, *args, None, None, True)
+    x, h, weight = (t.bfloat16() for t in (x, h, weight))
+    made = Generated.of_head(weight, None, ins, True)
+    run = partial(torch.ops.hyperfast.hyper_linear, x, h, *made, None)
     same = [p for p in PLANS if torch.equal(run(p), run(""))]
     assert name in same
-    if _C.isa() in ("amx", "avx512_bf16"):  # others add up the same floats in the same order
+    if EXTENSION.isa() in ("amx", "avx512_bf16"):  # others add up the same floats in the same order
         assert len(same) < len(PLANS)
 
 
+@pytest.mark.skipif(DEVICE != "cpp", reason="no extension")
 def test_explain_shows_what_the_cpu_runs():
+    """By layers, or whole: for few tasks, and for many rows a task of a network that fits."""
     model = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, 64, 10))
-    assert (DEVICE == "cpp") == hyperfast.ops.backends.has_kernel("cpp", "hyper_linear")
-    if DEVICE == "cpu":
-        pytest.skip("no extension")
-    plans = {
-        b: {c.plan for _, c in hyperfast.explain(model, (b, 64), (b, 5)).layers} for b in (4, 17)
-    }
-    assert plans == {4: {"materialize"}, 17: {"contract"}}
+    text = "64 > 64 b relu, 10 b"
+    for tasks, rows, plans in ((4, 1, {"whole"}), (17, 1, {"contract"}), (256, 64, {"whole"})):
+        shown = hyperfast.explain(model, (tasks, rows, 64), (tasks, 5))
+        assert {c.plan for _, c in shown.layers} == plans
+        assert shown.whole == runs_whole(text, FP32, False, tasks, tasks * rows, 64)
+    # What runs whole makes the bits of each task alone, whatever the others are.
+    x, z = torch.randn(256, 64, 64), torch.randn(256, 5)
+    assert torch.equal(model(x, z)[:5], model(x[:5], z[:5]))
 
 
 def network(sizes, tasks, rows, features=64):
-    return tuple(Layer(tasks, rows, i, o, features) for i, o in pairwise(sizes))
+    return tuple(Sizes(tasks, rows, i, o, features) for i, o in pairwise(sizes))
 
 
 @pytest.mark.parametrize("device", ["half", "tf32"])
 def test_one_kernel_for_narrow_networks_of_many_tasks(device):
     many = 65536
-    assert plan.one_kernel(network((2, 32, 32, 1), many, many), 2, device)
-    assert not plan.one_kernel(network((2, 32, 65, 1), many, many), 2, device)
-    assert not plan.one_kernel(network((2, *[32] * 4, 1), many, many), 2, device)
-    assert not plan.one_kernel(network((2, 32), many, many), 2, device)
+    assert gpu.one_kernel(network((2, 32, 32, 1), many, many), 2, device)
+    assert not gpu.one_kernel(network((2, 32, 65, 1), many, many), 2, device)
+    assert not gpu.one_kernel(network((2, *[32] * 4, 1), many, many), 2, device)
+    assert not gpu.one_kernel(network((2, 32), many, many), 2, device)
     # Rows that fill few multiprocessors, rows that make stored weights pay, and none.
-    assert not plan.one_kernel(network((64, 64, 64), 512, 512), 2, device)
-    assert not plan.one_kernel(network((64, 64, 64), 64, 64 * 4096), 2, device)
-    assert not plan.one_kernel(network((2, 32, 1), 3, 0), 2, device)
+    assert not gpu.one_kernel(network((64, 64, 64), 512, 512), 2, device)
+    assert not gpu.one_kernel(network((64, 64, 64), 64, 64 * 4096), 2, device)
+    assert not gpu.one_kernel(network((2, 32, 1), 3, 0), 2, device)
 
 
 def test_a_narrow_side_is_looped_over():
-    assert plan.loop(Layer(9, 9, 2, 64, 64), True) == "input"
-    assert plan.loop(Layer(9, 9, 2, 64, 64), False) == "feature"
-    assert plan.loop(Layer(9, 9, 64, 1, 64), False) == "output"
-    assert plan.loop(Layer(9, 9, 64, 64, 64), True) == "feature"
-    assert plan.loop(Layer(9, 9, 64, 64, 1), False) == "feature"
+    assert gpu.loop(Sizes(9, 9, 2, 64, 64), True) == "input"
+    assert gpu.loop(Sizes(9, 9, 2, 64, 64), False) == "feature"
+    assert gpu.loop(Sizes(9, 9, 64, 1, 64), False) == "output"
+    assert gpu.loop(Sizes(9, 9, 64, 64, 64), True) == "feature"
+    assert gpu.loop(Sizes(9, 9, 64, 64, 1), False) == "feature"
 
 
 def test_explain_tells_of_one_kernel(model, monkeypatch):
-    monkeypatch.setattr(plan, "device_key", lambda device, dtype: "half")
+    monkeypatch.setattr(explain, "device_key", lambda device, dtype: "half")
     assert "in one kernel" in str(hyperfast.explain(model, (65536, 4), (65536, 5)))
     assert "in one kernel" not in str(hyperfast.explain(model, (8, 1 << 20, 4), (8, 5)))

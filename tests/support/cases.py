@@ -1,5 +1,6 @@
 """Random arguments for every registered op in every variant, and what the op should return."""
 
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hyperfast.kernels import eager, reference
-
-PLANS = ("contract", "tile", "materialize")
+from hyperfast.plans.sizes import PLANS
+from tests.support.budget import close
+from tests.support.draw import draw
 
 
 class Sizes(NamedTuple):
@@ -53,11 +55,7 @@ class Variant(NamedTuple):
         tasks, rows, ins, outs, features = sizes
         lead = (tasks * rows,) if self.ragged else (tasks, rows)
 
-        def rand(*shape):
-            # Away from zero, and drawn in fp64, so that every dtype sees the same numbers.
-            t = torch.randn(shape, dtype=torch.float64).to(dtype)
-            return t.requires_grad_() if grad else t
-
+        rand = partial(draw, dtype=dtype, grad=grad)
         ids = torch.randint(max(tasks - 1, 1), lead[:1]) if self.ragged else None
         x, h, g = rand(*lead, ins), rand(tasks, features), rand(*lead, outs)
         matrix = rand(outs, ins, features)
@@ -129,10 +127,6 @@ def is_float(a):
 def floats(args):
     """The tensors among ``args`` that can have a gradient."""
     return [a for a in args if is_float(a)]
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def value_and_gradients(variant, sizes):

@@ -1,11 +1,13 @@
 """Random networks, and what they should return."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from hyperfast.kernels import reference
 from hyperfast.layout import Network, of_layer
+from tests.support.draw import draw
 
 
 def random(sizes, tasks, rows, features, *, ragged=False, bias=True, target_bias=True, grad=True):
@@ -15,9 +17,7 @@ def random(sizes, tasks, rows, features, *, ragged=False, bias=True, target_bias
     lead = (tasks * rows,) if ragged else (tasks, rows)
     ids = torch.randint(max(tasks - 1, 1), lead) if ragged else None
 
-    def rand(*shape, scale=1.0):
-        return (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_(grad)
-
+    rand = partial(draw, grad=grad)
     # So that hidden layers stay of the order of 1, and sines of sines do not amplify rounding.
     head = rand(params, features, scale=(features * max(sizes)) ** -0.5)
     return [

@@ -21,7 +21,6 @@ def hyper_linear(
     plan: str,
 ) -> Tensor:
     made = Generated(matrix, matrix_bias, vector, vector_bias)
-    out, ins = matrix.shape[:2]
     agree(
         x=x,
         h=h,
@@ -30,8 +29,8 @@ def hyper_linear(
         vector=vector,
         vector_bias=vector_bias,
     )
-    _expect_made(made, h.shape[1])
-    expect(x, "x", (*x.shape[:-1], ins))
+    made.check(x.shape[-1], h.shape[1])
+    out, ins = matrix.shape[:2]
     rows = rows_of([x], [h], task_ids, len(h))
     if plan == "tile" and rows.ragged:
         return eager.hyper_linear(x, h, *made, task_ids, plan)
@@ -48,11 +47,10 @@ def hyper_linear_grad_h(
     tasks: int,
     plan: str,
 ) -> Tensor:
-    out, ins, features = matrix.shape
     agree(grad=grad, x=x, matrix=matrix, vector=vector)
-    _expect_made(Generated(matrix, None, vector), features)
+    Generated(matrix, None, vector).check(x.shape[-1], matrix.shape[-1])
+    out, ins = matrix.shape[:2]
     expect(grad, "grad", (*grad.shape[:-1], out))
-    expect(x, "x", (*x.shape[:-1], ins))
     rows = rows_of([grad, x], [], task_ids, tasks)
     if plan == "tile" and rows.ragged:
         return eager.hyper_linear_grad_h(grad, x, matrix, vector, task_ids, tasks, plan)
@@ -83,11 +81,3 @@ def task_linear_grad_weight(grad: Tensor, x: Tensor, task_ids: Tensor | None, ta
     agree(grad=grad, x=x)
     rows = rows_of([grad, x], [], task_ids, tasks)
     return grouped.outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), rows)
-
-
-def _expect_made(made: Generated, features: int) -> None:
-    out, ins = made.matrix.shape[:2]
-    expect(made.matrix, "matrix", (out, ins, features))
-    expect(made.matrix_bias, "matrix_bias", (out, ins))
-    expect(made.vector, "vector", (out, features))
-    expect(made.vector_bias, "vector_bias", (out,))

@@ -3,26 +3,28 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from hyperfast.ops import layer as ops
+from hyperfast.plans.sizes import PLANS
+from tests.support.budget import assert_within_roundings
+from tests.support.draw import draw
 
 if ops.EXTENSION_ERROR:  # importing hyperfast._C here would register its kernels for all tests
     pytest.skip(ops.EXTENSION_ERROR, allow_module_level=True)
 from hyperfast import _C
+from tests.support.builds import isas
 
 op = torch.ops.hyperfast
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
 
-def rand(*shape, dtype, seed=0):
-    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return values.to(dtype)
+rand = partial(draw, seed=0)
 
 
 def strided(t, how):
@@ -34,23 +36,6 @@ def strided(t, how):
     if how == "outer gaps":
         return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
     return t
-
-
-def assert_within(result, formula, *args, depth):
-    """``formula`` is multilinear in ``args``. A sum of ``depth`` products, each rounded in the
-    accumulation type, errs by at most ``depth`` roundings times the sum of its terms' absolute
-    values; the result is rounded once more to the storage type."""
-    exact = formula(*(a.double() for a in args))
-    size = formula(*(a.double().abs() for a in args))
-    assert result.shape == exact.shape
-    assert result.dtype == args[0].dtype
-    unit = torch.finfo(torch.promote_types(result.dtype, torch.float32)).eps / 2
-    bound = (depth + 4) * unit * size
-    if result.dtype != torch.promote_types(result.dtype, torch.float32):
-        info = torch.finfo(result.dtype)
-        bound = bound + info.eps / 2 * (exact.abs() + bound) + info.smallest_normal * info.eps
-    error = (result.double() - exact).abs()
-    assert bool((error <= bound).all()), f"{(error / bound).max().item():.3g} times the bound"
 
 
 def mix(rows, tasks, seed=0):
@@ -99,9 +84,9 @@ class TestTaskValues:
         x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
         w, bias = rand(b, o, i, dtype=dtype, seed=2), rand(b, o, dtype=dtype, seed=3)
         y = op.task_linear(strided(x, how), strided(w, how), strided(bias, how), None)
-        assert_within(y, linear, x, w, bias, depth=i)
+        assert_within_roundings(y, linear, x, w, bias, depth=i)
         gw = op.task_linear_grad_weight(strided(g, how), strided(x, how), None, b)
-        assert_within(gw, outer, g, x, depth=n)
+        assert_within_roundings(gw, outer, g, x, depth=n)
 
     def test_ragged(self, dtype, size, how):
         b, n, i, o = size
@@ -110,9 +95,9 @@ class TestTaskValues:
         ids, where = mix(n, b)
         rows, grads = unsort(x, where), unsort(g, where)
         y = op.task_linear(strided(rows, how), strided(w, how), bias, ids)
-        assert_within(y[where].view(b, n, o), linear, x, w, bias, depth=i)
+        assert_within_roundings(y[where].view(b, n, o), linear, x, w, bias, depth=i)
         gw = op.task_linear_grad_weight(strided(grads, how), strided(rows, how), ids, b)
-        assert_within(gw, outer, g, x, depth=n)
+        assert_within_roundings(gw, outer, g, x, depth=n)
 
 
 HYPER_SIZES = [  # B, N, in, out, features
@@ -198,19 +183,19 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
             op.hyper_linear(xs, hs, vs, v0, ids, target_bias, plan)
         return
     y = op.hyper_linear(xs, hs, vs, v0, ids, target_bias, plan)
-    assert_within(sort(y), forward, x, h, v, zero, depth=i + k + 2)
+    assert_within_roundings(sort(y), forward, x, h, v, zero, depth=i + k + 2)
     shared = None if v0 is None else v0[:m]
     if o:
         gx = op.hyper_linear_grad_x(gs, hs, vs[:m], shared, ids, plan)
         args = (g, h, v[:m], zero[:m])
-        assert_within(sort(gx), grad_x, *args, depth=o + k + 2)
+        assert_within_roundings(sort(gx), grad_x, *args, depth=o + k + 2)
     gh = op.hyper_linear_grad_h(gs, xs, vs, ids, b, target_bias, plan)
-    assert_within(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
+    assert_within_roundings(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
     gv = op.hyper_linear_grad_weight(gs, xs, hs, ids, target_bias, plan)
-    assert_within(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
+    assert_within_roundings(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
 
 
-@pytest.mark.parametrize("plan", ["contract", "tile", "materialize"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_a_long_sum_is_no_less_exact_than_a_matrix_product(plan):
     """The gradient of h is a sum over 16,512 parameters: one after another they came to 2e-6."""
     x, g = rand(64, 1, 128, dtype=torch.float32), rand(64, 1, 128, dtype=torch.float32, seed=1)
@@ -329,7 +314,7 @@ def test_beside_another_user_of_the_matrix_unit():
 def test_hyper_plans_by_any_name(tasks):
     f32 = torch.float32
     x, h, v = rand(tasks, 2, 5, dtype=f32), rand(tasks, 3, dtype=f32), rand(24, 3, dtype=f32)
-    plans = ["tile", "contract", "materialize", ""]
+    plans = ["", *PLANS]
     tile, *others = [op.hyper_linear(x, h, v, None, None, True, plan) for plan in plans]
     for other in others:
         torch.testing.assert_close(other, tile)
@@ -344,12 +329,12 @@ def test_hyper_stride_zero(dtype):
         return torch.cat([outer(g, x).flatten(1), g.sum(1)], 1)
 
     gv = op.hyper_linear_grad_weight(g, x, h, None, True, "")
-    assert_within(gv, lambda g, x, h: flat(g, x).mT @ h, g, x, h, depth=60)
+    assert_within_roundings(gv, lambda g, x, h: flat(g, x).mT @ h, g, x, h, depth=60)
     gh = op.hyper_linear_grad_h(g, x, v, None, 20, True, "")
-    assert_within(gh, lambda g, x, v: flat(g, x) @ v, g, x, v, depth=400)
+    assert_within_roundings(gh, lambda g, x, v: flat(g, x) @ v, g, x, v, depth=400)
     gx = op.hyper_linear_grad_x(g, h, v[: 17 * 17], None, None, "")
     same = lambda g, h, v: torch.einsum("boi,bno->bni", (h @ v.mT).view(20, 17, 17), g)  # noqa: E731
-    assert_within(gx, same, g, h, v[: 17 * 17], depth=30)
+    assert_within_roundings(gx, same, g, h, v[: 17 * 17], depth=30)
 
 
 def test_hyper_memory_does_not_grow_with_the_generated_weights():
@@ -378,17 +363,17 @@ class TestTaskStrideZero:
         x, w = one.expand(4, 5, 33), rand(1, 7, 33, dtype=dtype).expand(4, 7, 33)
         bias = one.expand(4, 7)
         y = op.task_linear(x, w, bias, None)
-        assert_within(y, linear, x, w, bias, depth=33)
+        assert_within_roundings(y, linear, x, w, bias, depth=33)
         gw = op.task_linear_grad_weight(one.expand(4, 5, 70), x, None, 4)
-        assert_within(gw, outer, one.expand(4, 5, 70), x, depth=5)
+        assert_within_roundings(gw, outer, one.expand(4, 5, 70), x, depth=5)
 
     def test_tasks_without_rows(self, dtype):
         x, g = rand(3, 20, dtype=dtype), rand(3, 6, dtype=dtype)
         ids = torch.tensor([4, 1, 4])
         gw = op.task_linear_grad_weight(g, x, ids, 6)
-        assert_within(gw[1], lambda g, x: g[1, :, None] * x[1], g, x, depth=1)
+        assert_within_roundings(gw[1], lambda g, x: g[1, :, None] * x[1], g, x, depth=1)
         both = lambda g, x: g[0, :, None] * x[0] + g[2, :, None] * x[2]  # noqa: E731
-        assert_within(gw[4], both, g, x, depth=2)
+        assert_within_roundings(gw[4], both, g, x, depth=2)
         assert not gw[[0, 2, 3, 5]].any()
 
 
@@ -487,7 +472,7 @@ def run(isa, *command):
     )
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.skipif("HYPERFAST_ISA" in os.environ, reason="this is such a run")
 def test_every_instruction_set(isa):
     which = run(isa, "-c", "import torch, hyperfast._C as c; print(c.isa())")

@@ -3,6 +3,7 @@
 What takes long to compile comes last, lest a limit on the time should hide the rest."""
 
 import os
+from functools import partial
 from itertools import product
 
 import pytest
@@ -14,7 +15,8 @@ from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
 from hyperfast.ops import network as mlp_ops
 from hyperfast.plans import choose as plan
-from tests.support.cases import FUSED, PAIRED, Sizes, Variant, close, every_fused, is_float
+from tests.support.budget import assert_as_good, close, norm
+from tests.support.cases import FUSED, PAIRED, Sizes, Variant, every_fused, is_float
 from tests.support.networks import expected, random, stored
 
 pytest.importorskip("triton")
@@ -42,19 +44,6 @@ def to(args, device="cuda", dtype=None):
         a.to(device, dtype if dtype and is_float(a) else None) if isinstance(a, torch.Tensor) else a
         for a in args
     ]
-
-
-def assert_as_good(y, plain, exact):
-    """``y`` errs by at most twice what plain PyTorch does in the same dtype, and a rounding, where
-    errors are the largest over the whole tensor."""
-    assert y.shape == exact.shape
-    assert y.dtype == plain.dtype
-    if y.dtype == torch.float64:
-        close(y, exact)
-        return
-    error, other = ((t.double() - exact).abs().max() for t in (y, plain))
-    rounding = exact.abs().max() * torch.finfo(y.dtype).eps
-    assert error <= 2 * other + rounding, f"{error:.3g}, plain PyTorch {other:.3g}"
 
 
 @pytest.fixture
@@ -196,12 +185,7 @@ NETWORKS = [
 ]
 
 
-def in_norm(y, plain, exact):
-    """``y`` errs by at most twice what plain PyTorch does in the same dtype, and a rounding."""
-    error, other = ((t.double() - exact.double()).norm() for t in (y, plain))
-    eps = 1e-12 if y.dtype == torch.float64 else torch.finfo(y.dtype).eps
-    assert y.dtype == plain.dtype
-    assert error <= 2 * other + eps * exact.norm(), f"{error:.3g}, plain PyTorch {other:.3g}"
+in_norm = partial(assert_as_good, size=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,106 @@
+"""The device: kinds of arithmetic, a turn timed by its events, memory, ceilings.
+
+Under TRITON_INTERPRET=1 it is the CPU, to rehearse with tiny sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+from bench.measure.race import flat, race
+from bench.rivals.rival import Call
+
+REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+ROUNDS = 5
+TURN, MOST_CALLS = 5e-3, 50  # seconds and calls of a turn
+
+# Kinds of arithmetic: dtype, and whether fp32 products may be rounded to TF32.
+KINDS = {
+    "bf16": (torch.bfloat16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "fp32": (torch.float32, "highest"),
+    "fp64": (torch.float64, "highest"),
+}
+if REHEARSAL:  # the interpreter has no bf16
+    del KINDS["bf16"]
+
+
+def select(kind: str) -> torch.dtype:
+    """Sets the precision of fp32 products by the older interface, which compilers read too."""
+    dtype, precision = KINDS[kind]
+    torch.set_float32_matmul_precision(precision)
+    return dtype
+
+
+def name() -> str:
+    return platform.processor() if REHEARSAL else torch.cuda.get_device_name()
+
+
+def event_seconds(call: Callable[[], object], count: int) -> float:
+    """Mean of a few calls in a row, between two events on the device."""
+    if REHEARSAL:
+        return host_seconds(call, count)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
+def host_seconds(call: Callable[[], object], count: int) -> float:
+    """The same by the clock on the wall: for what does not run on PyTorch's stream."""
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+def turn(call: Callable[[], object]) -> list[float]:
+    """A call that sets the number of calls, then the mean of these. What does not run on PyTorch's
+    stream says so by an attribute ``host_clock``."""
+    seconds = host_seconds if getattr(call, "host_clock", False) else event_seconds
+    count = min(max(int(TURN / seconds(call, 1)), 1), MOST_CALLS)
+    return [seconds(call, count)]
+
+
+def medians(calls: Mapping[str, Call], rounds: int = ROUNDS) -> dict[str, float]:
+    """Seconds a call: rivals in turns, the median over rounds."""
+    return {name: median(flat(times)) for name, times in race(calls, rounds, turn).items()}
+
+
+def peak_extra(call: Call) -> int | None:
+    """Bytes allocated at most during a call, on top of what lives and of what it returns."""
+    if REHEARSAL:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = call()
+    torch.cuda.synchronize()
+    kept = sum(t.nbytes for t in outputs)
+    return max(torch.cuda.max_memory_allocated() - before - kept, 0)
+
+
+def ceilings() -> dict[str, float]:
+    """FLOP/s of a library's product of random matrices of each kind; bytes/s read and written."""
+    found = {}
+    n = 64 if REHEARSAL else 8192
+    for kind in KINDS:
+        dtype = select(kind)
+        size = n // 2 if kind in ("fp32", "fp64") else n
+        a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+        times = medians({"": lambda a=a, b=b: (a @ b,)})  # type: ignore[misc]
+        found[kind] = 2 * size**3 / times[""]
+    source = torch.randn(1 << (16 if REHEARSAL else 30), device=DEVICE)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * source.nbytes / medians({"": lambda: (target.copy_(source),)})[""]
+    return found

@@ -1,0 +1,88 @@
+// Activations of many numbers.
+#pragma once
+
+#include "isa/simd/vector.h"
+#include "kernels.h"
+
+namespace hyperfast::HF_ISA {
+
+template <Act kind>
+static inline ValueAndSlope<Vec<double>> activation(Vec<double> x, double parameter) {
+  ValueAndSlope<Vec<double>> all;
+  for (int i = 0; i < width<double>; ++i) {
+    const auto one = Formula<kind>::of(double(x[i]), parameter);
+    all.value[i] = one.value;
+    all.slope[i] = one.slope;
+  }
+  return all;
+}
+template <Act kind>
+static inline ValueAndSlope<VecF> activation(VecF x, float parameter) {
+  return Formula<kind>::of(x, parameter);
+}
+
+template <class F>
+static inline void with_activation(Act kind, const F& body) {
+  switch (kind) {
+#define HF_CASE(name, parameter) \
+  case Act::name: return body(std::integral_constant<Act, Act::name>{});
+    HF_CASE(identity, none)
+    HF_ACTIVATIONS(HF_CASE)
+#undef HF_CASE
+  }
+}
+
+// Calls body(first, count) for each vector of n elements; the last may be a part.
+template <class T, class F>
+static inline void each_vector(Index n, const F& body) {
+  constexpr int w = width<Acc<T>>;
+  Index i = 0;
+  for (; i + w <= n; i += w) body(i, w);
+  if (i < n) body(i, int(n - i));
+}
+
+template <class T>
+static inline Vec<Acc<T>> get(const T* p, int count) {
+  if (count == width<Acc<T>>) return load_wide(p);
+  Vec<Acc<T>> v{};
+  for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+template <class T>
+static inline void put(T* p, Vec<Acc<T>> v, int count) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    if (count == width<T>) return store(p, v);
+  }
+  for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
+}
+
+// a = f(pre) for n elements; a may be pre.
+template <class T>
+static void activate(const Layer& layer, Index n, const T* pre, T* a) {
+  using C = Acc<T>;
+  if (layer.act == Act::identity && pre == a) return;
+  with_activation(layer.act, [&](auto kind) {
+    each_vector<T>(n, [&](Index i, int count) {
+      put<T>(a + i,
+             activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter)).value,
+             count);
+    });
+  });
+}
+
+// g *= f'(pre), and where a is not null a = f(pre), for n elements.
+template <class T>
+static void slope(const Layer& layer, Index n, const T* pre, T* g, T* a) {
+  using C = Acc<T>;
+  with_activation(layer.act, [&](auto kind) {
+    each_vector<T>(n, [&](Index i, int count) {
+      const ValueAndSlope<Vec<C>> both =
+          activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter));
+      if (a) put<T>(a + i, both.value, count);
+      put<T>(g + i, get(g + i, count) * both.slope, count);
+    });
+  });
+}
+
+}  // namespace hyperfast::HF_ISA

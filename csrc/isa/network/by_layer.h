@@ -1,0 +1,134 @@
+// A network layer by layer, each for all tasks: where few rows share a task.
+#pragma once
+
+#include "isa/layer/generated.h"
+#include "isa/layer/generated_grad.h"
+#include "isa/network/activate.h"
+#include "isa/unit/amx.h"
+#include "plan.h"
+
+namespace hyperfast::HF_ISA {
+
+// The head's part for a layer.
+template <class T>
+static HeadMatrix matrix_of(const NetHead& head, const Layer& l) {
+  return {static_cast<T*>(head.weight) + l.begin * head.row,
+          l.in * head.row,
+          head.row,
+          head.feature,
+          head.bias ? static_cast<T*>(head.bias) + l.begin * head.bias_step : nullptr,
+          l.in * head.bias_step,
+          head.bias_step};
+}
+template <class T>
+static HeadMatrix vector_of(const NetHead& head, const Net& net, const Layer& l) {
+  if (!net.bias) return {};
+  const Index first = l.begin + l.out * l.in;
+  return {static_cast<T*>(head.weight) + first * head.row,
+          head.row,
+          0,
+          head.feature,
+          head.bias ? static_cast<T*>(head.bias) + first * head.bias_step : nullptr,
+          head.bias_step,
+          0};
+}
+
+// Threads share n elements in whole vectors of any type: what is computed one by one does not
+// depend on them.
+template <class F>
+static void each_stretch(Index n, const F& body) {
+  constexpr Index some = 64;
+  parallel(ceil_div(n, some), parallel_work / 8 / some,
+           [&](Index begin, Index end) { body(begin * some, min(end * some, n) - begin * some); });
+}
+
+template <class T>
+static void hyper_mlp_by_layers(const HyperMlp& p) {
+  const Index rows = total_rows(p.groups), most = p.net.widest;
+  Rows x = p.x;
+  T* kept = static_cast<T*>(p.preactivations);
+  for (Index l = 0; l < p.net.count; ++l) {
+    const Layer& layer = p.net.layers[l];
+    T* a = l + 1 == p.net.count
+               ? static_cast<T*>(p.y.data)
+               : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
+    T* pre = kept && layer.kept ? kept : a;
+    const Index params = layer.out * (layer.in + p.net.bias);
+    const Plan plan =
+        default_plan(Makes::weights, p.dtype, p.groups, params, p.features, has_matrix_unit);
+    hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
+                           matrix_of<T>(p.head, layer), vector_of<T>(p.head, p.net, layer),
+                           dense_rows(pre, p.groups, layer.out)});
+    each_stretch(rows * layer.out,
+                 [&](Index at, Index n) { activate<T>(layer, n, pre + at, a + at); });
+    if (pre != a) kept += rows * layer.out;
+    x = dense_rows(a, p.groups, layer.out);
+  }
+}
+
+template <class T>
+static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
+  using C = Acc<T>;
+  HyperMlp p = b.forward;
+  const Index rows = total_rows(p.groups), most = p.net.widest, sums = p.groups.tasks * p.features;
+  const Index kept = rows * p.net.kept;
+  if (!p.preactivations && kept > 0) {  // computed again
+    p.preactivations = scratch<T>(Slot::recomputed, kept);
+    const Index out = p.net.layers[p.net.count - 1].out;
+    p.y = dense_rows(scratch<T>(Slot::hidden_c, max(rows * most, 1)), p.groups, out);
+    hyper_mlp_by_layers<T>(p);
+  }
+  const T* pre = static_cast<const T*>(p.preactivations) + kept;  // read backwards
+  T* grad = static_cast<T*>(b.grad.data);
+  const auto back_through = [&](const Layer& layer, T* g, T* a) {
+    pre -= rows * layer.out;
+    each_stretch(rows * layer.out, [&](Index at, Index n) {
+      slope<T>(layer, n, pre + at, g + at, a ? a + at : nullptr);
+    });
+  };
+  if (p.net.layers[p.net.count - 1].kept)
+    back_through(p.net.layers[p.net.count - 1], grad, nullptr);
+
+  // In the accumulation type, lest the sum over the layers be rounded after each.
+  C* total = accumulator<T>(b.grad_h, sums);
+  T* inputs = scratch<T>(Slot::hidden_c, max(rows * most, 1));
+  for (Index l = p.net.count - 1; l >= 0; --l) {
+    const Layer& layer = p.net.layers[l];
+    const Index params = layer.out * (layer.in + p.net.bias);
+    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in,
+                                   p.features, has_matrix_unit);
+    const Plan grad_plan =
+        default_plan(Makes::gradients, p.dtype, p.groups, params, p.features, has_matrix_unit);
+    const HeadMatrix matrix = matrix_of<T>(p.head, layer);
+    const HeadMatrix vector = vector_of<T>(p.head, p.net, layer);
+    const Rows g = dense_rows(grad, p.groups, layer.out);
+    T* next = l == 0 ? static_cast<T*>(b.grad_x)
+                     : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
+    if (next) {
+      hyper_linear_typed<T>({p.dtype,
+                             plan,
+                             p.groups,
+                             layer.in,
+                             layer.out,
+                             p.features,
+                             g,
+                             p.h,
+                             matrix.transposed(),
+                             {},
+                             dense_rows(next, p.groups, layer.in)});
+    }
+    if (l > 0) back_through(p.net.layers[l - 1], next, inputs);
+    const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
+    const auto of_layer = [&](void* all, Index each) {
+      return all ? static_cast<T*>(all) + layer.begin * each : nullptr;
+    };
+    hyper_linear_grad_typed<T>(
+        {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, p.net.bias, g, x, p.h,
+         matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1)},
+        total, l + 1 < p.net.count);
+    grad = next;
+  }
+  round_off<T>(total, sums, b.grad_h);
+}
+
+}  // namespace hyperfast::HF_ISA

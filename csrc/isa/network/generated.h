@@ -1,0 +1,28 @@
+// Networks whose parameters are generated: by layer or by network (plan.h).
+#pragma once
+
+#include "isa/network/by_layer.h"
+#include "isa/network/by_network.h"
+#include "plan.h"
+
+namespace hyperfast::HF_ISA {
+
+static void hyper_mlp(const HyperMlp& p) {
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    (runs_whole(Makes::weights, p.dtype, p.groups, p.net.params) ? hyper_mlp_by_network<T>
+                                                                 : hyper_mlp_by_layers<T>)(p);
+  });
+}
+
+static void hyper_mlp_backward(const HyperMlpBackward& b) {
+  with_type(b.forward.dtype, [&](auto t) {
+    using T = decltype(t);
+    const HyperMlp& p = b.forward;
+    (runs_whole(Makes::gradients, p.dtype, p.groups, p.net.params)
+         ? hyper_mlp_backward_by_network<T>
+         : hyper_mlp_backward_by_layers<T>)(b);
+  });
+}
+
+}  // namespace hyperfast::HF_ISA

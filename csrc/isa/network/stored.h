@@ -1,0 +1,37 @@
+// Networks whose parameters are given, one a task.
+#pragma once
+
+#include "isa/network/apply.h"
+
+namespace hyperfast::HF_ISA {
+
+template <class T, class W>
+static void task_mlp_typed(const TaskMlp& p) {
+  using C = Acc<T>;
+  const Index params = p.net.params;
+  const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
+  const auto weights = [&](Index task) {
+    return static_cast<const W*>(p.weight) + task * p.weight_task;
+  };
+  parallel(p.groups.pieces, max(parallel_work / max(rows_each * params, 1), 1),
+           [&](Index first, Index last) {
+             for (Index i = first; i < last; ++i) {
+               const Piece q = piece(p.groups, i);
+               const W* w = weights(q.task);
+               const Index ahead = i + 1 < last ? weights(piece(p.groups, i + 1).task) - w : 0;
+               const float* scales_and_biases =
+                   p.scales_and_biases ? static_cast<const float*>(p.scales_and_biases) +
+                                             q.task * p.scales_and_biases_task
+                                       : nullptr;
+               run_piece<T, W>(p.net, p.groups, q, p.x, p.y, nullptr,
+                               Network<W, C>{w, scales_and_biases, nullptr, ahead});
+             }
+           });
+}
+
+static void task_mlp(const TaskMlp& p) {
+  if (p.scales_and_biases) return task_mlp_typed<float, std::int8_t>(p);
+  with_type(p.dtype, [&](auto t) { task_mlp_typed<decltype(t), decltype(t)>(p); });
+}
+
+}  // namespace hyperfast::HF_ISA

@@ -1,0 +1,158 @@
+// Activations: one table, and below it value and slope of each. A new one is a row and a formula.
+//
+// In float: simd/math.h, within 3 units in the last place; in double: the C library's functions.
+// What is not finite gives what PyTorch makes of it in double.
+#pragma once
+
+#include <cmath>
+
+// Name, and the parameter where the text of a network has none (NAN: it takes none).
+#define HF_ACTIVATIONS(ROW) \
+  ROW(relu, NAN)            \
+  ROW(leaky_relu, 0.01)     \
+  ROW(elu, NAN)             \
+  ROW(sigmoid, NAN)         \
+  ROW(silu, NAN)            \
+  ROW(sin, 1.0)             \
+  ROW(tanh, NAN)            \
+  ROW(gelu, NAN)            \
+  ROW(gelu_tanh, NAN)
+
+namespace hyperfast {
+
+#define HF_NAME(name, parameter) , name
+enum class Act { identity HF_ACTIVATIONS(HF_NAME) };
+#undef HF_NAME
+
+}  // namespace hyperfast
+
+#ifdef HF_ISA
+#include "isa/simd/math.h"
+
+namespace hyperfast::HF_ISA {
+
+template <class V>
+struct ValueAndSlope {
+  V value, slope;
+};
+using Floats = ValueAndSlope<VecF>;
+using Double = ValueAndSlope<double>;
+
+template <Act>
+struct Formula;
+
+template <>
+struct Formula<Act::identity> {
+  static Floats of(VecF x, float) { return {x, broadcast(1)}; }
+  static Double of(double x, double) { return {x, 1}; }
+};
+
+template <>
+struct Formula<Act::relu> {  // NaN passes, as in PyTorch
+  static Floats of(VecF x, float) {
+    return {select(x <= 0.f, VecF{}, x), select(x <= 0.f, VecF{}, broadcast(1))};
+  }
+  static Double of(double x, double) { return {x <= 0 ? 0 : x, x <= 0 ? 0. : 1.}; }
+};
+
+template <>
+struct Formula<Act::leaky_relu> {
+  static Floats of(VecF x, float below) {
+    return {select(x > 0.f, x, x * below), select(x > 0.f, broadcast(1), broadcast(below))};
+  }
+  static Double of(double x, double below) { return {x > 0 ? x : x * below, x > 0 ? 1 : below}; }
+};
+
+template <>
+struct Formula<Act::elu> {
+  static Floats of(VecF x, float) {
+    const Exponential e(select(x > 0.f, VecF{}, x));
+    return {select(x > 0.f, x, e.minus_one()), e.value()};
+  }
+  static Double of(double x, double) { return {x > 0 ? x : ::expm1(x), x > 0 ? 1 : ::exp(x)}; }
+};
+
+template <>
+struct Formula<Act::sigmoid> {
+  static Floats of(VecF x, float) {
+    const VecF s = sigmoid(x);
+    return {s, s * (1.f - s)};
+  }
+  static Double of(double x, double) {
+    const double s = 1 / (1 + ::exp(-x));
+    return {s, s * (1 - s)};
+  }
+};
+
+template <>
+struct Formula<Act::silu> {
+  static Floats of(VecF x, float) {
+    const VecF s = sigmoid(x);
+    return {x * s, s * (1.f + x * (1.f - s))};
+  }
+  static Double of(double x, double) {
+    const double s = 1 / (1 + ::exp(-x));
+    return {x * s, s * (1 + x * (1 - s))};
+  }
+};
+
+template <>
+struct Formula<Act::sin> {
+  static Floats of(VecF x, float frequency) {
+    const VecF w = x * frequency;
+    const VecI near = magnitude(w) <= SineCosine::most;
+    if (any(~near))
+      return {each(w, [](float v) { return float(::sin(double(v))); }),
+              each(w, [](float v) { return float(::cos(double(v))); }) * frequency};
+    const SineCosine both(w);
+    return {both.sine, both.cosine * frequency};
+  }
+  static Double of(double x, double frequency) {
+    return {::sin(x * frequency), ::cos(x * frequency) * frequency};
+  }
+};
+
+template <>
+struct Formula<Act::tanh> {
+  static Floats of(VecF x, float) {
+    const VecF t = HF_ISA::tanh(x);
+    return {t, 1.f - t * t};
+  }
+  static Double of(double x, double) {
+    const double t = ::tanh(x);
+    return {t, 1 - t * t};
+  }
+};
+
+template <>
+struct Formula<Act::gelu> {  // x times the chance that a normal number is below x
+  static Floats of(VecF x, float) {
+    const Normal n(x);
+    return {n.times_below(), n.below() + x * n.density()};
+  }
+  static Double of(double x, double) {
+    const double below = 0.5 * ::erfc(x * -0.70710678118654752440);
+    return {x * below, below + x * 0.39894228040143267794 * ::exp(-0.5 * x * x)};
+  }
+};
+
+template <>
+struct Formula<Act::gelu_tanh> {  // (1 + tanh(w / 2)) / 2 is sigmoid(w), w = linear x + cubic x^3
+  static constexpr double linear = 1.59576912160573071176, cubic = linear * 0.044715;
+
+  static Floats of(VecF x, float) {
+    const VecF near = clamp(x, 15);  // beyond: 0 and 1
+    const VecF s =
+        sigmoid(exactly(near, [](Vec<double> v) { return v * (linear + cubic * v * v); }));
+    const VecF steep = float(linear) + float(3 * cubic) * near * near;
+    return {x * s, s + x * (s * (1.f - s)) * steep};
+  }
+  static Double of(double x, double) {
+    const double near = x > 15 ? 15 : x < -15 ? -15 : x;
+    const double e = ::exp(-near * (linear + cubic * near * near)), s = 1 / (1 + e);
+    return {x * s, s + x * (s * s * e) * (linear + 3 * cubic * near * near)};
+  }
+};
+
+}  // namespace hyperfast::HF_ISA
+#endif

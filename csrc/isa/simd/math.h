@@ -1,0 +1,167 @@
+// Functions of float vectors: polynomials after range reduction, within 3 units in the last place
+// (tests/test_cpp_mlp.py); the coefficients are those of Moshier's Cephes library.
+#pragma once
+
+#include "isa/simd/vector.h"
+
+namespace hyperfast::HF_ISA {
+
+static inline VecF bits_to_float(VecI v) { return bit_cast<VecF>(v); }
+static inline VecF broadcast(float v) { return v - VecF{}; }
+static inline VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no; }
+static inline VecF magnitude(VecF x) { return bits_to_float(bit_cast<VecI>(x) & 0x7fffffff); }
+
+// To the nearest integer, |x| < 2^22: `steps` are its bits, `rounded` its value.
+struct Rounded {
+  VecI steps;
+  VecF rounded;
+
+  explicit Rounded(VecF x) {
+    constexpr float magic = 0x1.8p23f;  // its unit in the last place is 1
+    const VecF shifted = x + magic;
+    steps = bit_cast<VecI>(shifted) - bit_cast<std::int32_t>(magic);
+    rounded = shifted - magic;
+  }
+};
+
+// The sum of two floats: an argument of e^x of which rounding would show, in units in the last
+// place of the result as many as x is large.
+struct Exact {
+  VecF high, low;
+};
+
+// f(x), computed in double.
+template <class F>
+static inline Exact exactly(VecF x, const F& f) {
+  using Half = float __attribute__((vector_size(HF_VECTOR_BYTES / 2)));
+  Half in[2], high[2], low[2];
+  std::memcpy(in, &x, sizeof x);
+  for (int i = 0; i < 2; ++i) {
+    const Vec<double> y = f(__builtin_convertvector(in[i], Vec<double>));
+    high[i] = __builtin_convertvector(y, Half);
+    low[i] = __builtin_convertvector(y - __builtin_convertvector(high[i], Vec<double>), Half);
+  }
+  return {bit_cast<VecF>(high), bit_cast<VecF>(low)};
+}
+
+// e^x = 2^n (1 + tail) with |r| <= ln(2) / 2.
+struct Exponential {
+  VecI n;
+  VecF tail;
+
+  explicit Exponential(VecF x) : Exponential(x, [](VecF r) { return r; }) {}
+  explicit Exponential(Exact x) : Exponential(x.high, [=](VecF r) { return r + x.low; }) {}
+
+  template <class F>
+  Exponential(VecF x, const F& correct) {
+    x = select(x > 89.f, broadcast(89), x);  // beyond: infinity, and 0
+    x = select(x < -104.f, broadcast(-104), x);
+    const Rounded k(x * 1.44269504088896341f);
+    n = k.steps;
+    const VecF r = correct(x - k.rounded * 0.693359375f - k.rounded * -2.12194440e-4f);
+    VecF p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    tail = p * r * r + r;
+  }
+
+  VecF value() const {  // in two steps, as 2^n alone may overflow or be subnormal
+    const VecI half = n >> 1;
+    return (tail + 1.f) * bits_to_float((half + 127) << 23) * bits_to_float((n - half + 127) << 23);
+  }
+  VecF minus_one() const { return select(n == 0, tail, value() - 1.f); }
+};
+
+// Sine and cosine, |x| <= 8192: pi / 2 in parts whose products with n are exact.
+struct SineCosine {
+  static constexpr float most = 8192;
+  VecF sine, cosine;
+
+  explicit SineCosine(VecF x) {
+    const Rounded k(x * 0.636619772367581343f);
+    const VecF r = ((x - k.rounded * 1.5703125f) - k.rounded * 4.837512969970703125e-4f) -
+                   k.rounded * 7.54978995489188216e-8f;
+    const VecF r2 = r * r;
+    const VecF s =
+        ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
+    const VecF c =
+        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 *
+            r2 -
+        0.5f * r2 + 1.f;
+    const VecI odd = -(k.steps & 1), down = (k.steps & 2) << 30, left = ((k.steps + 1) & 2) << 30;
+    sine = bits_to_float(bit_cast<VecI>(select(odd, c, s)) ^ down);
+    cosine = bits_to_float(bit_cast<VecI>(select(odd, s, c)) ^ left);
+  }
+};
+
+// Between -most and most; NaN stays.
+static inline VecF clamp(VecF x, float most) {
+  x = select(x > most, broadcast(most), x);
+  return select(x < -most, broadcast(-most), x);
+}
+
+static inline VecF sigmoid(VecF x) { return 1.f / (1.f + Exponential(-x).value()); }
+
+static inline VecF sigmoid(Exact x) {
+  return 1.f / (1.f + Exponential(Exact{-x.high, -x.low}).value());
+}
+
+static inline VecF tanh(VecF x) {
+  const VecF size = magnitude(x);
+  const VecF far = 1.f - 2.f / (Exponential(2.f * size).value() + 1.f);
+  const VecF x2 = x * x;
+  VecF p = -5.70498872745e-3f * x2 + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  const VecI sign = bit_cast<VecI>(x) & std::int32_t(0x80000000);
+  return select(size < 0.625f, p * x2 * x + x, bits_to_float(bit_cast<VecI>(far) | sign));
+}
+
+// The normal distribution: the chance of a number below x, and its density. Near 0 an odd
+// polynomial and 1/2; elsewhere e^(-x^2/2) / |x| times a function that varies little, a polynomial
+// of (|x| - 2.5) /
+// (|x| + 2). Both fitted to a relative error of 1e-8. From 15 on all is rounded to 0 or 1.
+struct Normal {
+  VecF x, size, bell, centre, outside;
+
+  explicit Normal(VecF number) : x(number), size(clamp(magnitude(number), 15)) {
+    bell = Exponential(exactly(size, [](Vec<double> v) { return v * v * -0.5; })).value();
+    const VecF x2 = size * size;
+    VecF p = -7.65420712e-06f * x2 + 1.13486369e-4f;
+    p = p * x2 - 1.18632994e-3f;
+    p = p * x2 + 9.97332341e-3f;
+    p = p * x2 - 6.64903599e-2f;
+    p = p * x2 + 3.9894228e-1f;
+    centre = p * x + 0.5f;
+    const VecF t = (size - 2.5f) / (size + 2.f);
+    VecF q = 4.80944993e-4f * t + 2.51873291e-4f;
+    q = q * t - 2.19224846e-3f;
+    q = q * t - 3.66592863e-3f;
+    q = q * t + 9.55435146e-3f;
+    q = q * t + 2.82691315e-2f;
+    q = q * t - 1.09907073e-1f;
+    q = q * t + 1.22833987e-1f;
+    q = q * t + 3.53328328e-1f;
+    outside = q * bell;
+  }
+
+  VecF below() const {
+    const VecF tail = outside / size;
+    return select(size < 1.f, centre, select(x > 0.f, 1.f - tail, tail));
+  }
+  VecF times_below() const {  // x below(), but far from 0 without dividing by x
+    return select(size < 1.f, x * centre, select(x > 0.f, x - outside, x * 0.f - outside));
+  }
+  VecF density() const { return bell * 0.39894228040143268f; }
+};
+
+template <class F>
+static inline VecF each(VecF x, const F& f) {
+  for (int i = 0; i < width<float>; ++i) x[i] = f(x[i]);
+  return x;
+}
+
+}  // namespace hyperfast::HF_ISA

@@ -1,0 +1,56 @@
+// How numbers lie in memory; arithmetic is in Acc<T>.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace hyperfast::HF_ISA {
+
+struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
+  std::uint16_t bits;
+};
+
+// Two neighbouring bf16, kept together as the 32 bits that the paired dot product takes.
+struct bf16_pair {
+  bf16 first, second;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+template <class To, class From>
+static inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+static inline double widen(double v) { return v; }
+static inline float widen(float v) { return v; }
+static inline float widen(std::int8_t v) { return v; }
+static inline float widen(bf16 v) { return bit_cast<float>(std::uint32_t{v.bits} << 16); }
+static inline float widen(bf16_pair v) { return bit_cast<float>(v); }  // the bits, not a number
+
+template <class T>
+static inline T narrow(Acc<T> v) {
+  return v;
+}
+template <>
+inline bf16 narrow<bf16>(float v) {
+  const auto bits = bit_cast<std::uint32_t>(v);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {std::uint16_t(bits >> 16 | 0x40)};  // quiet NaN
+  return {std::uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+}
+}  // namespace hyperfast::HF_ISA

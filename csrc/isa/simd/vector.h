@@ -1,0 +1,120 @@
+// Vectors of one instruction set: compiler vector types, so that one source serves them all.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "isa/simd/number.h"
+
+#if defined(__AVX512F__)
+#define HF_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define HF_VECTOR_BYTES 32
+#else
+#define HF_VECTOR_BYTES 16
+#endif
+
+namespace hyperfast::HF_ISA {
+
+// Whether a vector unit has 32 registers, or 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool many_registers = true;
+#else
+constexpr bool many_registers = false;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(HF_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+using VecF = Vec<float>;
+using VecI = Vec<std::int32_t>;
+
+template <class T>
+constexpr int width = HF_VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+static inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The first n elements, zeros behind; reads nothing beyond them.
+template <class T>
+static inline Vec<T> load_part(const T* p, int n) {
+  T buffer[width<T>] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T>
+static inline void store_part(T* p, Vec<T> v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+// A vector of Acc<T> from elements stored as T.
+static inline Vec<float> load_wide(const float* p) { return load(p); }
+static inline Vec<double> load_wide(const double* p) { return load(p); }
+static inline Vec<float> load_wide(const bf16_pair* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+}  // namespace hyperfast::HF_ISA
+
+#ifdef __AVX2__
+#include "isa/simd/x86.h"
+#else
+#include "isa/simd/portable.h"
+#endif
+
+namespace hyperfast::HF_ISA {
+
+#ifndef __AVX512BF16__
+constexpr bool has_pair_dot = false;
+static inline Vec<float> add_pairs(Vec<float> acc, float, Vec<float>) { return acc; }  // never run
+#endif
+
+// Sum of the lanes, by halves: the order is fixed, hence deterministic.
+template <int Half, class T, int... I>
+static inline Vec<T> add_half(Vec<T> v, std::integer_sequence<int, I...>) {
+  return v + __builtin_shufflevector(v, v, (I ^ Half)...);
+}
+template <class T, int Half = width<T> / 2>
+static inline T sum(Vec<T> v) {
+  if constexpr (Half == 0) {
+    return v[0];
+  } else {
+    return sum<T, Half / 2>(add_half<Half, T>(v, std::make_integer_sequence<int, width<T>>{}));
+  }
+}
+
+// Exchanges the off-diagonal halves of every 2*Half block of a square of vectors.
+template <int Half, class T, int... I>
+static inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
+  constexpr int w = width<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (I & Half ? I - Half + w : I)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, (I & Half ? I + w : I + Half)...);
+  a = low;
+  b = high;
+}
+template <class T, int Half = width<T> / 2>
+static inline void transpose(Vec<T> (&rows)[width<T>]) {
+  if constexpr (Half > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width<T>; ++i)
+      if (!(i & Half))
+        exchange<Half, T>(rows[i], rows[i + Half], std::make_integer_sequence<int, width<T>>{});
+    transpose<T, Half / 2>(rows);
+  }
+}
+
+}  // namespace hyperfast::HF_ISA

@@ -1,0 +1,77 @@
+// What AVX2 (with FMA and F16C), AVX-512 and its bf16 do in an instruction of their own.
+#pragma once
+
+#include <immintrin.h>
+
+#include "isa/simd/number.h"
+
+namespace hyperfast::HF_ISA {
+
+static inline float widen(f16 v) { return _cvtsh_ss(v.bits); }
+
+template <>
+inline f16 narrow<f16>(float v) {
+  return {std::uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT))};
+}
+
+#ifdef __AVX512F__
+
+template <>
+inline void store_part<float>(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
+}
+template <>
+inline void store_part<double>(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v));
+}
+template <>
+inline Vec<float> load_part<float>(const float* p, int n) {
+  return Vec<float>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+}
+template <>
+inline Vec<double> load_part<double>(const double* p, int n) {
+  return Vec<double>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+}
+
+static inline Vec<float> load_wide(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256((const __m256i*)p);
+  return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+}
+static inline Vec<float> load_wide(const f16* p) {
+  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+}
+static inline Vec<float> load_wide(const std::int8_t* p) {
+  return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+}
+
+static inline bool any(VecI mask) {
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+}
+
+#else
+
+static inline Vec<float> load_wide(const bf16* p) {
+  const __m128i half = _mm_loadu_si128((const __m128i*)p);
+  return Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)));
+}
+static inline Vec<float> load_wide(const f16* p) {
+  return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+}
+static inline Vec<float> load_wide(const std::int8_t* p) {
+  return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+}
+
+static inline bool any(VecI mask) { return _mm256_movemask_epi8(__m256i(mask)) != 0; }
+
+#endif
+
+#ifdef __AVX512BF16__
+constexpr bool has_pair_dot = true;
+
+// The entries are pairs of bf16: acc + a.first * b.first + a.second * b.second, twice the rate.
+static inline Vec<float> add_pairs(Vec<float> acc, float a, Vec<float> b) {
+  return Vec<float>(_mm512_dpbf16_ps(__m512(acc), __m512bh(_mm512_set1_ps(a)), __m512bh(b)));
+}
+#endif
+
+}  // namespace hyperfast::HF_ISA

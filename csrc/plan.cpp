@@ -1,0 +1,79 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace hyperfast {
+namespace {
+
+Index total_rows(const Groups& groups) {
+  return groups.ragged ? groups.rows : groups.tasks * groups.rows;
+}
+
+}  // namespace
+
+bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params,
+                       Index features) {
+  // Measured on both units, over 7 layers, 32 to 128 features, 64 to 2,048 units and 1 to 16 rows:
+  // what is split into parts must be used often; weights of many rows keep the vector units busy
+  // anyway, while their gradients take these longer without lanes of tasks. 16-bit heads, which
+  // they have to widen, gain more.
+  const Index units = groups.ragged ? groups.rows : groups.tasks,
+              rows = groups.ragged ? 1 : groups.rows;
+  if (dtype == Dtype::f64 || features < 32 || groups.rows == 0) return false;
+  if (makes == Makes::gradients)
+    return units >= 384 ||
+           (units >= 64 && (rows > 2 ? params >= 256 : params >= 4096 && features >= 64));
+  if (rows <= 2 || dtype != Dtype::f32) return units * params >= (1 << 17);
+  return units * params >= (1 << 21) && features > 96;
+}
+
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
+                  bool matrix_unit) {
+  // Held against measurement by `python -m hyperfast bench --calibrate`.
+  const Index tasks =
+      groups.pieces;  // what has its weights made: a task of very many rows several times
+  const Index rows = groups.ragged ? groups.rows : groups.tasks * groups.rows;
+  // Packing the head for so few tasks costs more than it saves, the more the larger the layer.
+  if (tasks <= 4) {
+    const bool tiny = makes == Makes::weights && tasks > 1 && params * features < 8192;
+    return tiny ? Plan::tile : Plan::materialize;
+  }
+  const bool many = rows >= 48 * tasks;
+  if (makes == Makes::weights) {
+    if (tasks <= 16 && params >= (many ? 512 : 1024)) return Plan::materialize;
+    if (many && tasks <= 64 && params >= 1024) return Plan::materialize;
+  }
+  // `contract` neither packs the head nor stores a weight, but every strip reads the rows of its
+  // lanes again, and gradients are formed row by row; with task_ids it generates weights anew for
+  // each row. 16-bit heads are packed all the same: lanes widen them, and multiply pairs of bf16.
+  // The matrix unit leaves the vector units time for rows, and takes numbers of 16 bits as they
+  // are.
+  const bool unit = matrix_unit && suits_matrix_unit(makes, dtype, groups, params, features);
+  const bool wide = unit || dtype == Dtype::f32 || dtype == Dtype::f64;
+  const Index most = makes == Makes::gradients ? (!unit ? 2 : features > 96 ? 16 : 8) : 8;
+  const bool few = groups.ragged ? 4 * rows <= 5 * tasks : groups.rows <= most;
+  return wide && few ? Plan::contract : Plan::tile;
+}
+
+bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params) {
+  // So many rows a piece that the weights, once made, are used often enough to be worth storing; in
+  // the backward pass fewer, as gradients of weights are formed once instead of twice.
+  const Index many = makes == Makes::weights ? 48 : 24;
+  // Fewer pieces than it takes to make packing the head worthwhile.
+  constexpr Index few = 4;
+  // A network larger than this leaves no room for its rows in the second-level cache.
+  const Index largest = (256 << 10) / (dtype == Dtype::f64 ? 8 : 4);
+  const Index pieces = std::max<Index>(groups.pieces, 1);
+  return params <= largest && (pieces <= few || total_rows(groups) >= many * pieces);
+}
+
+bool keeps(Dtype dtype, Index tasks, Index rows, Index params, Index features) {
+  // With many rows a task, to compute pre-activations again takes less than to write them to new
+  // memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms), unless to generate the weights
+  // again takes longer than to apply them. Larger networks run layer by layer, and would generate
+  // all weights again.
+  const bool many = rows >= std::max<Index>(48, features) * tasks;
+  return !many || params * (dtype == Dtype::f64 ? 8 : 4) > (256 << 10);
+}
+
+}  // namespace hyperfast

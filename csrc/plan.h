@@ -1,0 +1,30 @@
+// How an op runs best: every threshold that decides between kernels.
+#pragma once
+
+#include "kernels.h"
+
+namespace hyperfast {
+
+// Rows of a task that a thread takes at a time: where weights are given, 512 (of 64 columns x takes
+// 128 KiB, half the second-level cache), and where they are generated, as they are again for each
+// piece.
+constexpr Index given_piece = 512, generated_piece = 2048, whole = INT64_MAX;
+
+// Whether weights are made, or gradients of weights.
+enum class Makes { weights, gradients };
+
+// The plan of one layer.
+Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
+                  bool matrix_unit);
+
+// Whether the matrix unit, where there is one, is faster at `contract` than the vector units.
+bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params,
+                       Index features);
+
+// Whether networks run whole, one after another, rather than layer by layer.
+bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params);
+
+// Whether a forward pass in training should keep its pre-activations.
+bool keeps(Dtype dtype, Index tasks, Index rows, Index params, Index features);
+
+}  // namespace hyperfast

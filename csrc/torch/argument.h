@@ -1,0 +1,115 @@
+// An argument of an op: its name for messages, its checks, its raw face.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <string>
+
+#include "error.h"
+
+namespace hyperfast {
+
+class Arg {
+ public:
+  using Tensor = torch::stable::Tensor;
+  using ScalarType = torch::headeronly::ScalarType;
+
+  Arg(const char* name, const Tensor& tensor)
+      : name_(name), tensor_(tensor), sizes_(tensor.sizes()), strides_(tensor.strides()) {
+    if (!tensor.is_cpu()) fail(name, " must be on the CPU");
+  }
+
+  Index dim() const { return Index(sizes_.size()); }
+  Index size(Index i) const { return sizes_[i < 0 ? i + dim() : i]; }
+  Index stride(Index i) const { return strides_[i < 0 ? i + dim() : i]; }
+
+  void rank(Index expected, const char* shape) const {
+    if (dim() != expected) fail(name_, " must have shape ", shape, ", got ", shape_text());
+  }
+
+  void size(Index i, Index expected, const char* what) const {
+    if (size(i) != expected)
+      fail(name_, ".size(", i, ") must be ", expected, " (", what, "), got ", shape_text());
+  }
+
+  void is(ScalarType expected) const {
+    if (tensor_.scalar_type() != expected)
+      fail(name_, " must have dtype ", type_name(expected), ", got ", type_text());
+  }
+
+  Dtype dtype() const {
+    switch (tensor_.scalar_type()) {
+      case ScalarType::Double: return Dtype::f64;
+      case ScalarType::Float: return Dtype::f32;
+      case ScalarType::BFloat16: return Dtype::bf16;
+      case ScalarType::Half: return Dtype::f16;
+      default:
+        fail(name_, " must have dtype float64, float32, bfloat16 or float16, got ", type_text());
+    }
+  }
+
+  void same_dtype(const Arg& other) const {
+    if (tensor_.scalar_type() != other.tensor_.scalar_type())
+      fail(name_, " must have the dtype of ", other.name_, ", ", other.type_text(), ", got ",
+           type_text());
+  }
+
+  // All sizes but the last agree.
+  void same_rows(const Arg& other) const {
+    bool same = dim() == other.dim() && dim() > 0;
+    for (Index i = 0; same && i + 1 < dim(); ++i) same = size(i) == other.size(i);
+    if (!same)
+      fail(name_, " must have as many rows as ", other.name_, ", ", other.shape_text(), ", got ",
+           shape_text());
+  }
+
+  template <class T = void>
+  T* data() const {
+    return static_cast<T*>(tensor_.data_ptr());
+  }
+
+  Index element_size() const { return Index(tensor_.element_size()); }
+
+  // Of rank 3 or, ragged, 2.
+  Rows rows() const { return {data(), dim() == 3 ? stride(0) : 0, stride(-2), stride(-1)}; }
+
+  Tensor empty(std::initializer_list<Index> sizes) const {
+    return torch::stable::new_empty(tensor_, {sizes.begin(), sizes.size()});
+  }
+
+  // A contiguous new tensor of the same rows.
+  Tensor like_rows(Index columns) const {
+    return dim() == 3 ? empty({size(0), size(1), columns}) : empty({size(0), columns});
+  }
+
+ private:
+  std::string shape_text() const {
+    std::ostringstream text;
+    text << '(';
+    for (Index i = 0; i < dim(); ++i) text << (i ? ", " : "") << sizes_[i];
+    text << (dim() == 1 ? ",)" : ")");
+    return text.str();
+  }
+  std::string type_text() const { return type_name(tensor_.scalar_type()); }
+
+  // The names that Python uses, where they differ from the C++ ones.
+  static std::string type_name(ScalarType type) {
+    switch (type) {
+      case ScalarType::Double: return "float64";
+      case ScalarType::Float: return "float32";
+      case ScalarType::Half: return "float16";
+      case ScalarType::BFloat16: return "bfloat16";
+      case ScalarType::Long: return "int64";
+      case ScalarType::Int: return "int32";
+      default: return torch::headeronly::toString(type);
+    }
+  }
+
+  const char* name_;
+  const Tensor& tensor_;
+  torch::headeronly::IntHeaderOnlyArrayRef sizes_, strides_;
+};
+
+}  // namespace hyperfast

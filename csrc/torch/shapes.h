@@ -1,0 +1,48 @@
+// What the ops check alike: that sizes can be counted, and how rows belong to tasks.
+#pragma once
+
+#include <optional>
+
+#include "rows.h"
+#include "torch/argument.h"
+
+namespace hyperfast {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What a layer of these sizes makes for so many tasks.
+inline void countable(Index tasks, Index out, Index in, Index features = 0) {
+  const double params = double(out) * (double(in) + 1);
+  countable(params * (double(tasks) + 1));
+  countable(params * (double(features) + 1));
+  countable((double(tasks) + 1) * (double(features) + 1));
+}
+
+// Rows of x with so many columns.
+inline void countable_rows(const Arg& x, Index columns) {
+  double rows = 1;
+  for (Index i = 0; i + 1 < x.dim(); ++i) rows *= double(x.size(i)) + 1;
+  countable(rows * (double(columns) + 1));
+}
+
+// The layout of x (and of everything shaped like it): (B, N, columns), or (R, columns) with
+// task_ids.
+inline Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index tasks,
+                           Index cut = given_piece, bool all = false) {
+  if (!task_ids) {
+    x.rank(3, "(B, N, columns)");
+    x.size(0, tasks, "tasks");
+    countable_rows(x, x.size(2));
+    return Grouping::batched(tasks, x.size(1), cut);
+  }
+  x.rank(2, "(R, columns), as task_ids is given");
+  countable_rows(x, x.size(1));
+  const Arg ids("task_ids", *task_ids);
+  ids.is(torch::headeronly::ScalarType::Long);
+  ids.rank(1, "(R,)");
+  ids.size(0, x.size(0), "one for each row of x");
+  return Grouping::ragged(ids.data<const Index>(), ids.stride(0), x.size(0), tasks, cut, all);
+}
+
+}  // namespace hyperfast
