@@ -13,7 +13,7 @@ from bench.problem import BankProblem, Problem
 from bench.rivals import bank, jax, ours, plain
 from bench.rivals.rival import Call, Network, torch_rival
 from hyperfast.activations import resolve
-from hyperfast.bank.rows import Format
+from hyperfast.bank.formats import format_of
 from hyperfast.ops.network import task_mlp
 
 
@@ -94,7 +94,7 @@ def stored_networks(
     def serve(problem: BankProblem) -> bank.Request:
         w, weight, scales = problem.workload, problem.flat, None
         if dtype is not None:
-            weight, scales = Format(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
+            weight, scales = format_of(hyperfast.MLPSpec(w.sizes), dtype).encode(weight)
             scales = scales.to(problem.flat.dtype)
         names = [w.activation] * (len(w.sizes) - 2) + ["identity"]
         text = hyperfast.MLPSpec(w.sizes).describe([resolve(name) for name in names])

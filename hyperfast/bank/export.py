@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from hyperfast.bank.rows import apply
-from hyperfast.bank.table import SLOT
-
-if TYPE_CHECKING:
-    from hyperfast.bank import TaskBank
+from hyperfast.bank.contents import Contents, own_activations
+from hyperfast.bank.formats import Floats
+from hyperfast.bank.table import PLACE, code_of
 
 
 class BankModule(nn.Module):
-    """``module(x, task_ids)`` equals ``bank(x, task_ids)`` for the tasks that ``bank`` has now.
+    """``module(x, task_ids)`` equals ``bank(x, task_ids)`` for the tasks that the bank had then.
 
     Made by :meth:`TaskBank.module`. Its buffers are the weights ``(n, P)``, in the dtype that the
-    bank computes in, and where in them the tasks are.
+    bank computes in, and where in them the tasks are; activations are copies. It is in eval mode.
     """
 
     weights: Tensor
     codes: Tensor
 
-    def __init__(self, bank: TaskBank):
+    def __init__(self, contents: Contents):
         super().__init__()
-        self.spec = bank.spec
-        self.activations = bank._activations
+        compute = contents.format.compute
+        self.spec = contents.spec
+        self.activations = own_activations(contents.activations, compute, contents.device)
         self.used = nn.ModuleList(a for a in self.activations if a is not None)  # registers them
-        with bank._table.write:
-            ids = bank.ids()
-            self.register_buffer("weights", bank.weights(ids))
-        # As in the bank's table, ``code ^ id`` is the row of a task, and no row for any other id:
-        # of an empty slot, or, by the 0 at the end, of a slot that there is not.
-        slots = ids & SLOT
-        count = int(slots.max()) + 1 if len(ids) else 0
-        codes = torch.arange(count + 1, device=ids.device) ^ SLOT
-        codes[slots] = (ids & ~SLOT) | (torch.arange(len(ids), device=ids.device) ^ slots)
+        with contents.table.write:
+            ids = contents.table.ids()
+            self.register_buffer("weights", contents.weights(ids))
+        # As in the bank's table; no row for an id of an empty place, or, by the 0 at the end, of a
+        # place that there is not.
+        places = ids & PLACE
+        count = int(places.max()) + 1 if len(ids) else 0
+        codes = torch.arange(count + 1, dtype=torch.int64, device=ids.device) ^ PLACE
+        rows = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
+        codes[places] = code_of(ids, rows, places)
         codes[count] = 0
         self.register_buffer("codes", codes)
+        self.eval()
 
     def forward(self, x: Tensor, task_ids: Tensor) -> Tensor:
         """As :meth:`TaskBank.__call__`.
@@ -48,7 +47,8 @@ class BankModule(nn.Module):
             ValueError, TypeError: shapes or dtypes that disagree.
             IndexError: an id that was not in the bank.
         """
-        slots = (task_ids & SLOT).clamp(max=len(self.codes) - 1)
-        rows = self.codes.index_select(0, slots) ^ task_ids
-        y = apply(self.spec, self.activations, (self.weights,), x.to(self.weights.dtype), rows)
+        places = (task_ids & PLACE).clamp(max=len(self.codes) - 1)
+        index = self.codes.index_select(0, places) ^ task_ids
+        format = Floats(self.spec, self.weights.dtype)
+        y = format.apply(self.activations, (self.weights,), x.to(self.weights.dtype), index)
         return y.to(x.dtype)

@@ -8,11 +8,15 @@ A **snapshot** is a block whose first tensor, ``checksums (I64)``, holds CRC-32s
 every part of every other tensor (whole rows, about 64 KB), and last of the checksums before it.
 Header, checksums and small tensors are verified when a file is opened; a part of a mapped tensor
 before its first use.
+
+What is written is an :class:`OwnFile`: of one bank and one process at a time, never more open to
+others than the file whose place it takes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import mmap
 import os
@@ -20,12 +24,14 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hyperfast.bank import fork
 
 try:
     import fcntl
@@ -135,7 +141,13 @@ def parse(block: memoryview, source: str) -> tuple[dict[str, Any], dict[str, Arr
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, kept alive by it."""
+    """The memory of a contiguous CPU tensor, kept alive by it.
+
+    Raises:
+        ValueError: a tensor that is not, whose address is no memory that can be read here.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"tensor must be contiguous and on the CPU, got one on {tensor.device}")
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return memoryview(b"")
@@ -147,7 +159,7 @@ def raw(tensor: Tensor) -> memoryview:
 def view(buffer: Any, array: Array, start: int) -> Tensor:
     """The tensor at ``start`` of a writable buffer, which it keeps alive."""
     if array.nbytes == 0:
-        return torch.empty(array.shape, dtype=array.dtype)
+        return torch.empty(array.shape, dtype=array.dtype, device="cpu")
     flat = torch.frombuffer(
         buffer, dtype=array.dtype, count=array.nbytes // array.dtype.itemsize, offset=start
     )
@@ -155,13 +167,17 @@ def view(buffer: Any, array: Array, start: int) -> Tensor:
 
 
 def write_snapshot(
-    path: Path, meta: Mapping[str, Any], content: Mapping[str, tuple[Array, Iterable[Tensor]]]
+    path: Path,
+    meta: Mapping[str, Any],
+    content: Mapping[str, tuple[Array, Iterable[Tensor]]],
+    like: Path,
 ) -> None:
     """Writes a file that is either there in whole or not at all, also after a crash.
 
     Args:
         content: of every tensor its shape, and its rows in consecutive pieces; all but the last
             piece of a tensor hold a multiple of ``step`` rows.
+        like: as of :func:`replacing`.
     """
     count = 2 + sum(array.parts for array, _ in content.values())
     arrays = {"checksums": Array(torch.int64, (count,))}
@@ -169,9 +185,7 @@ def write_snapshot(
     head, starts = header(meta, arrays)
     if len(head) > HEADER_LIMIT:
         raise ValueError(f"the description of the bank must fit into {HEADER_LIMIT} bytes")
-    temporary = path.with_name(path.name + ".tmp")
-    with exclusive(temporary) as file, _removed_on_error(temporary):
-        file.truncate(0)
+    with replacing(path, like) as file:
         file.write(head)
         sums = [zlib.crc32(head)]
         for name in [name for name in starts if name in content]:
@@ -182,22 +196,9 @@ def write_snapshot(
                 data = raw(piece.contiguous().cpu())
                 sums += [zlib.crc32(data[n : n + step]) for n in range(0, len(data), step)]
                 file.write(data)
-        sums.append(zlib.crc32(raw(torch.tensor(sums))))
+        sums.append(zlib.crc32(raw(torch.tensor(sums, dtype=torch.int64, device="cpu"))))
         file.seek(starts["checksums"])
-        file.write(raw(torch.tensor(sums)))
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path)
-
-
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        file.write(raw(torch.tensor(sums, dtype=torch.int64, device="cpu")))
 
 
 class Snapshot:
@@ -250,10 +251,11 @@ class Checks:
 
     def __init__(self, name: str, data: memoryview, array: Array, sums: Tensor):
         self._name, self._data, self._array, self._sums = name, data, array, sums
-        self._pending: Tensor | None = torch.ones(len(sums), dtype=torch.bool)
+        self._verified = 0  # at least so many parts, for threads may verify one twice
+        self._pending: Tensor | None = torch.ones(len(sums), dtype=torch.bool, device="cpu")
 
-    def __call__(self, rows: Tensor | None) -> None:
-        """Raises BankFileError if one of ``rows``, or any for ``None``, lies in a damaged part.
+    def __call__(self, slots: Tensor | None) -> None:
+        """Raises BankFileError if one of ``slots``, or any for ``None``, lies in a damaged part.
 
         Threads may verify the same part twice. None goes on before its parts are verified, for a
         part leaves ``pending`` only afterwards.
@@ -261,8 +263,8 @@ class Checks:
         pending = self._pending
         if pending is None:
             return
-        if rows is not None:
-            touched = rows.div(self._array.step, rounding_mode="floor")
+        if slots is not None:
+            touched = slots.div(self._array.step, rounding_mode="floor")
             wanted = touched[pending[touched]].unique()
         else:
             wanted = pending.nonzero().squeeze(1)
@@ -275,7 +277,9 @@ class Checks:
                 last = min(first + self._array.step, self._array.shape[0]) - 1
                 raise BankFileError(f"{self._name} is damaged in its rows {first} to {last}")
         pending[wanted] = False
-        if not bool(pending.any()):
+        self._verified += len(wanted)
+        # Looked for only when it may be so: a batch of few rows must not read a flag of every part.
+        if self._verified >= len(pending) and not bool(pending.any()):
             self._pending = None
 
 
@@ -290,26 +294,167 @@ def open_regular(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def exclusive(path: Path) -> BinaryIO:
+class OwnFile:
+    """A file that no other bank has open in this way, and no other process: a fork lets go of it.
+
+    Nothing is buffered, for a child would write its copy of the buffer when it ends. Made by
+    :func:`own`.
+
+    Attributes:
+        pid: the process that opened it, the only one that may write.
+    """
+
+    def __init__(self, path: Path, file: io.FileIO):
+        self.path, self.pid = path, os.getpid()
+        self._file = file
+        fork.register(self)
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process is a fork of the one that opened it."""
+        return os.getpid() != self.pid
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this is the file of that name."""
+        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
+
+    def seek(self, at: int) -> None:
+        self._file.seek(at)
+
+    def write(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def truncate(self, size: int) -> None:
+        self._file.truncate(size)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def take_place_of(self, path: Path) -> None:
+        """Becomes ``path``, at once; when this returns, it is so on disk."""
+        self.sync()
+        os.replace(self.path, path)
+        self.path = path
+        sync_folder(path)
+
+    def close(self) -> None:
+        """Lets go of the file, and of its lock in the process that took it: a child must not give
+        it away, and one that still has the file open, though told, must not keep it."""
+        if self.closed:
+            return
+        if fcntl is not None and not self.inherited:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
+
+    after_fork = close
+
+
+def own(path: Path, like: Path, *, new: bool = False) -> OwnFile:
     """Opens or makes a file that no other process has open in this way.
 
+    A file that is made has the mode of ``like`` (and, as far as this user may, its owner) before
+    there is anything in it; without such a file, what the umask says. One that is not ``new``, a
+    log, can be written by its owner, though the bank be read-only.
+
+    Args:
+        new: make it; what has that name was left by a crash, and is removed.
+
     Raises:
-        BankFileError: one has.
+        BankFileError: another process has it open.
     """
+    try:
+        model = os.stat(like)
+    except FileNotFoundError:
+        model = None
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        with fork.held_off():
+            file, made = _open(path, 0o666 if model is None else 0o600, stale=new)
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Who held it may have renamed or removed it before we got the lock.
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+                if held and (made or not new):
+                    if made and model is not None:
+                        _take_over(file.fileno(), model, 0 if new else stat.S_IRUSR | stat.S_IWUSR)
+                    return OwnFile(path, file)
+                if held:
+                    os.unlink(path)
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                file.close()
+                raise BankFileError(f"{path} is being written by another bank") from None
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+
+def _open(path: Path, mode: int, stale: bool) -> tuple[io.FileIO, bool]:
+    """Opens a file, made with ``mode`` if there is none, and whether it was made; one that is
+    ``stale`` only to lock it, for its mode may forbid to write, and it may be anything."""
+    binary = getattr(os, "O_BINARY", 0)
+    while True:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have renamed it before we got the lock.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-            file.close()
-        except FileNotFoundError:
-            file.close()
-        except BlockingIOError:
-            file.close()
-            raise BankFileError(f"{path} is being written by another bank") from None
+            new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | binary, mode)
+            return io.FileIO(new, "r+b"), True
+        except FileExistsError:
+            pass
+        try:
+            if stale:
+                access = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+                return io.FileIO(os.open(path, access | binary), "rb"), False
+            return io.FileIO(os.open(path, os.O_RDWR | binary), "r+b"), False
+        except FileNotFoundError:  # removed meanwhile
+            if path.is_symlink():
+                raise
+
+
+def _take_over(file: int, model: os.stat_result, least: int) -> None:
+    """Gives an open file the mode of ``model``, and its owner and group where this user may."""
+    if not hasattr(os, "fchown"):  # on Windows
+        return
+    mode, made = stat.S_IMODE(model.st_mode) | least, os.fstat(file)
+    if made.st_uid != model.st_uid:
+        with suppress(PermissionError):
+            os.fchown(file, model.st_uid, -1)
+    if made.st_gid != model.st_gid:
+        try:
+            os.fchown(file, -1, model.st_gid)
+        except PermissionError:  # what one group may do, another must not
+            mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    os.fchmod(file, mode)
+
+
+@contextmanager
+def replacing(path: Path, like: Path | None = None) -> Iterator[OwnFile]:
+    """A new file, which takes the place of ``path`` when the block ends: at once, and durably. If
+    the block raises, ``path`` is as it was.
+
+    Args:
+        like: whose mode it has; by default that of ``path``.
+    """
+    file = own(path.with_name(path.name + ".tmp"), like or path, new=True)
+    temporary = file.path
+    try:
+        yield file
+        file.take_place_of(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        file.close()
 
 
 def sync_folder(path: Path) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hyperfast.bank.rows import stack
+from hyperfast.bank.contents import Contents, copy_module, own_activations
+from hyperfast.bank.formats import run_by_layers
 from hyperfast.layout import MLPSpec
-from hyperfast.nn.copies import clone
 from hyperfast.plans.choose import DEVICES
-
-if TYPE_CHECKING:
-    from hyperfast.bank import TaskBank
 
 TASKS = 256  # compared at a time
 
@@ -56,63 +51,81 @@ class ErrorReport:
     __repr__ = __str__
 
 
-class _Error:
-    """Accumulates a largest error and two sums of squares."""
-
-    def __init__(self) -> None:
-        self.max = self.error = self.size = 0.0
-
-    def add(self, value: Tensor, exact: Tensor) -> None:
-        error = value.double() - exact
-        self.max = max(self.max, float(error.abs().max()))
-        self.error += float(error.square().sum())
-        self.size += float(exact.square().sum())
-
-    @property
-    def relative(self) -> float:
-        return (self.error / self.size) ** 0.5 if self.size else 0.0
+# What is known of an error while it is measured: the largest, its sum of squares, and that of the
+# exact values.
+MAX, ERROR, SIZE = range(3)
 
 
 @torch.no_grad()
-def error_report(bank: TaskBank, ids: Tensor, weights: Tensor | None, rows: int) -> ErrorReport:
-    """See :meth:`hyperfast.TaskBank.error_report`."""
-    layers, activations = bank.spec.layers, bank._activations
-    hyper = clone(bank.hyper).double() if bank.hyper is not None else None
-    generator = torch.Generator(bank.device).manual_seed(0)
-    errors = [(_Error(), _Error()) for _ in layers]
+def measure(contents: Contents, ids: Tensor, weights: Tensor | None, rows: int) -> Tensor:
+    """Errors ``(layers, 2, 3)`` float64, on the CPU, of the weights and of the outputs of every
+    layer; :func:`joined` puts those of several banks together.
+
+    Args:
+        weights: the exact networks ``(n, P)``; ``None`` where the hypernetwork is to make them.
+        rows: random inputs of each task.
+    """
+    spec, device = contents.spec, contents.device
+    activations = contents.activations
+    exactly = own_activations(activations, torch.float64, device)
+    hyper = contents.hyper
+    if hyper is not None:
+        hyper = copy_module("hyper", hyper, torch.float64)
+    generator = torch.Generator(device).manual_seed(0)
+    errors = torch.zeros(len(spec.layers), 2, 3, dtype=torch.float64, device="cpu")
     for n in range(0, len(ids), TASKS):
         some = ids[n : n + TASKS]
-        stored = bank.weights(some)
+        stored = contents.weights(some)
         if weights is not None:
             exact = weights[n : n + TASKS].double()
         else:
             assert hyper is not None
-            exact = bank.spec.flatten(hyper(bank.latents(some).double()))
-        tasks = torch.arange(len(some), device=bank.device).repeat_interleave(rows)
+            exact = spec.flatten(hyper(contents.latents(some).double()))
+        tasks = torch.arange(len(some), dtype=torch.int64, device=device).repeat_interleave(rows)
         right = torch.randn(
-            len(tasks), layers[0].in_features,
-            generator=generator, dtype=torch.float64, device=bank.device,
-        )  # fmt: skip
-        x, start = right.to(stored.dtype), 0
-        for layer, activation, (of_weight, of_output) in zip(
-            layers, activations, errors, strict=True
+            len(tasks), spec.sizes[0], generator=generator, dtype=torch.float64, device=device
+        )
+        x = right.to(stored.dtype)
+        for layer, activation, in_double, of_layer in zip(
+            spec.layers, activations, exactly, errors, strict=True
         ):
-            piece = slice(start, start + layer.numel)
-            spec = MLPSpec((layer.in_features, layer.out_features), bank.spec.bias)
-            x = stack(spec, [activation], stored[:, piece], x, tasks)
-            right = stack(spec, [_double(activation)], exact[:, piece], right, tasks)
-            of_weight.add(stored[:, piece], exact[:, piece])
-            of_output.add(x, right)
-            start = piece.stop
-    found = tuple(
-        LayerError(f"{s.in_features} -> {s.out_features}", w.max, w.relative, y.max, y.relative)
-        for s, (w, y) in zip(layers, errors, strict=True)
+            piece = slice(layer.begin, layer.end)
+            one = MLPSpec((layer.in_features, layer.out_features), spec.bias)
+            x = run_by_layers(one, [activation], stored[:, piece], x, tasks)
+            right = run_by_layers(one, [in_double], exact[:, piece], right, tasks)
+            _add(of_layer[0], stored[:, piece], exact[:, piece])
+            _add(of_layer[1], x, right)
+    return errors
+
+
+def _add(sums: Tensor, value: Tensor, exact: Tensor) -> None:
+    error = value.double() - exact
+    sums[MAX] = max(float(sums[MAX]), float(error.abs().max()))
+    sums[ERROR] += float(error.square().sum())
+    sums[SIZE] += float(exact.square().sum())
+
+
+def joined(errors: Tensor) -> Tensor:
+    """``errors (n, layers, 2, 3)`` of ``n`` banks as those of one."""
+    whole = errors.sum(0)
+    whole[..., MAX] = errors[..., MAX].amax(0)
+    return whole
+
+
+def error_report(title: str, spec: MLPSpec, errors: Tensor) -> ErrorReport:
+    """What :func:`measure` has found, for users."""
+
+    def found(sums: Tensor) -> tuple[float, float]:
+        largest, error, size = sums.tolist()
+        return largest, (error / size) ** 0.5 if size else 0.0
+
+    return ErrorReport(
+        title,
+        tuple(
+            LayerError(f"{v.in_features} -> {v.out_features}", *found(weight), *found(output))
+            for v, (weight, output) in zip(spec.layers, errors, strict=True)
+        ),
     )
-    return ErrorReport(f"{bank} against float64: {len(ids)} tasks, {rows} rows each", found)
-
-
-def _double(activation: nn.Module | None) -> nn.Module | None:
-    return copy.deepcopy(activation).double() if activation is not None else None
 
 
 @dataclass(frozen=True)
@@ -158,19 +171,21 @@ class Costs:
     __repr__ = __str__
 
 
-def explain(bank: TaskBank) -> Costs:
+def explain(contents: Contents) -> Costs:
     """See :meth:`hyperfast.TaskBank.explain`."""
-    assert bank.hyper is not None
-    machine = DEVICES.get(bank.device.type, DEVICES["cuda"])
-    linears = [m for m in bank.hyper.generator.modules() if isinstance(m, nn.Linear)]
+    hyper, latents = contents.hyper, contents.table.latents
+    if hyper is None or latents is None:
+        raise ValueError("only a bank with a hypernetwork can generate weights again")
+    machine = DEVICES.get(contents.device.type, DEVICES["cuda"])
+    linears = [m for m in hyper.generator.modules() if isinstance(m, nn.Linear)]
     flops = sum(2 * m.in_features * m.out_features for m in linears)
-    row, item = bank._format.row_bytes, bank.hyper.dtype.itemsize
-    latent = bank.hyper.z_dim * item
+    width, dtype = latents.columns[0]
+    stored, latent = contents.format.task_bytes, width * dtype.itemsize
     return Costs(
-        tasks=len(bank),
-        resident=bank._table.resident,
-        keep_bytes=row,
-        keep_seconds=row / machine.bandwidth,
+        tasks=contents.table.count,
+        resident=contents.table.resident,
+        keep_bytes=stored,
+        keep_seconds=stored / machine.bandwidth,
         regenerate_bytes=latent,
-        regenerate_seconds=flops / machine.flops + (latent + 2 * row) / machine.bandwidth,
+        regenerate_seconds=flops / machine.flops + (latent + 2 * stored) / machine.bandwidth,
     )

@@ -1,7 +1,8 @@
-"""Which task is where: ids, keys, rows of weights and latents, shared by readers and writers."""
+"""Which task is where: ids, keys, slots of weights and latents, shared by readers and writers."""
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,38 +12,80 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfast.bank.rows import Columns, Format, Guard, Store
+from hyperfast.bank import fork
+from hyperfast.bank.formats import Format
+from hyperfast.bank.rows import Columns, Guard, Store
 from hyperfast.kernels.rows import blocks
 from hyperfast.plans.sizes import BLOCK
 
 Key: TypeAlias = str | int
 Named: TypeAlias = list[tuple[int, Key]]
 
-# A task id is a slot, and above it how many tasks had that slot before: an id is never issued
-# twice, and the table does not grow with the ids ever issued.
-SLOT = (1 << 32) - 1
+# A task id is a place in the table, and above it how many tasks had that place before: an id is
+# never issued twice, and the table does not grow with the ids ever issued.
+PLACE = (1 << 32) - 1
 LAST = ((1 << 31) - 1) << 32
-# What the table holds of a slot: its task's id (of a free slot: the next to be issued), the rows of
-# its weights and of its latent (-1: none), and when the weights were last used.
-ID, ROW, LATENT, USED = range(4)
+# What the table holds of a place: its task's id (of a free place: the next to be issued), and the
+# slots of its weights and of its latent (-1: none).
+ID, SLOT, LATENT = range(3)
+
+
+def code_of(ids: Tensor, slots: Tensor, places: Tensor) -> Tensor:
+    """What makes a slot of an id: ``code ^ id`` is the slot of the place's task, or PLACE where it
+    has none, if the id is the entry's, and negative or above PLACE if it is not.
+
+    A look-up reads 8 bytes a row: while weights stream through the caches it is bound by how many
+    lines of the table it misses.
+    """
+    return (ids & ~PLACE) | ((slots & PLACE) ^ places)
+
+
+def integer(name: str, value: object) -> int:
+    """``value`` if it is an int of Python, numpy or any other kind, but no bool.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if type(value) is int:
+        return value
+    # A bool of Python or torch, but not numpy's, would say that it is an index.
+    if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name}, got {value!r}")
+
+
+def to_key(key: object) -> Key:
+    """A key in the form in which it is kept and looked up.
+
+    Raises:
+        TypeError: it is neither str nor int.
+    """
+    if isinstance(key, str):
+        return key if type(key) is str else str.__str__(key)
+    return integer("keys must be str or int", key)
 
 
 class Change(NamedTuple):
     """New content of tasks, ready to be published."""
 
     ids: Tensor
-    rows: Tensor
+    slots: Tensor
     latents: Tensor
-    names: Named
+    named: Named
 
 
 class Table:
-    """The content of a bank.
+    """Which tasks there are, and where in two stores their weights and latents lie.
 
     Two locks. ``lock`` is held for microseconds around every change of the table and of the stores'
     books, and where a reader looks up a batch; see :class:`Store` for why this suffices. ``write``
     is held by one writer for a whole change, which may take long, while readers go on: content is
     prepared, then logged, then published at once.
+
+    A forked child has the content as it was between two critical sections, and locks of its own.
 
     Args:
         latent: size and dtype of a latent; ``None`` where tasks have none.
@@ -68,14 +111,27 @@ class Table:
         self._key_of: dict[int, Key] = {}
         self._unread: Callable[[set[int]], Named] | None = None
         self._reading = threading.Lock()
-        self._entries = torch.full((64, 4), -1, dtype=torch.int64, device=device)
+        self._entries = torch.full((64, 3), -1, dtype=torch.int64, device=device)
         self._codes = self._code(torch.arange(64, device=device))
-        self._slots = 0
-        # Whether the row of every task is its id, which saves the look-up. So it is until one is
+        self._places = 0
+        # Whether the slot of every task is its id, which saves the look-up. So it is until one is
         # updated or removed.
         self._in_order = limit is None
         self._free: list[int] = []  # a heap
+        # Where there is a limit, of every slot of weights: whose they are (a place; -1: nobody's),
+        # and when they were last used. To look for the oldest then costs what the limit is, not
+        # what the table is.
+        self._owners = torch.empty(0, dtype=torch.int64, device=device)
+        self._used = torch.empty(0, dtype=torch.int64, device=device)
         self._tick = 0
+        fork.register(self, self.lock)
+
+    def after_fork(self) -> None:
+        """Who wrote or read in another thread is not here to end it."""
+        self.write, self._reading = threading.RLock(), threading.Lock()
+        for store in (self.weights, self.latents):
+            if store is not None:
+                store.dismiss()
 
     # Reading
 
@@ -103,27 +159,28 @@ class Table:
     def resident(self) -> int:
         """How many tasks have weights now."""
         with self.lock:
-            return int((self._entries[:, ROW] >= 0).sum())
+            return int((self._entries[:, SLOT] >= 0).sum())
 
     def ids(self, keys: Iterable[Key] | None = None) -> Tensor:
         """The ids of the tasks with these keys, or of all tasks."""
-        known = self.keys if keys is not None else {}
-        with self.lock:
-            if keys is None:
-                entries = self._entries[: self._slots]
+        if keys is None:
+            with self.lock:
+                entries = self._entries[: self._places]
                 return entries[alive(entries), ID]
-            found = [known[key] for key in keys]
+        wanted, known = [to_key(key) for key in keys], self.keys
+        with self.lock:
+            found = [known[key] for key in wanted]
         return torch.tensor(found, dtype=torch.int64, device=self.device)
 
     def look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The entries ``(n, 4)`` of tasks, and which of them are there ``(n,)``; the caller holds
+        """The entries ``(n, 3)`` of tasks, and which of them are there ``(n,)``; the caller holds
         one of the locks."""
-        places = (ids & SLOT).clamp_(max=len(self._entries) - 1)
+        places = (ids & PLACE).clamp_(max=len(self._entries) - 1)
         entries = self._entries.index_select(0, places)
         return entries, (entries[:, ID] == ids) & alive(entries)
 
     def find(self, ids: Tensor) -> Tensor:
-        """The entries ``(n, 4)`` of tasks; the caller holds one of the locks.
+        """The entries ``(n, 3)`` of tasks; the caller holds one of the locks.
 
         Raises:
             IndexError: there is no such task.
@@ -136,8 +193,8 @@ class Table:
     def visit(
         self, ids: Tensor, generate: Callable[[Tensor], Columns]
     ) -> Iterator[tuple[Columns, Tensor | None, Tensor]]:
-        """Where the weights of tasks are: ``(columns, where, local)`` says that those of
-        ``ids[where]`` (``None``: of all) are the rows ``local`` of ``columns``.
+        """Where the weights of tasks are: ``(columns, where, index)`` says that those of
+        ``ids[where]`` (``None``: of all) are the rows ``index`` of ``columns``.
 
         Args:
             ids: ``(R,)``, at least one.
@@ -145,57 +202,50 @@ class Table:
         """
         ids = ids.clone()  # what is checked is what is used, whatever the caller does meanwhile
         with self.lock:
-            rows, end = (ids, self._slots) if self._in_order else (self._rows(ids), SLOT)
-            low, high = torch.aminmax(rows)
+            slots, end = (ids, self._places) if self._in_order else (self._slots(ids), PLACE)
+            low, high = torch.aminmax(slots)
             complete = int(low) >= 0 and int(high) < end
             if not complete:
                 entries = self.find(ids)
             if self.limit is not None:
                 self._tick += 1
-                self._entries[ids & SLOT, USED] = self._tick
+                self._used[slots if complete else slots[slots != PLACE]] = self._tick
             reader = self.weights.enter()
             latents = None if complete else self.latents
             regenerator = latents.enter() if latents is not None else None
         try:
-            # Left before new weights are kept: they may take the rows that this batch has used.
+            # Left before new weights are kept: they may take the slots that this batch has used.
             try:
                 if latents is None:
-                    yield from self.weights.parts(rows)
+                    yield from self.weights.segments_of(slots)
                     return
-                here = (rows != SLOT).nonzero().squeeze(1)
-                for columns, where, local in self.weights.parts(rows[here]):
-                    yield columns, here if where is None else here[where], local
+                here = (slots != PLACE).nonzero().squeeze(1)
+                for columns, where, index in self.weights.segments_of(slots[here]):
+                    yield columns, here if where is None else here[where], index
             finally:
                 with self.lock:
                     self.weights.leave(reader)
-            gone = (rows == SLOT).nonzero().squeeze(1)
+            gone = (slots == PLACE).nonzero().squeeze(1)
             size = max(1, BLOCK // self.format.spec.numel)
-            for seeds, where, local in blocks(entries[gone, LATENT], size):
+            for seeds, where, index in blocks(entries[gone, LATENT], size):
                 columns = generate(latents.column(0, seeds))
-                yield columns, gone[where], local
-                owners = torch.empty_like(seeds).index_copy_(0, local, ids[gone[where]])
+                yield columns, gone[where], index
+                owners = torch.empty_like(seeds).index_copy_(0, index, ids[gone[where]])
                 self._keep(owners, seeds, columns)
         finally:
             if latents is not None:
                 with self.lock:
                     latents.leave(regenerator)
 
-    def _code(self, slots: Tensor) -> Tensor:
-        """What makes a row of an id: ``code ^ id`` is the row of the slot's task, or SLOT where it
-        has none, if the id is the entry's, and negative or above SLOT if it is not.
+    def _code(self, places: Tensor) -> Tensor:
+        return code_of(self._entries[places, ID], self._entries[places, SLOT], places)
 
-        A look-up reads 8 bytes a row: while weights stream through the caches it is bound by how
-        many lines of the table it misses.
-        """
-        ids, rows = self._entries[slots, ID], self._entries[slots, ROW]
-        return (ids & ~SLOT) | ((rows & SLOT) ^ slots)
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        slots = ids & SLOT
-        if self.device.type != "cpu" and int(slots.max()) >= len(self._codes):
+    def _slots(self, ids: Tensor) -> Tensor:
+        places = ids & PLACE
+        if self.device.type != "cpu" and int(places.max()) >= len(self._codes):
             self.find(ids)  # raises; on the CPU index_select checks by itself
         try:
-            return self._codes.index_select(0, slots).bitwise_xor_(ids)
+            return self._codes.index_select(0, places).bitwise_xor_(ids)
         except IndexError:
             self.find(ids)
             raise
@@ -203,136 +253,144 @@ class Table:
     def _keep(self, ids: Tensor, seeds: Tensor, columns: Columns) -> None:
         """Keeps generated weights, of tasks still without, in place of those not used longest."""
         assert self.limit is not None
-        slots = ids & SLOT
+        places = ids & PLACE
         with self.lock:
-            entries = self._entries[slots]
-            # While the caller reads the latents, no row of them can stand for another latent.
+            entries = self._entries[places]
+            # While the caller reads the latents, no slot of them can stand for another latent.
             same = (entries[:, ID] == ids) & (entries[:, LATENT] == seeds)
-            new = (same & (entries[:, ROW] < 0)).nonzero().squeeze(1)[: self.limit]
-            rows = self.weights.reserve(len(new))
-            if len(rows) < len(new):
-                resident = (self._entries[:, ROW] >= 0).nonzero().squeeze(1)
-                # A few more than needed, for the search reads the whole table.
-                count = max(len(new) - len(rows), self.limit // 16)
-                used = self._entries[resident, USED]
-                oldest = resident[used.topk(min(count, len(used)), largest=False).indices]
-                self.weights.release(self._entries[oldest, ROW])
-                self._entries[oldest, ROW] = -1
-                self._codes[oldest] = self._code(oldest)
-                rows = torch.cat([rows, self.weights.reserve(len(new) - len(rows))])
-            new = new[: len(rows)]  # fewer, while other readers hold what was released
-            self.weights.write(rows, tuple(column[new] for column in columns))
-            self._entries[slots[new], ROW] = rows
-            self._codes[slots[new]] = self._code(slots[new])
+            new = (same & (entries[:, SLOT] < 0)).nonzero().squeeze(1)[: self.limit]
+            slots = self.weights.reserve(len(new))
+            if len(slots) < len(new):
+                held = (self._owners >= 0).nonzero().squeeze(1)
+                # A few more than needed, for the search reads as many as the limit is.
+                count = max(len(new) - len(slots), self.limit // 16)
+                count = min(count, len(held))
+                oldest = held[self._used[held].topk(count, largest=False).indices]
+                evicted = self._owners[oldest]
+                self._release(oldest)
+                self._entries[evicted, SLOT] = -1
+                self._codes[evicted] = self._code(evicted)
+                slots = torch.cat([slots, self.weights.reserve(len(new) - len(slots))])
+            new = new[: len(slots)]  # fewer, while other readers hold what was released
+            self.weights.write(slots, tuple(column[new] for column in columns))
+            if (more := self.weights.slots - len(self._owners)) > 0:
+                self._owners = torch.cat([self._owners, self._owners.new_full((more,), -1)])
+                self._used = torch.cat([self._used, self._used.new_zeros(more)])
+            self._owners[slots], self._used[slots] = places[new], self._tick
+            self._entries[places[new], SLOT] = slots
+            self._codes[places[new]] = self._code(places[new])
 
     # Changing. The caller holds ``write``.
 
     def fresh_ids(self, count: int) -> Tensor:
-        """The ids of the next ``count`` tasks, of the lowest free slots: they depend on nothing but
-        the entries, so that a log is repeated with the same ids."""
+        """The ids of the next ``count`` tasks, of the lowest free places: they depend on nothing
+        but the entries, so that a log is repeated with the same ids."""
         reused = [heappop(self._free) for _ in range(min(count, len(self._free)))]
-        for slot in reused:
-            heappush(self._free, slot)
-        new = torch.arange(self._slots, self._slots + count - len(reused), device=self.device)
+        for place in reused:
+            heappush(self._free, place)
+        end = self._places + count - len(reused)
+        new = torch.arange(self._places, end, dtype=torch.int64, device=self.device)
         return torch.cat([self._entries[reused, ID], new])
 
     @contextmanager
     def prepare(
-        self, ids: Tensor, columns: Iterable[Columns] | None, z: Tensor | None, names: Named
+        self, ids: Tensor, columns: Iterable[Columns] | None, z: Tensor | None, named: Named
     ) -> Iterator[Change]:
         """Stores content for tasks, and gives it back if the block within raises."""
-        rows = latents = torch.full_like(ids, -1)
+        slots = latents = torch.full_like(ids, -1)
         try:
             if columns is not None:
                 with self.lock:
-                    rows = self.weights.reserve(len(ids))
+                    slots = self.weights.reserve(len(ids))
                 first = 0
                 for part in columns:
                     last = first + len(part[0])
-                    self.weights.write(rows[first:last], part)
+                    self.weights.write(slots[first:last], part)
                     first = last
             if z is not None:
                 assert self.latents is not None
                 with self.lock:
                     latents = self.latents.reserve(len(ids))
                 self.latents.write(latents, (z,))
-            yield Change(ids, rows, latents, names)
+            yield Change(ids, slots, latents, named)
         except BaseException:
             with self.lock:
-                self._release(rows, latents)
+                self._release(slots, latents)
             raise
 
     def add(self, change: Change) -> None:
         """Publishes tasks of new ids."""
-        slots = change.ids & SLOT
-        end = max(self._slots, int(slots.max()) + 1) if len(slots) else self._slots
+        places = change.ids & PLACE
+        end = max(self._places, int(places.max()) + 1) if len(places) else self._places
         more = max(end - len(self._entries), len(self._entries))
         with self.lock:
             if end > len(self._entries):
-                self._entries = torch.cat([self._entries, self._entries.new_full((more, 4), -1)])
+                self._entries = torch.cat([self._entries, self._entries.new_full((more, 3), -1)])
                 self._codes = torch.cat([self._codes, self._codes.new_empty(more)])
-                unused = torch.arange(self._slots, len(self._entries), device=self.device)
+                unused = torch.arange(
+                    self._places, len(self._entries), dtype=torch.int64, device=self.device
+                )
                 self._codes[unused] = self._code(unused)
-            for _ in range(len(slots) - (end - self._slots)):
+            for _ in range(len(places) - (end - self._places)):
                 heappop(self._free)
-            self._slots = end
-            self.count += len(slots)
-            self._keys.update((key, task) for task, key in change.names)
-            self._key_of.update(change.names)
-            self._in_order &= torch.equal(change.ids, change.rows)
+            self._places = end
+            self.count += len(places)
+            self._keys.update((key, task) for task, key in change.named)
+            self._key_of.update(change.named)
+            self._in_order &= torch.equal(change.ids, change.slots)
             self._publish(change)
 
     def update(self, change: Change) -> None:
         """Publishes new content of tasks."""
-        slots = change.ids & SLOT
+        places = change.ids & PLACE
         with self.lock:
-            self._release(self._entries[slots, ROW], self._entries[slots, LATENT])
+            self._release(self._entries[places, SLOT], self._entries[places, LATENT])
             self._in_order = False
             self._publish(change)
 
     def remove(self, ids: Tensor) -> None:
-        """Frees the slots of tasks; a slot that has no id left stays empty."""
-        slots = ids & SLOT
+        """Frees the places of tasks; a place that has no id left stays empty."""
+        places = ids & PLACE
         keys = self.keys
         with self.lock:
-            self._release(self._entries[slots, ROW], self._entries[slots, LATENT])
+            self._release(self._entries[places, SLOT], self._entries[places, LATENT])
             self._in_order = False
             spent = ids >= LAST
-            self._entries[slots, ID] = torch.where(spent, ids, ids + SLOT + 1)
-            self._entries[slots, ROW : LATENT + 1] = -1
-            self._codes[slots] = self._code(slots)
-            for slot in slots[~spent].tolist():
-                heappush(self._free, slot)
+            self._entries[places, ID] = torch.where(spent, ids, ids + PLACE + 1)
+            self._entries[places, SLOT:] = -1
+            self._codes[places] = self._code(places)
+            for place in places[~spent].tolist():
+                heappush(self._free, place)
             self.count -= len(ids)
             for task in ids.tolist():
                 if (key := self._key_of.pop(task, None)) is not None:
                     del keys[key]
 
     def _publish(self, change: Change) -> None:
-        self._tick += 1
-        used = torch.full_like(change.ids, self._tick)
-        slots = change.ids & SLOT
-        self._entries[slots] = torch.stack([*change[:3], used], 1)
-        self._codes[slots] = self._code(slots)
+        places = change.ids & PLACE
+        self._entries[places] = torch.stack(change[:3], 1)
+        self._codes[places] = self._code(places)
 
-    def _release(self, rows: Tensor, latents: Tensor) -> None:
-        self.weights.release(rows)
-        if self.latents is not None:
+    def _release(self, slots: Tensor, latents: Tensor | None = None) -> None:
+        if self.limit is not None:
+            self._owners[slots[slots >= 0]] = -1
+        self.weights.release(slots)
+        if latents is not None and self.latents is not None:
             self.latents.release(latents)
 
-    # Files
+    # Files and copies
 
     @contextmanager
     def frozen(self) -> Iterator[tuple[Tensor, Named]]:
-        """Entries ``(slots, 3)`` and keys as they are now, and their rows until the block ends. The
-        caller holds ``write`` when it begins."""
+        """Entries ``(places, 3)`` and keys as they are now, and their slots until the block ends.
+        The caller holds ``write`` when it begins."""
         stores = [store for store in (self.weights, self.latents) if store is not None]
-        names = [(task, key) for key, task in self.keys.items()]
+        named = [(task, key) for key, task in self.keys.items()]
         with self.lock:
-            entries = self._entries[: self._slots, : LATENT + 1].clone()
+            entries = self._entries[: self._places].clone()
             readers = [store.enter() for store in stores]
         try:
-            yield entries, names
+            yield entries, named
         finally:
             with self.lock:
                 for store, reader in zip(stores, readers, strict=True):
@@ -352,33 +410,35 @@ class Table:
         latents: Tensor | None,
         guards: Mapping[str, Guard],
     ) -> None:
-        """Takes over the content of a file; the table must be empty.
+        """Takes over the content of a file, or of another table; this one must be empty.
 
         Raises:
             ValueError: it does not fit together.
         """
         fits(self.weights.columns, weights, len(weights[0]))
-        self.weights.adopt(weights, tuple(guards[name] for name in self.format.columns))
-        rows = self.weights.rows, 0
+        self.weights.adopt(weights, tuple(guards[name] for name in self.format.columns if guards))
+        slots = self.weights.slots, 0
         if self.latents is not None and latents is not None:
             fits(self.latents.columns, (latents,), len(latents))
-            self.latents.adopt((latents,), (guards["latents"],))
-            rows = self.weights.rows, self.latents.rows
+            self.latents.adopt((latents,), (guards["latents"],) if guards else ())
+            slots = self.weights.slots, self.latents.slots
         fits([(3, torch.int64)], (entries,), len(entries))
-        good = (entries[:, ID] >= 0) & (entries[:, ID] & SLOT == torch.arange(len(entries)))
-        for column, end in zip((ROW, LATENT), rows, strict=True):
+        places = torch.arange(len(entries), dtype=torch.int64, device=self.device)
+        good = (entries[:, ID] >= 0) & (entries[:, ID] & PLACE == places)
+        for column, end in zip((SLOT, LATENT), slots, strict=True):
             good &= (entries[:, column] >= -1) & (entries[:, column] < end)
         if self.limit is None:
-            good &= (entries[:, ROW] >= 0) | (entries[:, LATENT] < 0)
-        if not bool(good.all()) or (self.limit is not None and rows[0]):
+            good &= (entries[:, SLOT] >= 0) | (entries[:, LATENT] < 0)
+        if not bool(good.all()) or (self.limit is not None and slots[0]):
             raise ValueError("its table is wrong")
-        self._slots = len(entries)
-        self._entries = torch.full((max(64, self._slots), 4), -1, dtype=torch.int64)
-        self._entries[: self._slots, :USED] = entries
-        self._codes = self._code(torch.arange(len(self._entries)))
+        self._places = len(entries)
+        size = max(64, self._places)
+        self._entries = torch.full((size, 3), -1, dtype=torch.int64, device=self.device)
+        self._entries[: self._places] = entries
+        self._codes = self._code(torch.arange(size, dtype=torch.int64, device=self.device))
         held = alive(entries)
         self.count = int(held.sum())
-        self._in_order = self.limit is None and torch.equal(entries[:, ID], entries[:, ROW])
+        self._in_order = self.limit is None and torch.equal(entries[:, ID], entries[:, SLOT])
         self._unread = keys
         free = ~held & (entries[:, ID] < LAST)
         self._free = free.nonzero().squeeze(1).tolist()
@@ -386,7 +446,7 @@ class Table:
 
 def alive(entries: Tensor) -> Tensor:
     """Which entries hold a task."""
-    return (entries[:, ROW] >= 0) | (entries[:, LATENT] >= 0)
+    return (entries[:, SLOT] >= 0) | (entries[:, LATENT] >= 0)
 
 
 def fits(columns: Iterable[tuple[int, torch.dtype]], values: Columns, count: int) -> None:

@@ -9,24 +9,22 @@ tensors are cut along their rows, not by the hash of a key.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from hyperfast.bank import TaskBank
-from hyperfast.bank.contents import STEP
-from hyperfast.bank.file import BankFileError, exclusive, sync_folder
-from hyperfast.bank.table import LATENT, ROW
+from hyperfast.bank import snapshot
+from hyperfast.bank.contents import STEP, Contents, Given
+from hyperfast.bank.file import BankFileError, own, replacing
+from hyperfast.bank.table import LATENT, SLOT
 from hyperfast.distributed.ranks import owner
 from hyperfast.nn.hypernet import HyperNet
-from hyperfast.nn.target import TargetNet
 
 FORMAT = "hyperfast.ShardedTaskBank/1"
 MANIFEST = "manifest.json"
@@ -80,14 +78,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Makes this the manifest of ``folder``; when it returns, it is on disk."""
-        path, temporary = folder / MANIFEST, folder / f"{MANIFEST}.tmp"
         entries = {"format": FORMAT, **asdict(self), "checksum": self.checksum}
-        with open(temporary, "wb") as file:
+        with replacing(folder / MANIFEST) as file:
             file.write(json.dumps(entries, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path)
 
 
 @contextmanager
@@ -99,16 +92,25 @@ def writing(folder: Path) -> Iterator[None]:
         BankFileError: another group does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / "lock"):
-        try:
-            yield
-        finally:
-            # What cannot be removed now is left to the next save; what was saved is safe.
-            with suppress(OSError, BankFileError):
-                keep = set(Manifest.read(folder).files)
-                for path in folder.iterdir():
-                    if SHARD.fullmatch(path.name) and path.name not in keep:
-                        path.unlink()
+    lock = own(folder / "lock", folder / MANIFEST)
+    try:
+        yield
+    finally:
+        # What cannot be removed now is left to the next save; what was saved is safe.
+        with closing(lock), suppress(OSError, BankFileError):
+            keep = set(Manifest.read(folder).files)
+            for path in folder.iterdir():
+                if SHARD.fullmatch(path.name) and path.name not in keep:
+                    path.unlink()
+
+
+def model(folder: Path, rank: int) -> Path:
+    """The file whose mode a new file of ``rank`` is to have: the one that it follows."""
+    try:
+        files = Manifest.read(folder).files
+    except (BankFileError, OSError):
+        return folder / MANIFEST
+    return folder / files[rank % len(files)]
 
 
 def load(
@@ -120,61 +122,56 @@ def load(
     hyper: HyperNet | None,
     max_bytes: int | None,
     verify: bool,
-) -> TaskBank:
-    """The bank of a rank: mapped from its file or, if there were another number of ranks when it
-    was saved, copied from all files.
+) -> Contents:
+    """What a rank holds: mapped from its file or, if there were another number of ranks when it was
+    saved, copied from all files.
 
     Raises:
         BankFileError, ValueError, OSError: as of :meth:`TaskBank.open`.
     """
 
-    def opened(name: str) -> TaskBank:
-        return TaskBank.open(folder / name, hyper=hyper, max_bytes=max_bytes, verify=verify)
+    def opened(name: str) -> Contents:
+        path = (folder / name).resolve()
+        return snapshot.open_contents(path, hyper, max_bytes, log=False, verify=verify)
 
     if len(manifest.files) == ranks:
         return opened(manifest.files[rank])
-    bank: TaskBank | None = None
+    contents: Contents | None = None
     for source in map(opened, manifest.files):
-        bank = _empty_like(source) if bank is None else bank
-        keys = torch.tensor([*source.keys], dtype=torch.int64)
+        contents = _empty_like(source) if contents is None else contents
+        keys = torch.tensor([*source.table.keys], dtype=torch.int64, device="cpu")
         mine = keys[owner(keys, ranks) == rank]
         for some in mine.split(max(1, STEP // source.spec.numel)):
-            _copy(source, bank, some)
-    assert bank is not None
-    return bank
+            _copy(source, contents, some)
+    assert contents is not None
+    return contents
 
 
-def _empty_like(source: TaskBank) -> TaskBank:
-    layers: list[Any] = list(source._activations)
-    latents = source._table.latents
-    bank = TaskBank(
+def _empty_like(source: Contents) -> Contents:
+    latents = source.table.latents
+    contents = Contents(
         source.spec,
-        TargetNet(layers if layers[-1] is not None else layers[:-1]),
-        source.dtype,
+        source.activations,
+        source.format.dtype,
         source.device,
-        source.hyper,
-        None if latents is None else latents.columns[0],
-        source.max_bytes,
+        latent=None if latents is None else latents.columns[0],
+        max_bytes=source.max_bytes,
     )
-    bank._mark = source._mark
-    return bank
+    if source.hyper is not None:
+        contents.attach(source.hyper)
+    contents.mark = source.mark
+    return contents
 
 
-def _copy(source: TaskBank, bank: TaskBank, keys: torch.Tensor) -> None:
-    """Adds the tasks with these keys to ``bank``, as they are stored."""
-    entries = source._table.find(source.ids(keys.tolist()))
-    seeded = entries[:, LATENT] >= 0
-    for of_kind in (seeded, ~seeded):
-        names, some = keys[of_kind].tolist(), entries[of_kind]
-        columns = None if bank.max_bytes is not None else [source._table.weights.take(some[:, ROW])]
-        latents = source._table.latents
-        z = (
-            latents.column(0, some[:, LATENT])
-            if latents is not None and of_kind is seeded
-            else None
-        )
-        with bank._table.write:
-            ids = bank._table.fresh_ids(len(names))
-            named = list(zip(ids.tolist(), names, strict=True))
-            with bank._changing("add", ids, columns, z, named):
-                pass
+def _copy(source: Contents, contents: Contents, keys: Tensor) -> None:
+    """Adds the tasks with these keys to ``contents``, as they are stored."""
+    table = source.table
+    entries = table.find(table.ids(keys.tolist()))
+    from_latents = entries[:, LATENT] >= 0
+    for of_kind in (from_latents, ~from_latents):
+        some, z = entries[of_kind], None
+        if table.latents is not None and of_kind is from_latents:
+            z = table.latents.column(0, some[:, LATENT])
+        blocks = None if contents.max_bytes is not None else [table.weights.take(some[:, SLOT])]
+        with contents.adding(Given(len(some), z, blocks), keys[of_kind].tolist()):
+            pass

@@ -61,7 +61,7 @@ class Ranks:
             self._raise(error)
 
     def _raise(self, error: Exception | None) -> None:
-        texts = torch.zeros(self.size, MESSAGE, dtype=torch.uint8)
+        texts = torch.zeros(self.size, MESSAGE, dtype=torch.uint8, device="cpu")
         if error is not None:
             text = f"{type(error).__name__} {error}".encode()[:MESSAGE]
             texts[self.rank, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -6,24 +6,23 @@ import hashlib
 import os
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, SupportsIndex, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hyperfast import checks
-from hyperfast.bank import TaskBank
-from hyperfast.bank.contents import Weights, to_columns
+from hyperfast.bank import TaskBank, report, snapshot
+from hyperfast.bank.contents import Given, Weights, to_flat
 from hyperfast.bank.file import BankFileError
-from hyperfast.bank.rows import Columns
-from hyperfast.bank.table import Key, Named
-from hyperfast.distributed.folder import Manifest, load, writing
+from hyperfast.bank.table import Key, integer
+from hyperfast.distributed.folder import Manifest, load, model, writing
 from hyperfast.distributed.ranks import Ranks, owner
-from hyperfast.layout import MLPSpec
+from hyperfast.layout import MLPSpec, positive
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
@@ -36,10 +35,14 @@ NAMED = 1 << 62
 class ShardedTaskBank:
     """A :class:`TaskBank` over many processes: each rank holds the tasks whose id's hash is its.
 
-    Every method but ``len`` is collective: all ranks of the group call it, in the same order and
-    from one thread each, with rows and tasks of their own, any number of them or none. What raises
-    on one rank raises on all, and then nothing has changed. Works under ``torchrun``, on any
-    backend that serves the bank's device.
+    Every method but ``len``, ``ids``, ``explain`` and ``close`` is collective, ``in`` too: all
+    ranks of the group call it, in the same order and from one thread each, with rows and tasks of
+    their own, any number of them or none. What raises on one rank raises on all, and then nothing
+    has changed. Works under ``torchrun``, on any backend that serves the bank's device.
+
+    What a TaskBank has and this has not: ``keys``, for names are not kept, their ids are made of
+    them; ``module``, for no process has all weights; a log, so that changes are lost in a crash
+    unless they were saved; copies and pickles, for a process group belongs to its process.
 
     A row costs two trips over the network: its id and inputs to the owner of its task, its outputs
     back. They are exchanged by ``all_to_all``, in the dtype in which the bank computes.
@@ -61,12 +64,15 @@ class ShardedTaskBank:
 
     def __init__(self, local: TaskBank, ranks: Ranks, issued: int = 0):
         self.local = local
+        self._contents = contents = local.contents
         self._ranks = ranks
         self.rank, self.ranks = ranks.rank, ranks.size
         self._issued = issued  # ids below are spent
-        meta = [local.spec, local.dtype, local._mark, local.max_bytes, local._activations]
+        meta = [local.spec, local.dtype, contents.mark, local.max_bytes, contents.activations]
         with ranks.agreed(2) as told:
-            told[self.rank] = torch.tensor([zlib.crc32(repr(meta).encode()), len(local)])
+            told[self.rank] = torch.tensor(
+                [zlib.crc32(repr(meta).encode()), len(local)], dtype=torch.int64, device="cpu"
+            )
         if len(told[:, 0].unique()) > 1:
             raise ValueError("the ranks must give banks of equal sizes, dtype and hypernetwork")
         self._count = int(told[:, 1].sum())
@@ -98,7 +104,7 @@ class ShardedTaskBank:
         """
         ranks = Ranks(group)
         with ranks.agreed():
-            none = _none(checks.tensor("z", z))
+            none = _no_rows(checks.tensor("z", z))
             local = TaskBank.from_latents(
                 hyper, none, dtype=dtype, target=target, max_bytes=max_bytes
             )
@@ -131,7 +137,11 @@ class ShardedTaskBank:
         """
         ranks = Ranks(group)
         with ranks.agreed():
-            none = _none(weights) if isinstance(weights, Tensor) else [_none(w) for w in weights]
+            none: Weights
+            if isinstance(weights, Tensor):
+                none = _no_rows(weights)
+            else:
+                none = [_no_rows(w) for w in weights]
             local = TaskBank.from_weights(spec, none, dtype=dtype, target=target)
         bank = cls(local, ranks)
         bank.add(weights=weights, keys=keys)
@@ -142,6 +152,16 @@ class ShardedTaskBank:
     def __len__(self) -> int:
         """The number of tasks on all ranks. Not collective."""
         return self._count
+
+    def __contains__(self, task: Key) -> bool:
+        """Whether there is a task of this id or key: each rank asks for one of its own."""
+        return bool(self._ask(lambda: (self.ids([task]),), self._known, found=False))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a ShardedTaskBank cannot be copied or pickled, as its process group belongs to this "
+            "process: save it and open it elsewhere, or copy the local bank of this rank"
+        )
 
     def __repr__(self) -> str:
         return f"ShardedTaskBank({len(self)} tasks on {self.ranks} ranks, here {self.local})"
@@ -161,7 +181,8 @@ class ShardedTaskBank:
             if keys.dtype != torch.int64 or keys.ndim != 1:
                 raise TypeError(f"ids must be int64 of shape (n,), got {keys.dtype}, {keys.ndim}-d")
             return keys.to(self.local.device)
-        return torch.tensor([_id(key) for key in keys], dtype=torch.int64).to(self.local.device)
+        numbers = [_id(key) for key in keys]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.local.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -187,7 +208,7 @@ class ShardedTaskBank:
             if not x.is_floating_point():
                 raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
             checks.rows(x, local.spec.sizes[0], len(self), tasks, "")
-            return tasks, x.to(local._format.compute)
+            return tasks, x.to(self._contents.format.compute)
 
         return self._ask(rows, lambda tasks, x: self.local(x, tasks)).to(x.dtype)
 
@@ -201,6 +222,72 @@ class ShardedTaskBank:
             BankFileError: weights that were mapped from a file are damaged.
         """
         return self._ask(lambda: (self.ids(ids),), self.local.weights)
+
+    def latents(self, ids: Keys) -> Tensor:
+        """The latents ``(n, z_dim)`` of tasks.
+
+        Raises, on all ranks:
+            IndexError: an id that is not in the bank.
+            ValueError: a task that was given by its weights.
+        """
+        return self._ask(lambda: (self.ids(ids),), self.local.latents)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def error_report(
+        self, weights: Weights | None = None, *, ids: Keys | None = None, rows: int = 16
+    ) -> report.ErrorReport:
+        """What storing costs in accuracy, over the tasks that all ranks ask about; the same on all.
+
+        Args:
+            weights: the exact networks, an entry an id; without, those that the hypernetwork makes
+                of the latents in float64. All ranks must give them, or none.
+            ids: which tasks to compare; by default all, each by its owner.
+            rows: random inputs of each task.
+
+        Raises, on all ranks:
+            ValueError: a task has no latent, and ``weights`` are not given.
+        """
+        local, contents = self.local, self._contents
+
+        def asked() -> tuple[Tensor, ...]:
+            positive("rows", rows)
+            if weights is None and local.hyper is None:
+                raise ValueError("weights must be given, as the bank has no hypernetwork")
+            if ids is None:
+                if weights is not None:
+                    raise ValueError("ids must be given, of the tasks that weights are compared to")
+                return (self._ids_here(),)
+            tasks = self.ids(ids)
+            if weights is None:
+                return (tasks,)
+            flat = to_flat(local.spec, weights)
+            if len(flat) != len(tasks):
+                raise ValueError(
+                    f"weights must hold {len(tasks)} networks, one an id, got {len(flat)}"
+                )
+            return tasks, flat.double()
+
+        counts, sent, _ = self._route(asked)
+        owned, *exact = self._ranks.exchange(counts, sent)
+        width = 6 * len(local.spec.layers)
+        with self._ranks.agreed(width) as told:
+            right = exact[0] if exact else None
+            errors = report.measure(contents, self._find(owned), right, rows)
+            told[self.rank] = errors.flatten().view(torch.int64)
+        errors = told.cpu().contiguous().view(torch.float64)
+        errors = errors.view(self.ranks, len(local.spec.layers), 2, 3)
+        title = f"{self.ranks} ranks against float64: {int(counts.sum())} tasks, {rows} rows each"
+        return report.error_report(title, local.spec, report.joined(errors))
+
+    def explain(self) -> report.Costs:
+        """What a task costs, its weights kept or generated when it is used; and how many there are,
+        on this rank. Not collective.
+
+        Raises:
+            ValueError: the bank has no hypernetwork.
+        """
+        return self.local.explain()
 
     # Changing
 
@@ -262,50 +349,51 @@ class ShardedTaskBank:
         weights: Weights | None,
         keys: Keys | None,
     ) -> Tensor:
-        local, table = self.local, self.local._table
+        contents = self._contents
         with self._ranks.agreed(3) as told:
-            count, z, blocks = to_columns(local, z, weights)
+            given = contents.given(z, weights)
             ids = None if keys is None else self.ids(keys)
-            if ids is not None and len(ids) != count:
-                raise ValueError(f"keys must hold {count} keys, one a network, got {len(ids)}")
+            if ids is not None and len(ids) != given.tasks:
+                raise ValueError(
+                    f"keys must hold {given.tasks} keys, one a network, got {len(ids)}"
+                )
             if ids is not None and bool((ids < 0).any()):
                 raise ValueError(f"keys must be in [0, 2**63), got {int(ids.min())}")
             numbers = [] if ids is None else ids[ids < NAMED].tolist()
-            new = count if ids is None else 0
-            told[self.rank] = torch.tensor([z is None, new, max(numbers, default=-1)])
+            new = given.tasks if ids is None else 0
+            told[self.rank] = torch.tensor(
+                [given.z is None, new, max(numbers, default=-1)], dtype=torch.int64, device="cpu"
+            )
         if len(told[:, 0].unique()) > 1:
             raise ValueError("the ranks must all give z, or all give weights")
         first = max(self._issued, int(told[:, 2].max()) + 1)
         if ids is None:
-            before = int(told[: self.rank, 1].sum())
-            ids = torch.arange(first + before, first + before + count, device=local.device)
+            start = first + int(told[: self.rank, 1].sum())
+            ids = torch.arange(
+                start, start + given.tasks, dtype=torch.int64, device=contents.device
+            )
 
         def content() -> tuple[Tensor, ...]:
-            if z is not None:
-                return ids, z
-            assert blocks is not None
-            return (ids, *map(torch.cat, zip(*blocks, strict=True)))
+            if given.z is not None:
+                return ids, given.z
+            assert given.blocks is not None
+            return (ids, *map(torch.cat, zip(*given.blocks, strict=True)))
 
         counts, sent, _ = self._route(content)
         owned, *columns = self._ranks.exchange(counts, sent)
         with ExitStack() as stack, self._ranks.agreed():
             # The stack publishes the change when all ranks have agreed, or undoes it.
-            stack.enter_context(table.write)
             _distinct(owned)
-            names = owned.tolist()
-            named: Named = []
+            mine = Given(len(owned), None, [tuple(columns)])
+            if given.z is not None:
+                mine = contents.given(columns[0], None)
             if op == "add":
-                if taken := table.keys.keys() & names:
+                names = owned.tolist()
+                if taken := contents.table.keys.keys() & names:
                     raise ValueError(f"keys must be new, and the id {min(taken)} is taken")
-                tasks = table.fresh_ids(len(names))
-                named = list(zip(tasks.tolist(), names, strict=True))
+                stack.enter_context(contents.adding(mine, names))
             else:
-                tasks = self._find(owned)
-            made: Iterable[Columns] | None = [tuple(columns)]
-            if z is not None:
-                _, _, made = to_columns(local, columns[0], None)
-            latents = None if z is None else columns[0]
-            stack.enter_context(local._changing(op, tasks, made, latents, named))
+                stack.enter_context(contents.updating(self._find(owned), mine))
         if op == "add":
             self._count += int(counts.sum())
             self._issued = first + int(told[:, 1].sum())
@@ -315,7 +403,8 @@ class ShardedTaskBank:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes all tasks to a folder that all ranks see: a file a rank, and a manifest. A crash
-        of any rank leaves what was there before, or all that is new.
+        of any rank leaves what was there before, or all that is new. New files have the modes of
+        those that they follow.
 
         Raises, on all ranks:
             ValueError: an activation that has no name, which a file cannot hold.
@@ -330,7 +419,8 @@ class ShardedTaskBank:
                 told[self.rank] = secrets.randbits(62)
             manifest = Manifest.new(int(told[0]), self.ranks, len(self), self._issued)
             with self._ranks.agreed():
-                self.local.save(folder / manifest.files[self.rank])
+                file = folder / manifest.files[self.rank]
+                snapshot.save(self._contents, file, model(folder, self.rank))
             with self._ranks.agreed():
                 if self.rank == 0:
                     manifest.write(folder)
@@ -365,14 +455,17 @@ class ShardedTaskBank:
         if len(told.unique()) > 1:
             raise BankFileError(f"{folder} does not hold the same on all ranks")
         with ranks.agreed():
-            local = load(
+            contents = load(
                 folder, manifest, ranks.rank, ranks.size,
                 hyper=hyper, max_bytes=max_bytes, verify=verify,
             )  # fmt: skip
-        bank = cls(local, ranks, manifest.issued)
+        bank = cls(TaskBank(contents), ranks, manifest.issued)
         if len(bank) != manifest.tasks:
             raise BankFileError(f"{folder} holds {len(bank)} tasks, not {manifest.tasks}")
         return bank
+
+    def close(self) -> None:
+        """Does nothing, as there is no log: for code that closes a bank of either kind."""
 
     # Exchange
 
@@ -390,14 +483,18 @@ class ShardedTaskBank:
         return counts, sent, order
 
     def _ask(
-        self, question: Callable[[], tuple[Tensor, ...]], answer: Callable[..., Tensor]
+        self,
+        question: Callable[[], tuple[Tensor, ...]],
+        answer: Callable[..., Tensor],
+        found: bool = True,
     ) -> Tensor:
         """Sends ids and columns to the owners, and returns in order what they answer: ``answer`` of
-        local ids and columns is a row for each."""
+        local ids (of ids, where they need not be ``found``) and columns is a row for each."""
         counts, sent, order = self._route(question)
         received = self._ranks.exchange(counts, sent)
         with self._ranks.agreed():
-            rows = answer(self._find(received[0]), *received[1:])
+            ids = self._find(received[0]) if found else received[0]
+            rows = answer(ids, *received[1:])
         (rows,) = self._ranks.exchange(counts.mT, [rows])  # back the way they came
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
@@ -408,20 +505,30 @@ class ShardedTaskBank:
         except KeyError as error:
             raise IndexError(f"no task of the bank has the id {error}") from None
 
+    def _known(self, ids: Tensor) -> Tensor:
+        """Which of ``ids`` are tasks of this rank ``(n, 1)``."""
+        keys = self._contents.table.keys
+        known = [[task in keys] for task in ids.tolist()]
+        return torch.tensor(known, dtype=torch.bool, device=ids.device).view(len(ids), 1)
 
-def _none(rows: Tensor) -> Tensor:
-    """None of the rows; what has no rows is left to be refused."""
+    def _ids_here(self) -> Tensor:
+        """The ids of the tasks of this rank."""
+        keys = [*self._contents.table.keys]
+        return torch.tensor(keys, dtype=torch.int64, device=self.local.device)
+
+
+def _no_rows(rows: Tensor) -> Tensor:
+    """``rows[:0]``; a 1-d tensor passes through, and is refused by ``add``."""
     return rows[:0] if rows.ndim > 1 else rows
 
 
 def _id(key: Key) -> int:
     if isinstance(key, str):
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % NAMED + NAMED
-    if not isinstance(key, int) or isinstance(key, bool):
-        raise TypeError(f"keys must be str or int, got {key!r}")
-    if not 0 <= key < 2 * NAMED:
-        raise ValueError(f"keys must be in [0, 2**63), got {key}")
-    return key
+    number = integer("keys must be str or int", key)
+    if not 0 <= number < 2 * NAMED:
+        raise ValueError(f"keys must be in [0, 2**63), got {number}")
+    return number
 
 
 def _distinct(ids: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from hyperfast import checks
-from hyperfast.bank import TaskBank
-from hyperfast.bank.table import Key
+from hyperfast.bank import TaskBank, fork
+from hyperfast.bank.table import Key, integer
 from hyperfast.layout import positive
 from hyperfast.server.stats import Meter, ServerStats
 
@@ -52,7 +52,8 @@ class TaskServer:
     another reason is repeated with either half, until the request at fault is alone.
 
     A server is closed by :meth:`close`, at the end of a ``with`` block, or when the interpreter
-    exits; in each case every future is answered or cancelled before.
+    exits; in each case every future is answered or cancelled before. In a forked process it is
+    closed from the start: futures are the parent's, and nobody will answer them there.
 
     Args:
         bank: a TaskBank, which may change meanwhile, or a callable ``(x, task_ids) -> y`` that
@@ -75,13 +76,13 @@ class TaskServer:
     ):
         if not callable(bank):
             raise TypeError(f"bank must be a TaskBank or callable, got {type(bank).__name__}")
-        if not isinstance(max_delay, int | float) or isinstance(max_delay, bool):
+        if not isinstance(max_delay, SupportsFloat) or isinstance(max_delay, bool):
             raise TypeError(f"max_delay must be a number of seconds, got {max_delay!r}")
         if not 0 <= max_delay <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_delay must be finite and not negative, got {max_delay}")
         self.bank = bank
         self.max_rows = positive("max_rows", max_rows)
-        self.max_delay = max_delay
+        self.max_delay = float(max_delay)
         self.max_waiting = positive("max_waiting", max_waiting)
         self._width = bank.spec.sizes[0] if isinstance(bank, TaskBank) else None
         self._device = bank.device if isinstance(bank, TaskBank) else None
@@ -98,8 +99,13 @@ class TaskServer:
         self._closed = False
         # A daemon, for the interpreter joins other threads before it runs what atexit holds.
         self._worker = threading.Thread(target=self._work, name="hyperfast.TaskServer", daemon=True)
+        fork.register(self, self._lock)
         self._worker.start()
         atexit.register(self.close)
+
+    def after_fork(self) -> None:
+        """The worker is not here: whoever asks learns that the server is closed."""
+        self._closed = True
 
     def submit(self, task: Key, rows: Tensor, *, timeout: float | None = None) -> Future[Tensor]:
         """Asks for ``rows`` through the network of ``task``.
@@ -196,6 +202,9 @@ class TaskServer:
         """Closes; where the block raised, what waits is cancelled."""
         self.close(cancel=kind is not None)
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a TaskServer cannot be copied or pickled; make one of a copy of its bank")
+
     def __repr__(self) -> str:
         return f"TaskServer({self.bank!r}, max_rows={self.max_rows}, max_delay={self.max_delay})"
 
@@ -204,11 +213,10 @@ class TaskServer:
             if not isinstance(self.bank, TaskBank):
                 raise TypeError(f"task must be an int where bank is no TaskBank, got {task!r}")
             return self.bank.keys[task]
-        if not isinstance(task, int) or isinstance(task, bool):
-            raise TypeError(f"task must be an int or a str, got {task!r}")
-        if not 0 <= task < 1 << 63:
-            raise IndexError(f"task must be in [0, 2**63), got {task}")
-        return task
+        number = integer("task must be an int or a str", task)
+        if not 0 <= number < 1 << 63:
+            raise IndexError(f"task must be in [0, 2**63), got {number}")
+        return number
 
     # What follows up to the worker's part is called with the lock held.
 
@@ -338,8 +346,9 @@ class TaskServer:
         """Requests that could not be answered together: those whose tasks are gone each for itself,
         or two halves."""
         if isinstance(self.bank, TaskBank):
-            table = self.bank._table
-            ids = torch.tensor([request.task for request in group], device=self.bank.device)
+            table = self.bank.contents.table
+            tasks = [request.task for request in group]
+            ids = torch.tensor(tasks, dtype=torch.int64, device=self.bank.device)
             with table.lock:
                 known = table.look_up(ids)[1].tolist()
             if not all(known):
@@ -355,9 +364,11 @@ class TaskServer:
         sizes = [request.size for request in group]
         tables = [r.rows if r.rows.ndim == 2 else r.rows.unsqueeze(0) for r in group]
         x = torch.cat(tables)
-        ids = torch.tensor([request.task for request in group], device=x.device)
+        tasks = [request.task for request in group]
+        ids = torch.tensor(tasks, dtype=torch.int64, device=x.device)
         if sizes.count(1) < len(sizes):
-            ids = ids.repeat_interleave(torch.tensor(sizes, device=x.device), output_size=len(x))
+            repeats = torch.tensor(sizes, dtype=torch.int64, device=x.device)
+            ids = ids.repeat_interleave(repeats, output_size=len(x))
         y = self.bank(x, ids)
         if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
             got = checks.shape(y) if isinstance(y, Tensor) else type(y).__name__

@@ -44,9 +44,9 @@ def work(path, acknowledged):
     bank = TaskBank.open(path, hyper=make_hyper(), log=True)
     done = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while True:
-        change(bank, bank._sequence + 1)
+        change(bank, bank.contents.sequence + 1)
         os.write(done, b".")
-        if bank._sequence % 13 == 0:
+        if bank.contents.sequence % 13 == 0:
             bank.save(path)
 
 
@@ -62,7 +62,7 @@ def test_killed_at_any_moment(tmp_path, kwargs):
     rng = random.Random(time.time_ns())
     for _ in range(KILLS):
         open(acknowledged, "wb").close()
-        before = twin._sequence
+        before = twin.contents.sequence
         process = context.Process(target=work, args=(path, acknowledged))
         process.start()
         while not os.path.getsize(acknowledged) and process.is_alive():
@@ -74,11 +74,11 @@ def test_killed_at_any_moment(tmp_path, kwargs):
         known = before + os.path.getsize(acknowledged)
         bank = TaskBank.open(path, hyper=hyper, verify=True)
         # The change under way when it died may be there or not.
-        assert bank._sequence in (known, known + 1)
-        while twin._sequence < bank._sequence:
-            change(twin, twin._sequence + 1)
+        assert bank.contents.sequence in (known, known + 1)
+        while twin.contents.sequence < bank.contents.sequence:
+            change(twin, twin.contents.sequence + 1)
         ids = twin.ids()
         assert torch.equal(bank.ids(), ids)
         assert torch.equal(bank.weights(ids), twin.weights(ids))
         assert bank.keys == twin.keys
-    assert twin._sequence > KILLS
+    assert twin.contents.sequence > KILLS

@@ -89,7 +89,7 @@ def test_is_a_safetensors_file(path):
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert tensors.keys() == {"weights", "affine", "latents", "table", "keys", "checksums"}
-    assert torch.equal(tensors["weights"], bank._table.weights.take(bank.ids())[0])
+    assert torch.equal(tensors["weights"], bank.contents.table.weights.take(bank.ids())[0])
     assert torch.equal(tensors["latents"], bank.latents(bank.ids()))
 
 
@@ -332,7 +332,9 @@ def hostile(data, rng):
     elif kind == 4:
         meta[rng.choice([*meta])] = rng.choice([*HOSTILE, [1] * 9, ["relu"], "int8"])
     elif kind == 5:
-        meta["sizes"][rng.randrange(len(meta["sizes"]))] = rng.choice(HOSTILE)
+        widths = ["5", "7", "3"]
+        widths[rng.randrange(3)] = str(rng.choice(HOSTILE))
+        meta["network"] = "{} > {} b tanh, {} b".format(*widths)
     else:
         del head[rng.choice([*head])]
     if "__metadata__" in head:
@@ -475,7 +477,7 @@ def test_hostile_log_records(path):
 
     def write(meta, tensors, sequence):
         bank = TaskBank.open(path, log=True)
-        bank._log.append(sequence, meta, tensors)
+        bank.contents.log.append(sequence, meta, tensors)
         bank.close()
 
     ids = torch.tensor([3])

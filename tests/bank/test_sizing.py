@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperfast import HyperNet, TaskBank
-from hyperfast.bank.rows import Format
+from hyperfast.bank.formats import format_of
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SIZES, Z_DIM = (64, 64, 10), 16
@@ -21,8 +21,8 @@ def test_table(bank):
     costs = bank.explain()
     stored = {
         "fp32": costs.keep_bytes,
-        "bf16, fp16": Format(bank.spec, torch.bfloat16).row_bytes,
-        "int8": Format(bank.spec, torch.int8).row_bytes,
+        "bf16, fp16": format_of(bank.spec, torch.bfloat16).task_bytes,
+        "int8": format_of(bank.spec, torch.int8).task_bytes,
         "latent of 16 fp32, weights generated when used": costs.regenerate_bytes,
     }
     for name, size in stored.items():
@@ -31,10 +31,10 @@ def test_table(bank):
 
 
 def test_prose(bank):
-    size, int8 = bank.explain().keep_bytes, Format(bank.spec, torch.int8).row_bytes
+    size, int8 = bank.explain().keep_bytes, format_of(bank.spec, torch.int8).task_bytes
     assert f"`P` = {bank.spec.numel:,}" in README
     assert int8 == sum(layer.weight_numel + 8 * layer.out_features for layer in bank.spec.layers)
-    table = bank._table
+    table = bank.contents.table
     own = table._entries[0].nbytes + table._codes[0].nbytes
     assert f"table adds {own} bytes a task" in README
     keyed = own + 150  # the two dicts and the int of a key, by tracemalloc

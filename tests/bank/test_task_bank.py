@@ -71,7 +71,7 @@ def test_int8_is_within_half_a_step_of_every_weight(dtype):
 
 
 def test_int8_widens_in_blocks(monkeypatch):
-    monkeypatch.setattr("hyperfast.bank.rows.BLOCK", 200)
+    monkeypatch.setattr("hyperfast.bank.formats.BLOCK", 200)
     spec = MLPSpec((5, 7, 3))
     bank = TaskBank.from_weights(spec, torch.randn(50, spec.numel), dtype=torch.int8)
     x, ids = rows_of(50, 200, 5)
@@ -186,8 +186,8 @@ def test_removed_id_never_stands_for_another():
                 bank.update([int(task)], torch.randn(1, 4))
             assert int(task) not in bank
     # Slots are reused: neither the table nor the weights grow with the ids ever issued.
-    assert bank._table._slots == 4
-    assert bank._table.weights.rows <= 4 + 64
+    assert bank.contents.table._places == 4
+    assert bank.contents.table.weights.slots <= 4 + 64
 
 
 def test_a_slot_with_no_ids_left_stays_empty(monkeypatch):
@@ -217,7 +217,7 @@ def test_many_segments_hold_what_was_stored(monkeypatch):
     bank = TaskBank.from_weights(spec, flat[:3])
     for n in range(3, 1000, 7):
         bank.add(weights=flat[n : n + 7])
-    assert 2 < len(bank._table.weights.segments) < 10
+    assert 2 < len(bank.contents.table.weights.segments) < 10
     assert torch.equal(bank.weights(bank.ids()), flat)
     x, ids = rows_of(1000, 300, 5)
     torch.testing.assert_close(
@@ -261,8 +261,8 @@ def test_budget_equals_keeping_all():
     for seed in range(20):
         x, ids = rows_of(100 if seed % 2 else 12, 40, 5, seed)
         torch.testing.assert_close(bank(x, ids), full(x, ids))
-        assert bank._table.resident <= 10
-        assert bank._table.weights.rows == 10
+        assert bank.contents.table.resident <= 10
+        assert bank.contents.table.weights.slots == 10
     torch.testing.assert_close(bank.weights(bank.ids()), full.weights(full.ids()))
     bank.update([1], z[:1])
     bank.remove([0])
@@ -278,8 +278,8 @@ def test_budget_equals_keeping_all():
 def test_budget_evicts_the_least_recently_used(monkeypatch):
     bank = TaskBank.from_latents(make_hyper(), torch.randn(9, 4), max_bytes=3 * 66 * 4)
     made = []
-    original = bank._generate
-    monkeypatch.setattr(bank, "_generate", lambda z: made.append(len(z)) or original(z))
+    original = bank.contents.generate
+    monkeypatch.setattr(bank.contents, "generate", lambda z: made.append(len(z)) or original(z))
 
     def use(*ids):
         made.clear()
@@ -297,10 +297,10 @@ def test_budget_evicts_the_least_recently_used(monkeypatch):
 
 def test_adding_latents_to_a_budget_generates_nothing(monkeypatch):
     bank = TaskBank.from_latents(make_hyper(), torch.randn(9, 4), max_bytes=3 * 66 * 4)
-    monkeypatch.setattr(bank, "_generate", None)
+    monkeypatch.setattr(bank.contents, "generate", None)
     bank.add(torch.randn(1000, 4))
     assert len(bank) == 1009
-    assert bank._table.resident == 0
+    assert bank.contents.table.resident == 0
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])

@@ -37,10 +37,10 @@ def run(*loops):
     return turns
 
 
-def assert_no_row_lost(store, used):
-    """All rows are used or can be reserved, and each is so once."""
-    free = store.reserve(store.rows - used)
-    assert len(free.unique()) == len(free) == store.rows - used
+def assert_no_slot_lost(store, used):
+    """All slots are used or can be reserved, and each is so once."""
+    free = store.reserve(store.slots - used)
+    assert len(free.unique()) == len(free) == store.slots - used
     assert not store._free
     assert not store._released
 
@@ -87,7 +87,7 @@ def test_a_batch_sees_old_or_new_weights(dtype):
 
     run(read, read, read, update, churn, churn)
     assert len(bank) == TASKS
-    assert_no_row_lost(bank._table.weights, TASKS)
+    assert_no_slot_lost(bank.contents.table.weights, TASKS)
 
 
 def test_a_budget_under_threads():
@@ -113,9 +113,9 @@ def test_a_budget_under_threads():
         bank.remove(ids)
 
     run(read, read, read, update, churn, churn)
-    assert bank._table.weights.rows == 20
-    assert_no_row_lost(bank._table.weights, bank._table.resident)
-    assert_no_row_lost(bank._table.latents, 60)
+    assert bank.contents.table.weights.slots == 20
+    assert_no_slot_lost(bank.contents.table.weights, bank.contents.table.resident)
+    assert_no_slot_lost(bank.contents.table.latents, 60)
 
 
 def test_saving_meanwhile(tmp_path):

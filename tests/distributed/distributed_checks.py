@@ -308,9 +308,9 @@ def check_an_error_is_everyones(rank, ranks, folder):
             SPEC, weights, dtype=torch.float32 if last else torch.bfloat16, keys=[rank] * 30
         )
     # What a rank had stored before another one failed has been given back.
-    store, rows = bank.local._table.weights, bank.local._table.weights.rows
+    store, rows = bank.local.contents.table.weights, bank.local.contents.table.weights.slots
     assert len(store.reserve(rows - len(bank.local)).unique()) == rows - len(bank.local)
-    assert store.rows == rows
+    assert store.slots == rows
 
 
 # Files

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 import hyperfast
 from hyperfast.activations import KNOWN
-from hyperfast.bank.rows import Format
+from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
 from hyperfast.kernels.triton import grouped, launch, trilinear
@@ -345,7 +345,7 @@ def test_stored_networks(size, whole, ragged, monkeypatch):
 def test_stored_steps_of_int8(size, bias, whole, ragged, monkeypatch):
     choose(monkeypatch, whole)
     sizes, tasks, rows, _ = size
-    kept = Format(hyperfast.MLPSpec(sizes, bias), torch.int8)
+    kept = format_of(hyperfast.MLPSpec(sizes, bias), torch.int8)
     flat = torch.randn(tasks, kept.spec.numel, dtype=FP64)
     steps, affine = kept.encode(flat)
     x, _, ids = stored(sizes, tasks, rows, ragged=ragged)

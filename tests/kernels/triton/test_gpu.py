@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hyperfast
-from hyperfast.bank.rows import Format
+from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
 from hyperfast.ops import network as mlp_ops
@@ -227,7 +227,7 @@ def test_stored_networks(dtype, rows, monkeypatch):
     x, weight, ids = stored(sizes, 300, rows, ragged=True)
     weight, affine = weight / 8, None
     if dtype == torch.int8:
-        weight, affine = Format(hyperfast.MLPSpec(sizes), dtype).encode(weight)
+        weight, affine = format_of(hyperfast.MLPSpec(sizes), dtype).encode(weight)
     kind = torch.float32 if affine is not None else dtype
     x, ids = x.to("cuda", kind), ids.cuda()
     weight, affine = weight.to("cuda", dtype), None if affine is None else affine.cuda()
