@@ -142,15 +142,16 @@ struct Formula<Act::gelu_tanh> {  // (1 + tanh(w / 2)) / 2 is sigmoid(w), w = li
 
   static Floats of(VecF x, float) {
     const VecF near = clamp(x, 15);  // beyond: 0 and 1
-    const VecF s =
-        sigmoid(exactly(near, [](Vec<double> v) { return v * (linear + cubic * v * v); }));
+    const Exact w = exactly(near, [](Vec<double> v) { return v * (linear + cubic * v * v); });
+    const VecF e = Exponential(w.minus_magnitude()).value(), larger = 1.f / (1.f + e);
+    const VecF s = select(near > 0.f, larger, e * larger);
     const VecF steep = float(linear) + float(3 * cubic) * near * near;
-    return {x * s, s + x * (s * (1.f - s)) * steep};
+    return {x * s, s + x * (e * larger * larger) * steep};
   }
   static Double of(double x, double) {
-    const double near = x > 15 ? 15 : x < -15 ? -15 : x;
-    const double e = ::exp(-near * (linear + cubic * near * near)), s = 1 / (1 + e);
-    return {x * s, s + x * (s * s * e) * (linear + 3 * cubic * near * near)};
+    const double near = x > 25 ? 25 : x < -25 ? -25 : x;
+    const double s = 1 / (1 + ::exp(-near * (linear + cubic * near * near)));
+    return {x * s, s + x * (s * (1 - s)) * (linear + 3 * cubic * near * near)};
   }
 };
 

@@ -1,5 +1,5 @@
 // Functions of float vectors: polynomials after range reduction, within 3 units in the last place
-// (tests/test_cpp_mlp.py); the coefficients are those of Moshier's Cephes library.
+// (tests/kernels/cpp); the coefficients are those of Moshier's Cephes library, unless said otherwise.
 #pragma once
 
 #include "isa/simd/vector.h"
@@ -28,6 +28,10 @@ struct Rounded {
 // place of the result as many as x is large.
 struct Exact {
   VecF high, low;
+
+  Exact minus_magnitude() const {
+    return {select(high > 0.f, -high, high), select(high > 0.f, -low, low)};
+  }
 };
 
 // f(x), computed in double.
@@ -103,10 +107,6 @@ static inline VecF clamp(VecF x, float most) {
 }
 
 static inline VecF sigmoid(VecF x) { return 1.f / (1.f + Exponential(-x).value()); }
-
-static inline VecF sigmoid(Exact x) {
-  return 1.f / (1.f + Exponential(Exact{-x.high, -x.low}).value());
-}
 
 static inline VecF tanh(VecF x) {
   const VecF size = magnitude(x);
