@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from hyperfast import HyperNet, MLPSpec, TargetNet, TaskBank, TaskServer
 from hyperfast.bank.file import raw
@@ -38,7 +39,7 @@ def live(path, dtype, kwargs):
     """A bank's life; returns what it answers at its end."""
     hyper, z = make_hyper(), on_cpu(9, 4)
     bank = TaskBank.from_latents(
-        hyper, z, dtype=dtype, keys=["ann", *range(8)], target=TargetNet(torch.nn.Hardtanh()), **kwargs
+        hyper, z, dtype=dtype, keys=["ann", *range(8)], target=TargetNet(nn.Hardtanh()), **kwargs
     )
     ids = torch.tensor([8, 0, 3], device="cpu")
     before = bank.weights(ids)

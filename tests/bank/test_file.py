@@ -10,6 +10,7 @@ import zlib
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from hyperfast import HyperNet, MLPSpec, Sine, TargetNet, TaskBank
 from hyperfast.bank.file import BankFileError
@@ -93,19 +94,74 @@ def test_is_a_safetensors_file(path):
     assert torch.equal(tensors["latents"], bank.latents(bank.ids()))
 
 
-def test_activations_by_name_only(path):
+ACTIVATIONS = [
+    *(("relu", "relu"), ("gelu_tanh", "gelu_tanh"), ("softplus", "softplus")),
+    *((Sine(30), "sin:30.0"), (nn.LeakyReLU(0.3), "leaky_relu:0.3"), ("sin", "sin:1.0")),
+    *((nn.ELU(), "elu"), (["gelu", "sigmoid"], None), ("identity", ""), (nn.Identity(), "")),
+]
+
+
+@pytest.mark.parametrize(("activation", "text"), ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_file_says_its_network(path, activation, text, bias):
+    spec = MLPSpec((2, 3, 1), bias)
+    x, ids = torch.randn(30, 2), torch.randint(3, (30,))
+    flat = torch.randn(3, spec.numel)
+    bank = TaskBank.from_weights(spec, flat, target=TargetNet(activation))
+    bank.save(path)
+    opened = TaskBank.open(path)
+    assert opened.spec == spec
+    assert torch.equal(opened(x, ids), bank(x, ids))
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["bank"])
+    if text is not None:
+        b = " b" if bias else ""
+        assert meta["network"] == f"2 > 3{b} {text}".rstrip() + f", 1{b}"
+    assert not {"sizes", "bias", "activations"} & meta.keys()
+
+
+def test_activations_that_a_file_cannot_hold(path):
     spec, flat = MLPSpec((2, 2, 1)), torch.randn(3, 9)
-    x, ids = torch.randn(3, 2), torch.arange(3)
-    for target in (TargetNet("sin"), TargetNet(["gelu", "sigmoid"])):
-        bank = TaskBank.from_weights(spec, flat, target=target)
-        bank.save(path)
-        assert torch.equal(TaskBank.open(path)(x, ids), bank(x, ids))
+    bank = TaskBank.from_weights(spec, flat)
+    bank.save(path)
     before = path.read_bytes()
-    for activation in (torch.tanh, torch.nn.LeakyReLU(0.3), Sine(30)):
+    hooked = nn.ReLU()
+    hooked.register_forward_hook(lambda *_: None)
+    trained = Sine(nn.Parameter(torch.tensor(2.0)))
+    for activation in (torch.tanh, nn.PReLU(), nn.ELU(0.5), nn.Softplus(2), hooked, trained):
         bank = TaskBank.from_weights(spec, flat, target=TargetNet(activation))
         with pytest.raises(ValueError, match="a file can hold the activations"):
             bank.save(path)
     assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "",
+        "5",
+        "5 > 7",
+        "5 > 7 s tanh, 3 s",
+        "5 > 7 b tanh, 3",
+        "5 > 7 b tanh exp(W), 3 b",
+        5,
+        None,
+        ["5 > 7"],
+        "5 > 7 b tan, 3 b",
+        "5 > 7 b sin:x, 3 b",
+        "5  > 7 b tanh, 3 b",
+        "6 > 7 b, 3 b",
+    ],
+    ids=repr,
+)
+def test_networks_that_are_none(path, originals, network):
+    """A description that lies, its checksums in order."""
+    path.write_bytes(described(originals[0][0], network))
+    with pytest.raises(BankFileError):
+        TaskBank.open(path)
+    path.write_bytes(described(originals[0][0], "5 > 7 b tanh, 3 b"))
+    assert len(TaskBank.open(path)) == 8
 
 
 def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
@@ -311,6 +367,18 @@ def damage(data, rng):
 
 
 HOSTILE = [-1, 0, 1, 2, 7, 2**31, 2**32 + 1, 2**63 - 1, 2**64, 10**30, 1.5, "1", None, True, []]
+
+
+def described(data, network):
+    """The file with another description of its network."""
+    length = struct.unpack("<Q", data[:8])[0]
+    head = json.loads(data[8 : 8 + length])
+    meta = json.loads(head["__metadata__"]["bank"]) | {"network": network}
+    head["__metadata__"]["bank"] = json.dumps(meta, sort_keys=True)
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    block = bytearray(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return bytes(sealed(block, len(text) + 8))
 
 
 def hostile(data, rng):

@@ -1,5 +1,6 @@
 """TaskBank in memory: values against the target network, ids, keys, budget, reports."""
 
+import numpy
 import pytest
 import torch
 
@@ -391,6 +392,69 @@ def test_ids_that_are_no_ints_touch_nothing(ids):
     with pytest.raises(TypeError, match=r"ids must be ints or an int64 tensor"):
         bank.remove(ids)
     assert bank.ids().tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[numpy.int64(2)], numpy.int32(2), numpy.array([2]), numpy.array(2), [torch.tensor(2)], (2,)],
+    ids=repr,
+)
+def test_ids_of_any_integer_kind(ids):
+    bank = TaskBank.from_latents(make_hyper(), torch.randn(6, 4))
+    want = bank.weights([2])
+    assert torch.equal(bank.weights(ids), want)
+    bank.update(ids, bank.latents([3]))
+    torch.testing.assert_close(bank.weights(ids), bank.weights([3]))
+    bank.error_report(ids=ids)
+    bank.remove(ids)
+    assert bank.ids().tolist() == [0, 1, 3, 4, 5]
+    for task in (numpy.int64(3), numpy.uint8(3), torch.tensor(3)):
+        assert task in bank
+    assert numpy.int64(2) not in bank
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        numpy.array([True]),
+        [numpy.True_],
+        numpy.array([1.0]),
+        [torch.tensor(True)],
+        b"ab",
+        numpy.array([[1]]),
+        [torch.tensor(1.0)],
+        [numpy.float32(1)],
+    ],
+    ids=repr,
+)
+def test_ids_of_other_kinds(ids):
+    bank = TaskBank.from_latents(make_hyper(), torch.randn(6, 4))
+    with pytest.raises(TypeError, match="ids must be ints"):
+        bank.remove(ids)
+    assert len(bank) == 6
+    for task in (True, numpy.True_, torch.tensor(True), 1.0):
+        with pytest.raises(TypeError, match="a task id must be an int"):
+            task in bank  # noqa: B015
+    with pytest.raises(IndexError, match=f"the id {2**70}"):
+        bank.weights([2**70])
+
+
+def test_keys_of_any_integer_or_str_kind(tmp_path):
+    z = torch.randn(4, 4)
+    keys = [numpy.int64(7), numpy.str_("ann"), torch.tensor(9), numpy.uint8(3)]
+    bank = TaskBank.from_latents(make_hyper(), z, keys=keys)
+    bank.save(tmp_path / "b")
+    for one in (bank, TaskBank.open(tmp_path / "b")):
+        assert one.keys == {7: 0, "ann": 1, 9: 2, 3: 3}
+        assert {type(key) for key in one.keys} == {int, str}
+        assert one.ids(keys).tolist() == [0, 1, 2, 3]
+        assert one.ids(numpy.array([9, 7])).tolist() == [2, 0]
+    for wrong in (True, numpy.True_, torch.tensor(True), 7.0, None):
+        with pytest.raises(TypeError, match="keys must be str or int"):
+            bank.ids([wrong])
+        with pytest.raises(TypeError, match="keys must be str or int"):
+            bank.add(z[:1], keys=[wrong])
+    assert len(bank) == 4
 
 
 def test_one_key_is_no_list_of_keys():

@@ -6,11 +6,13 @@ Every ``check`` runs on all ranks; the first failure ends the process, and with 
 
 import copy
 import os
+import pickle
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -254,6 +256,85 @@ def check_names(rank, ranks, folder):
     assert bank.add(weights=weights[: rank == 0]).tolist() == [0] * (rank == 0)
 
 
+def check_what_is_asked_of_all(rank, ranks, folder):
+    """Latents, membership and reports, from whatever rank holds the task."""
+    hyper, z = HyperNet(4, 9, 17, 5), torch.randn(40, 4)
+    bank = ShardedTaskBank.from_latents(hyper, part(z, rank, ranks), dtype=torch.bfloat16)
+    plain = TaskBank.from_latents(hyper, z, dtype=torch.bfloat16)
+    ids = torch.randint(40, (7 + rank,))
+    assert torch.equal(bank.latents(ids), z[ids])
+    assert bank.latents([]).shape == (0, 4)
+    assert rank in bank
+    assert (40 + rank in bank) is False
+    assert "nobody" not in bank
+    every, exact = bank.error_report(), plain.error_report()
+    for got, want in zip(every.layers, exact.layers, strict=True):
+        assert got.layer == want.layer
+        # Of all weights the same, but for the rounding of products in batches of other sizes.
+        assert abs(got.weight_relative / want.weight_relative - 1) < 0.02
+        assert 0.5 < got.output_relative / want.output_relative < 2
+    assert all(text == str(every) for text in everyones_objects(str(every)))
+    some = bank.ids(list(range(rank, 40, ranks)))
+    again = bank.error_report(ids=some, rows=3)
+    assert abs(again.layers[0].weight_relative / every.layers[0].weight_relative - 1) < 1e-6
+    flat = hyper.spec.flatten(hyper(z)).detach()
+    given = bank.error_report(flat[some], ids=some)
+    assert abs(given.layers[0].weight_relative / every.layers[0].weight_relative - 1) < 1e-3
+    with pytest.raises(ValueError, match="weights must hold"):
+        bank.error_report(flat[some][: 1 if rank == 0 else None], ids=some)
+    costs = bank.explain()
+    assert costs.tasks == len(bank.local)
+    assert costs.keep_bytes == 2 * SPEC.numel
+    bank.add(weights=torch.randn(1, SPEC.numel), keys=[f"of {rank}"])
+    with pytest.raises(ValueError, match="given by latents"):
+        bank.latents([f"of {rank}"])
+    bank.close()
+    assert len(bank.weights([f"of {rank}"])) == 1
+    for way in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="a ShardedTaskBank cannot be copied or pickled"):
+            way(bank)
+    keys = [numpy.int64(50 + rank)]
+    assert bank.add(weights=torch.randn(1, SPEC.numel), keys=keys).tolist() == [50 + rank]
+    assert numpy.int64(50 + rank) in bank
+    with pytest.raises(TypeError, match="keys must be str or int"):
+        bank.weights([True])
+
+
+def check_another_default_device(rank, ranks, folder):
+    """Tensors of the bank and of what ranks tell each other are made where they belong."""
+    torch.set_default_device("meta")
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randn(20, SPEC.numel, generator=generator, device="cpu")
+    try:
+        bank = ShardedTaskBank.from_weights(SPEC, part(weights, rank, ranks), dtype=torch.int8)
+        bank.add(weights=weights[:2], keys=[f"{rank}.{n}" for n in range(2)])
+        bank.update([rank], weights=weights[:1])
+        bank.remove([10 + rank])
+        path = folder / "elsewhere"
+        bank.save(path)
+        names = [f"{rank}.0", ranks]
+        for one in (bank, ShardedTaskBank.open(path, verify=True)):
+            assert one.weights(names).device.type == "cpu"
+            assert one(weights[:2, :9], names).shape == (2, 5)
+            assert f"{rank}.1" in one
+            exact = weights[[0, ranks]]
+            assert one.error_report(exact, ids=names).layers[0].weight_relative < 0.01
+            with pytest.raises(IndexError):
+                one.weights([10 + rank])
+        if ranks == 2:
+            group = [dist.new_group([n]) for n in range(ranks)][rank]
+            alone = ShardedTaskBank.open(path, group=group)
+            assert len(alone) == len(bank)
+    finally:
+        torch.set_default_device(None)
+
+
+def everyones_objects(value):
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def check_an_error_is_everyones(rank, ranks, folder):
     """One rank's mistake raises on all ranks, and leaves the bank as it was."""
     weights = torch.randn(30, SPEC.numel)
@@ -353,6 +434,23 @@ def check_reshard(rank, ranks, folder):
             TaskBank.from_latents(hyper, torch.zeros(1, 4), dtype=dtype).weights([0]),
             1e-5,
         )
+
+
+def check_modes(rank, ranks, folder):
+    """Files that follow others are as open to others as these; the first are the umask's."""
+    path = folder / "modes"
+    bank = ShardedTaskBank.from_weights(SPEC, torch.zeros(9 * (rank == 0), SPEC.numel))
+    bank.save(path)
+    dist.barrier()
+    if rank == 0:
+        for file in path.iterdir():
+            file.chmod(0o600)
+    dist.barrier()
+    bank.save(path)
+    dist.barrier()
+    assert len([*path.iterdir()]) == ranks + 2
+    for file in path.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600
 
 
 def check_few_tasks(rank, ranks, folder):

@@ -10,6 +10,7 @@ import threading
 import traceback
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
+import numpy
 import pytest
 import torch
 
@@ -597,3 +598,16 @@ def test_percentiles():
     meter.latencies.extend([0.5] * WINDOW)
     assert len(meter.latencies) == WINDOW
     assert meter.read(waiting=0).p99 == 0.5
+
+
+def test_tasks_of_any_integer_kind():
+    spec = MLPSpec((3, 2))
+    bank = TaskBank.from_weights(spec, torch.randn(4, spec.numel), keys=["a", "b", "c", "d"])
+    x = torch.randn(3)
+    want = bank(x[None], torch.tensor([2]))[0]
+    with TaskServer(bank, max_delay=numpy.float32(0.001)) as server:
+        for task in (2, numpy.int64(2), numpy.uint8(2), torch.tensor(2), "c", numpy.str_("c")):
+            assert torch.equal(server.submit(task, x).result(60), want)
+        for wrong in (True, numpy.True_, torch.tensor(True), 2.0, None):
+            with pytest.raises(TypeError, match="task must be an int or a str"):
+                server.submit(wrong, x)
