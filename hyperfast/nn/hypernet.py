@@ -283,6 +283,8 @@ class HyperNet(nn.Module):
         """
         self.check_latents(z)
         _refuse_zero_norms(self.generator)
+        if z.ndim == 1:  # layers of one's own may want a batch: quantised ones do, and norms
+            return self.spec.split(self.generator(z.unsqueeze(0)).squeeze(0))
         return self.spec.split(self.generator(z))
 
     def check_latents(self, z: Tensor) -> None:

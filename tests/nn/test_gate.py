@@ -207,6 +207,7 @@ def test_quantised():
     x, z = X.float(), Z.float()
     assert not small.fused
     flat = small.hyper.generator(z)
+    close(small(x, z[0]), small(x, z[:1].expand(6, -1)), 1e-5)
     close(small(x, z, IDS), model.target(x, model.hyper.spec.split(flat), IDS), 1e-6)
     assert (small(x, z) - model(x, z)).norm() < 0.1 * model(x, z).norm()
     bank = TaskBank.from_latents(small.hyper, z)
