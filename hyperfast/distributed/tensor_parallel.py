@@ -37,11 +37,14 @@ def parallelize(model: HyperMLP, mesh: DeviceMesh) -> ColwiseHyperMLP:
             ``mesh["tp"]`` of a larger one.
 
     Raises:
-        TypeError: ``model`` is not such a HyperMLP.
+        TypeError: ``model`` is not such a HyperMLP, or its hypernetwork was changed.
         ValueError: ``mesh`` has more than one dimension.
     """
     if not isinstance(model, HyperMLP) or model.mlp is None:
-        raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
+        raise TypeError(
+            "model must be a HyperMLP whose target is a TargetNet without transform, and whose "
+            "hypernetwork is as it was built, without hooks"
+        )
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: name one, as mesh['tp']")
     return ColwiseHyperMLP(model, mesh)

@@ -62,6 +62,10 @@ def _embedding(
     return y
 
 
+def _aten_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any) -> Tensor:
+    return _embedding(indices, weight, None if padding_idx < 0 else padding_idx, None, 2.0, *args)
+
+
 def _autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``op`` under autocast, which does not see the convolutions inside vmap."""
 
@@ -91,6 +95,7 @@ REPLACED: dict[Callable, Callable] = {
     torch.rnn_tanh_cell: _aten.rnn_tanh_cell.default.decompose,
     torch._weight_norm: _weight_norm,
     F.embedding: _embedding,
+    torch.embedding: _aten_embedding,
     **{op: _autocast(op) for op in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{
         op: _autocast(op)

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
@@ -20,14 +18,15 @@ from hyperfast.nn.copies import apart, clone
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
+# Entries of head rows that generate zero. Their squares must not vanish, or weight_norm divides
+# zero by zero; float16 has nothing smaller whose norm it can tell.
+NEXT_TO_ZERO = {torch.float16: 2**-12}
 
 
 class HyperNet(nn.Module):
     """A trunk MLP ``z -> h`` and a linear head ``h -> flat weights`` (Ha, Dai, Le 2016).
 
     The ``generator`` may be changed or replaced; it is called and must return the flat vector.
-    Head rows of generated biases start at zero, by which ``weight_norm`` would divide: give them
-    values first, or generate no biases.
 
     Args:
         z_dim: size of the latent of one task.
@@ -44,7 +43,9 @@ class HyperNet(nn.Module):
         bias: whether the target's layers have biases.
         init: ``"hyperfan_in"`` or ``"hyperfan_out"`` (Chang, Flokas, Lipson 2020), the case in
             which generated biases start at zero: the generated weights start with the variance
-            ``gain**2 / fan`` of a directly initialised MLP, for latents of unit variance.
+            ``gain**2 / fan`` of a directly initialised MLP, for latents of unit variance. (Zero is
+            ``2**-60`` of the features, so that rows of the head have a direction, which weight
+            normalisation asks for.)
         device, dtype: of the parameters.
 
     Attributes:
@@ -248,7 +249,7 @@ class HyperNet(nn.Module):
         )
         for rows, bias, shape, start in pieces:
             if len(shape) < 2 or start is not None:
-                nn.init.zeros_(rows)
+                nn.init.constant_(rows, NEXT_TO_ZERO.get(rows.dtype, 2**-60))
                 if start is not None and bias is not None:
                     bias.copy_(start.flatten())
                 continue
@@ -282,7 +283,8 @@ class HyperNet(nn.Module):
             TypeError: ``z`` is not of the parameters' dtype.
         """
         self.check_latents(z)
-        _refuse_zero_norms(self.generator)
+        if z.ndim == 1:  # layers of one's own may want a batch: quantised ones do, and norms
+            return self.spec.split(self.generator(z.unsqueeze(0)).squeeze(0))
         return self.spec.split(self.generator(z))
 
     def check_latents(self, z: Tensor) -> None:
@@ -341,44 +343,6 @@ def _first_parameter(module: nn.Module) -> Tensor | None:
         if found is not None:
             return found
     return None
-
-
-def _refuse_zero_norms(generator: nn.Module) -> None:
-    """Raises ValueError where ``weight_norm`` divides zero by zero in the last layer."""
-    *_, head = generator._modules.values() or (None,)
-    if head is None or (type(head) is nn.Linear and not head._forward_pre_hooks):
-        return
-    for v, g, dim in _norms(head):
-        values = (
-            type(g) in (Tensor, nn.Parameter)
-            and not g.is_meta
-            and not (
-                torch.compiler.is_compiling()
-                or torch._C._are_functorch_transforms_active()
-                or (g.is_cuda and torch.cuda.is_current_stream_capturing())
-            )
-        )
-        if values and bool((g == 0).any()):
-            zeros = int(((g == 0) & (torch.norm_except_dim(v, 2, dim) == 0)).sum())
-            if zeros:
-                raise ValueError(
-                    f"weight_norm of hyper.head must not meet rows of zeros, got {zeros}: "
-                    "generated biases start at zero. Give these rows values before weight_norm is "
-                    "applied, or build the HyperNet with bias=False"
-                )
-
-
-def _norms(module: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """What ``weight_norm`` keeps in ``module``: directions, norms, dimension."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            v, g = (getattr(module, f"{hook.name}_{part}") for part in "vg")
-            yield v, g, hook.dim
-    for parametrizations in getattr(module, "parametrizations", {}).values():
-        for parametrization in parametrizations:
-            if isinstance(parametrization, _WeightNorm):
-                v, g = parametrizations.original1, parametrizations.original0
-                yield v, g, parametrization.dim
 
 
 def _starts(net: nn.Module, names: Sequence[str]) -> Iterator[Tensor | None]:

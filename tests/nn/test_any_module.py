@@ -685,6 +685,26 @@ def test_gradients_of_an_embedding_by_index(options, params):
         assert not gradients[0][0][:, options["padding_idx"]].any()
 
 
+class Looking(nn.Module):
+    """An embedding by the op itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return torch.embedding(self.weight, x, 0)
+
+
+def test_gradients_of_the_op_embedding():
+    _, target = HyperNet.for_module(Looking(), Z)
+    weights = [torch.randn(3, 6, 4, requires_grad=True)]
+    x = torch.randint(6, (3, 9))
+    target(x, weights).sum().backward()
+    counts = torch.stack([of_task.bincount(minlength=6) for of_task in x]) * torch.arange(6).sign()
+    close(weights[0].grad, counts.unsqueeze(-1).expand(3, 6, 4).double())
+
+
 class Returning(nn.Module):
     """A net that returns what ``make`` makes of a tensor."""
 

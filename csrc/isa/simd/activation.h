@@ -16,7 +16,8 @@
   ROW(sin, 1.0)             \
   ROW(tanh, NAN)            \
   ROW(gelu, NAN)            \
-  ROW(gelu_tanh, NAN)
+  ROW(gelu_tanh, NAN)       \
+  ROW(softplus, NAN)
 
 namespace hyperfast {
 
@@ -152,6 +153,17 @@ struct Formula<Act::gelu_tanh> {  // (1 + tanh(w / 2)) / 2 is sigmoid(w), w = li
     const double near = x > 25 ? 25 : x < -25 ? -25 : x;
     const double s = 1 / (1 + ::exp(-near * (linear + cubic * near * near)));
     return {x * s, s + x * (s * (1 - s)) * (linear + 3 * cubic * near * near)};
+  }
+};
+
+template <>
+struct Formula<Act::softplus> {  // log(1 + e^x), and beyond 20 x itself, as in PyTorch
+  static Floats of(VecF x, float) {
+    const VecF u = Exponential(-magnitude(x)).value();
+    return {select(x > 0.f, x, VecF{}) + log1p(u), sigmoid(x)};
+  }
+  static Double of(double x, double) {
+    return x > 20 ? Double{x, 1} : Double{::log1p(::exp(x)), 1 / (1 + ::exp(-x))};
   }
 };
 

@@ -108,6 +108,24 @@ static inline VecF clamp(VecF x, float most) {
 
 static inline VecF sigmoid(VecF x) { return 1.f / (1.f + Exponential(-x).value()); }
 
+// log(1 + u), 0 <= u <= 1; what rounding takes from 1 + u comes back divided by it.
+static inline VecF log1p(VecF u) {
+  const VecF w = u + 1.f, lost = (u - (w - 1.f)) / w;
+  const VecI far = w > 1.41421356f;
+  const VecF x = select(far, 0.5f * w, w) - 1.f, x2 = x * x;
+  const VecF twice = select(far, broadcast(1), VecF{});  // times log(2), in two parts
+  VecF p = 7.0376836292e-2f * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  const VecF small = p * x * x2 - 0.5f * x2 - 2.12194440e-4f * twice + lost;
+  return x + small + 0.693359375f * twice;
+}
+
 static inline VecF tanh(VecF x) {
   const VecF size = magnitude(x);
   const VecF far = 1.f - 2.f / (Exponential(2.f * size).value() + 1.f);
