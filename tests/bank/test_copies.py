@@ -132,12 +132,8 @@ class Shift(nn.Module):
 @pytest.mark.parametrize(
     "make",
     [
-        nn.PReLU,
-        lambda: nn.PReLU(8),
-        lambda: nn.BatchNorm1d(8),
-        lambda: nn.LayerNorm(8),
-        Shift,
-        lambda: Sine(nn.Parameter(torch.tensor(3.0))),
+        *(nn.PReLU, lambda: nn.PReLU(8), lambda: nn.BatchNorm1d(8), lambda: nn.LayerNorm(8)),
+        *(Shift, lambda: Sine(nn.Parameter(torch.tensor(3.0)))),
     ],
     ids=["PReLU", "PReLU(8)", "BatchNorm", "LayerNorm", "tensor", "Sine"],
 )

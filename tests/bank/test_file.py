@@ -139,19 +139,9 @@ def test_activations_that_a_file_cannot_hold(path):
 @pytest.mark.parametrize(
     "network",
     [
-        "",
-        "5",
-        "5 > 7",
-        "5 > 7 s tanh, 3 s",
-        "5 > 7 b tanh, 3",
-        "5 > 7 b tanh exp(W), 3 b",
-        5,
-        None,
-        ["5 > 7"],
-        "5 > 7 b tan, 3 b",
-        "5 > 7 b sin:x, 3 b",
-        "5  > 7 b tanh, 3 b",
-        "6 > 7 b, 3 b",
+        *("", "5", "5 > 7", "5 > 7 s tanh, 3 s", "5 > 7 b tanh, 3", "5 > 7 b tanh exp(W), 3 b"),
+        *("5 > 7 b tan, 3 b", "5 > 7 b sin:x, 3 b", "5  > 7 b tanh, 3 b", "6 > 7 b, 3 b"),
+        *(5, None, ["5 > 7"]),
     ],
     ids=repr,
 )

@@ -416,14 +416,8 @@ def test_ids_of_any_integer_kind(ids):
 @pytest.mark.parametrize(
     "ids",
     [
-        numpy.array([True]),
-        [numpy.True_],
-        numpy.array([1.0]),
-        [torch.tensor(True)],
-        b"ab",
-        numpy.array([[1]]),
-        [torch.tensor(1.0)],
-        [numpy.float32(1)],
+        *(numpy.array([True]), [numpy.True_], numpy.array([1.0]), numpy.array([[1]])),
+        *([torch.tensor(True)], [torch.tensor(1.0)], [numpy.float32(1)], b"ab"),
     ],
     ids=repr,
 )
