@@ -20,6 +20,11 @@ class Sine(nn.Module):
     """``sin(w0 * x)``, the activation of SIREN (Sitzmann et al. 2020).
 
     A ``w0`` that is a Parameter is trained; its network then runs layer by layer.
+
+    Example:
+        >>> hyper = hyperfast.HyperNet(16, 2, (64, 64), 1, target_activation=hyperfast.Sine(30.0))
+        >>> hyperfast.Sine(30.0)(torch.tensor(0.05))
+        tensor(0.9975)
     """
 
     def __init__(self, w0: float | Tensor = 1.0):

@@ -39,6 +39,11 @@ def task_linear(
         ValueError: shapes or devices that disagree.
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
+
+    Example:
+        >>> x, weight, ids = torch.randn(4, 8), torch.randn(3, 5, 8), torch.tensor([2, 0, 0, 2])
+        >>> hyperfast.functional.task_linear(x, weight, task_ids=ids).shape
+        torch.Size([4, 5])
     """
     x, weight, bias = checks.floating(x=x, weight=weight, bias=bias)
     if weight.ndim != 3:
@@ -82,6 +87,11 @@ def hyper_linear(
         ValueError: shapes or devices that disagree, an unknown plan.
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
+
+    Example:
+        >>> x, h, head = torch.randn(3, 4, 8), torch.randn(3, 6), torch.nn.Linear(6, 5 * 8 + 5)
+        >>> hyperfast.functional.hyper_linear(x, h, head.weight, head.bias).shape
+        torch.Size([3, 4, 5])
     """
     x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
     if x.ndim == 0:
@@ -137,6 +147,13 @@ def hyper_mlp(
         ValueError: shapes or devices that disagree.
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
+
+    Example:
+        >>> spec, x, h = hyperfast.MLPSpec((8, 7, 5)), torch.randn(3, 4, 8), torch.randn(3, 6)
+        >>> head = torch.nn.Linear(6, spec.numel)
+        >>> acts = [torch.nn.ReLU(), None]
+        >>> hyperfast.functional.hyper_mlp(x, h, head.weight, head.bias, spec, acts).shape
+        torch.Size([3, 4, 5])
     """
     return generated_mlp(x, h, weight, bias, spec, activations, task_ids, "h")
 

@@ -85,6 +85,11 @@ class MLPSpec(ParamSpec):
     Raises:
         TypeError: a width is not an int.
         ValueError: fewer than two widths, or a width below one.
+
+    Example:
+        >>> spec = hyperfast.MLPSpec((64, 64, 10))
+        >>> spec.numel, [tuple(w.shape) for w in spec.split(torch.zeros(spec.numel))]
+        (4810, [(64, 64), (64,), (10, 64), (10,)])
     """
 
     sizes: tuple[int, ...]

@@ -46,6 +46,12 @@ class TaskBank:
         max_bytes: the memory budget of the weights, or ``None``.
         hyper: the bank's copy of its hypernetwork, or ``None``.
         contents: all that it holds, for the library itself.
+
+    Example:
+        >>> hyper = hyperfast.HyperNet(16, 64, 64, 10)
+        >>> bank = hyperfast.TaskBank.from_latents(hyper, torch.randn(1000, 16), dtype=torch.int8)
+        >>> bank(torch.randn(3, 64), torch.tensor([7, 999, 7])).shape  # three rows
+        torch.Size([3, 10])
     """
 
     def __init__(self, contents: Contents):

@@ -60,6 +60,12 @@ class ShardedTaskBank:
     Attributes:
         local: the bank of this rank, in which the ids of the tasks are keys. Read it only.
         rank, ranks: place in the group, and its size.
+
+    Example:
+        >>> hyper, mine = hyperfast.HyperNet(16, 64, 64, 10), torch.randn(1000, 16)  # on every rank
+        >>> bank = hyperfast.ShardedTaskBank.from_latents(hyper, mine)
+        >>> bank(torch.randn(3, 64), torch.tensor([7, 999, 7])).shape  # tasks of any rank
+        torch.Size([3, 10])
     """
 
     def __init__(self, local: TaskBank, ranks: Ranks, issued: int = 0):

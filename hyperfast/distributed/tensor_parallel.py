@@ -39,6 +39,13 @@ def parallelize(model: HyperMLP, mesh: DeviceMesh) -> ColwiseHyperMLP:
     Raises:
         TypeError: ``model`` is not such a HyperMLP, or its hypernetwork was changed.
         ValueError: ``mesh`` has more than one dimension.
+
+    Example:
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))  # under torchrun, of all ranks
+        >>> model = hyperfast.HyperMLP(hyperfast.HyperNet(16, 64, 64, 10))
+        >>> model = hyperfast.distributed.parallelize(model, mesh)
+        >>> model(torch.rand(9, 64), torch.randn(9, 16)).shape
+        torch.Size([9, 10])
     """
     if not isinstance(model, HyperMLP) or model.mlp is None:
         raise TypeError(

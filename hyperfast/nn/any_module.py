@@ -136,6 +136,11 @@ class ModuleTarget(nn.Module):
         TypeError: ``net`` is not a module.
         ValueError: no name, a name that the net does not have, a parameter named twice, or lazy
             parameters, whose shapes are not known before the net has run once.
+
+    Example:
+        >>> target = hyperfast.ModuleTarget(torch.nn.Conv1d(1, 4, 3), ["weight"])
+        >>> target(torch.rand(5, 7, 1, 8), [torch.randn(5, 4, 1, 3)]).shape  # 5 tasks
+        torch.Size([5, 7, 4, 6])
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str]):

@@ -56,6 +56,11 @@ class HyperNet(nn.Module):
     Raises:
         ValueError: a size below one, an unknown activation or initialisation.
         TypeError: a size that is not an int.
+
+    Example:
+        >>> hyper = hyperfast.HyperNet(16, 2, (32, 32), 1)  # z of size 16 -> a 2-32-32-1 MLP
+        >>> [tuple(w.shape) for w in hyper(torch.randn(1000, 16))][:2]  # w1, b1
+        [(1000, 32, 2), (1000, 32)]
     """
 
     def __init__(
@@ -116,6 +121,12 @@ class HyperNet(nn.Module):
         Raises:
             TypeError: ``net`` is not a module, or a chosen parameter is not floating-point.
             ValueError: ``params`` that match nothing, or lazy parameters.
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3), torch.nn.Flatten())
+            >>> model = hyperfast.HyperMLP(*hyperfast.HyperNet.for_module(net, z_dim=16))
+            >>> model(torch.rand(5, 7, 1, 8), torch.randn(5, 16)).shape  # 7 rows a task
+            torch.Size([5, 7, 24])
         """
         names = select(net, params)
         first = net.get_parameter(names[0])

@@ -33,6 +33,11 @@ class HyperMLP(nn.Module):
     Raises:
         TypeError: ``hyper`` is not a HyperNet, or ``target`` is not a module.
         ValueError: no ``target`` for a ``hyper`` that does not generate an MLP.
+
+    Example:
+        >>> model = hyperfast.HyperMLP(hyperfast.HyperNet(16, 2, (32, 32), 1))
+        >>> model(torch.rand(1000, 64, 2), torch.randn(1000, 16)).shape  # 64 rows a task
+        torch.Size([1000, 64, 1])
     """
 
     def __init__(self, hyper: HyperNet, target: nn.Module | None = None):

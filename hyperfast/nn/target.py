@@ -43,6 +43,11 @@ class TargetNet(nn.Module):
     Raises:
         ValueError: an unknown name.
         TypeError: an activation or a transform that cannot be called.
+
+    Example:
+        >>> hyper, target = hyperfast.HyperNet(16, 2, 32, 1), hyperfast.TargetNet("relu")
+        >>> target(torch.rand(1000, 64, 2), hyper(torch.randn(1000, 16))).shape
+        torch.Size([1000, 64, 1])
     """
 
     def __init__(

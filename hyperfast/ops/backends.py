@@ -56,6 +56,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the backend is not there; the message says why.
+
+    Example:
+        >>> model = hyperfast.HyperMLP(hyperfast.HyperNet(16, 2, 32, 1))
+        >>> with hyperfast.use_backend("reference"):
+        ...     model(torch.rand(9, 2), torch.randn(9, 16)).shape
+        torch.Size([9, 1])
     """
     global forced
     if name not in BACKENDS:

@@ -67,6 +67,13 @@ def explain(
     Raises:
         TypeError: the model is not one whose layers are generated and applied in one op each.
         ValueError: shapes that do not fit the model or each other.
+
+    Example:
+        >>> model = hyperfast.HyperMLP(hyperfast.HyperNet(16, 2, (32, 32), 1))
+        >>> print(hyperfast.explain(model, (1000, 64, 2), (1000, 16)))
+        x (1000, 64, 2), z (1000, 16), float32 on ...
+               layer plan              MFLOP   MB moved   MB extra
+             2 -> 32 ...
     """
     mlp = getattr(model, "mlp", None)
     if mlp is None:

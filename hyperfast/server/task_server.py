@@ -64,6 +64,13 @@ class TaskServer:
 
     Raises:
         TypeError, ValueError: an argument that is not of this kind.
+
+    Example:
+        >>> hyper = hyperfast.HyperNet(16, 64, 64, 10)
+        >>> bank = hyperfast.TaskBank.from_latents(hyper, torch.randn(9, 16))
+        >>> with hyperfast.TaskServer(bank) as server:  # submit from any thread
+        ...     server.submit(7, torch.randn(64)).result().shape
+        torch.Size([10])
     """
 
     def __init__(
