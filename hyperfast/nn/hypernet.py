@@ -291,15 +291,15 @@ class HyperNet(nn.Module):
             ValueError: it has another shape, or lies elsewhere.
             TypeError: it is of another dtype.
         """
-        if checks.tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
+        if checks.check_tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
         parameter = _first_parameter(self.generator)
         if parameter is None:
-            checks.same_kind(z=z)
+            checks.check_same_kind(z=z)
         else:
-            checks.like_weight(parameter, z=z)
+            checks.check_like_weight(parameter, z=z)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "target_activation":  # is the target's: nn.Module would register it here as well
