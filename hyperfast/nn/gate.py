@@ -54,7 +54,7 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
         or not _runs(generator, nn.Sequential)
         or not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)
-        or checks.hooked(hyper, generator, head, target)
+        or checks.is_hooked(hyper, generator, head, target)
         or not all(map(_is_torch, head._parameters.values()))
     ):
         return None

@@ -18,9 +18,6 @@ from hyperfast.nn.copies import apart, clone
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
-# Entries of head rows that generate zero. Their squares must not vanish, or weight_norm divides
-# zero by zero; float16 has nothing smaller whose norm it can tell.
-NEXT_TO_ZERO = {torch.float16: 2**-12}
 
 
 class HyperNet(nn.Module):
@@ -260,7 +257,7 @@ class HyperNet(nn.Module):
         )
         for rows, bias, shape, start in pieces:
             if len(shape) < 2 or start is not None:
-                nn.init.constant_(rows, NEXT_TO_ZERO.get(rows.dtype, 2**-60))
+                nn.init.constant_(rows, _next_to_zero(rows.dtype))
                 if start is not None and bias is not None:
                     bias.copy_(start.flatten())
                 continue
@@ -305,15 +302,15 @@ class HyperNet(nn.Module):
             ValueError: it has another shape, or lies elsewhere.
             TypeError: it is of another dtype.
         """
-        if checks.tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
+        if checks.check_tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
         parameter = _first_parameter(self.generator)
         if parameter is None:
-            checks.same_kind(z=z)
+            checks.check_same_kind(z=z)
         else:
-            checks.like_weight(parameter, z=z)
+            checks.check_like_weight(parameter, z=z)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "target_activation":  # is the target's: nn.Module would register it here as well
@@ -342,6 +339,13 @@ class HyperNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"
+
+
+def _next_to_zero(dtype: torch.dtype) -> float:
+    """An entry of head rows that generate zero. The sum of squares of a row must not vanish in
+    float32, or weight normalisation divides zero by zero; 2**-24 is the least that float16 has."""
+    limits = torch.finfo(dtype)
+    return max(2**-60, limits.tiny * limits.eps)
 
 
 def _first_parameter(module: nn.Module) -> Tensor | None:
