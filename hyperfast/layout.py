@@ -379,7 +379,8 @@ class Generated(NamedTuple):
         cls, weight: Tensor, bias: Tensor | None, in_features: int, has_bias: bool
     ) -> Generated:
         """Views of the rows ``weight (P, K)`` and ``bias (P,)`` of a head that make one layer."""
-        out = weight.shape[0] // (in_features + int(has_bias))  # a trace adds no bool
+        per_output = in_features + int(has_bias)  # a trace adds no bool
+        out = weight.shape[0] // per_output if per_output else 0
         sizes = [out * in_features, out] if has_bias else [out * in_features]
         matrix, *vector = weight.split(sizes)
         shared, *constant = [None, None] if bias is None else bias.split(sizes)
