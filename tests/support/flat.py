@@ -14,7 +14,9 @@ def hyper_linear(x, h, weight, bias, ids, has_bias, plan):
 
 def grad_x(grad, h, weight, bias, ids, plan):
     """``weight`` and ``bias`` hold no rows of the layer's bias."""
-    made = Generated.of_head(weight, bias, len(weight) // grad.shape[-1], False)
+    sizes = grad.shape[-1], len(weight) // grad.shape[-1]
+    shared = None if bias is None else bias.unflatten(0, sizes)
+    made = Generated(weight.unflatten(0, sizes), shared)
     return op.hyper_linear(grad, h, *made.transposed, ids, plan)
 
 
