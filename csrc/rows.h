@@ -24,6 +24,12 @@ class Grouping {
   const Groups& view() const { return view_; }
 
  private:
+  void sort_rows(const Index* ids, Index stride, Index rows, Index tasks);
+  void count_rows(const Index* ids, Index stride, Index rows, Index tasks, bool all);
+
+  // Pieces of one task, whose rows are order_[first], ..., order_[last - 1].
+  void cut_rows(Index task, Index first, Index last);
+
   Groups view_{};
   std::vector<Index> order_;
   std::vector<Piece> pieces_;

@@ -96,7 +96,7 @@ def hyper_linear(
             f"got {checks.shape(weight)}"
         )
     params, ins = weight.shape[0], x.shape[-1]
-    per_out = ins + target_bias
+    per_out = ins + int(target_bias)
     if per_out == 0 or params == 0 or params % per_out:
         raise ValueError(
             f"weight must have a multiple of {per_out} rows (in_features {ins}"

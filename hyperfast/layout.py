@@ -374,7 +374,7 @@ class Generated(NamedTuple):
         cls, weight: Tensor, bias: Tensor | None, in_features: int, has_bias: bool
     ) -> Generated:
         """Views of the rows ``weight (P, K)`` and ``bias (P,)`` of a head that make one layer."""
-        out = weight.shape[0] // (in_features + has_bias)
+        out = weight.shape[0] // (in_features + int(has_bias))  # a trace adds no bool
         sizes = [out * in_features, out] if has_bias else [out * in_features]
         matrix, *vector = weight.split(sizes)
         shared, *constant = [None, None] if bias is None else bias.split(sizes)

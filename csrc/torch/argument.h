@@ -21,6 +21,7 @@ class Arg {
     if (!tensor.is_cpu()) fail(name, " must be on the CPU");
   }
 
+  const Tensor& tensor() const { return tensor_; }
   Index dim() const { return Index(sizes_.size()); }
   Index size(Index i) const { return sizes_[i < 0 ? i + dim() : i]; }
   Index stride(Index i) const { return strides_[i < 0 ? i + dim() : i]; }

@@ -31,12 +31,13 @@ Tensor task_linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor
     b.same_dtype(x);
     bias = {b.data(), b.stride(0), b.stride(1)};
   }
+  const Tensor rows = readable(x, task_ids, false);
   const Tensor y = x.like_rows(out);
   kernels().task_linear({dtype,
                          groups.view(),
                          out,
                          in,
-                         x.rows(),
+                         Arg("x", rows).rows(),
                          {weight.data(), weight.stride(0), weight.stride(1), weight.stride(2)},
                          bias,
                          Arg("y", y).rows()});
@@ -54,9 +55,10 @@ Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_,
   const Index out = grad.size(-1), in = x.size(-1);
   countable(tasks, out, in);
   countable_rows(x, out);
+  const Tensor grads = readable(grad, task_ids, true), rows = readable(x, task_ids, true);
   const Tensor y = x.empty({tasks, out, in});
-  kernels().task_linear_grad_weight(
-      {dtype, groups.view(), out, in, grad.rows(), x.rows(), y.mutable_data_ptr()});
+  kernels().task_linear_grad_weight({dtype, groups.view(), out, in, Arg("grad", grads).rows(),
+                                     Arg("x", rows).rows(), y.mutable_data_ptr()});
   return y;
 }
 
@@ -193,8 +195,9 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& matrix,
       choose_plan(plan.value, Makes::weights, dtype, groups.view(), head.params(), features);
   const Tensor y = x.like_rows(head.out());
   if (y.numel() == 0) return y;
-  kernels().hyper_linear({dtype, how, groups.view(), head.out(), head.in(), features, x.rows(),
-                          features_of(h), made, offset, Arg("y", y).rows()});
+  const Tensor rows = readable(x, task_ids, false);
+  kernels().hyper_linear({dtype, how, groups.view(), head.out(), head.in(), features,
+                          Arg("x", rows).rows(), features_of(h), made, offset, Arg("y", y).rows()});
   trim_scratch();
   return y;
 }
@@ -213,6 +216,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   countable(tasks, head.out(), head.in(), head.features());
   countable_rows(x, head.out());
   head.join();
+  const Tensor grads = readable(grad, task_ids, true), rows = readable(x, task_ids, true);
   const Tensor y = x.empty({tasks, head.features()});
   const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), head.params(),
                                head.features());
@@ -223,8 +227,8 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
                                head.in(),
                                head.features(),
                                vector.has_value(),
-                               grad.rows(),
-                               x.rows(),
+                               Arg("grad", grads).rows(),
+                               Arg("x", rows).rows(),
                                {},
                                head.matrix({}),
                                head.vector({}),
@@ -248,6 +252,7 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
   countable(h.size(0), out, in, features);
   countable_rows(x, out);
   const Index params = out * (in + vector);
+  const Tensor grads = readable(grad, task_ids, true), rows = readable(x, task_ids, true);
   const Tensor y = x.empty({params, features});
   const Plan how =
       choose_plan(plan.value, Makes::gradients, dtype, groups.view(), params, features);
@@ -258,8 +263,8 @@ Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Ten
                                in,
                                features,
                                vector,
-                               grad.rows(),
-                               x.rows(),
+                               Arg("grad", grads).rows(),
+                               Arg("x", rows).rows(),
                                features_of(h),
                                {},
                                {},

@@ -51,11 +51,15 @@ struct Generated {
     head.bias_step = bias.stride(0);
   }
 
-  HyperMlp view(Rows y, void* preactivations) const {
-    return {x.dtype(),     groups.view(),
-            net,           h.size(1),
-            x.rows(),      {h.data(), h.stride(0), h.stride(1)},
-            head,          y,
+  HyperMlp view(const Tensor& rows_of_x, Rows y, void* preactivations) const {
+    return {x.dtype(),
+            groups.view(),
+            net,
+            h.size(1),
+            Arg("x", rows_of_x).rows(),
+            {h.data(), h.stride(0), h.stride(1)},
+            head,
+            y,
             preactivations};
   }
 };
@@ -67,8 +71,9 @@ std::tuple<Tensor, Tensor> hyper_mlp(const Tensor& x, const Tensor& h, const Ten
   Tensor y = g.x.like_rows(g.network.out());
   Tensor preactivations = g.x.empty({keep ? g.rows * g.network.kept() : 0});
   if (g.rows > 0) {
-    kernels().hyper_mlp(
-        g.view(Arg("y", y).rows(), keep ? preactivations.mutable_data_ptr() : nullptr));
+    const Tensor rows = readable(g.x, task_ids, false);
+    void* kept = keep ? preactivations.mutable_data_ptr() : nullptr;
+    kernels().hyper_mlp(g.view(rows, Arg("y", y).rows(), kept));
     trim_scratch();
   }
   return {y, preactivations};
@@ -104,9 +109,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   const auto data = [&](int i, Tensor& t) {
     return output_mask[i] ? t.mutable_data_ptr() : nullptr;
   };
-  kernels().hyper_mlp_backward({g.view({}, preactivations.size(0) ? kept.data_ptr() : nullptr),
-                                Arg("grad", own).rows(), data(0, grad_x), data(1, grad_h),
-                                data(2, grad_weight), data(3, grad_bias)});
+  const Tensor rows = readable(g.x, task_ids, true);
+  kernels().hyper_mlp_backward(
+      {g.view(rows, {}, preactivations.size(0) ? kept.data_ptr() : nullptr),
+       Arg("grad", own).rows(), data(0, grad_x), data(1, grad_h), data(2, grad_weight),
+       data(3, grad_bias)});
   trim_scratch();
   return {grad_x, grad_h, grad_weight, grad_bias};
 }
@@ -123,7 +130,8 @@ Tensor task_mlp(const Tensor& x_, const Tensor& weight_, const OptionalTensor& s
   const Grouping groups = group_rows(x, task_ids, tasks);
   x.size(-1, network.in(), "the inputs of network");
   countable_rows(x, network.outputs());
-  TaskMlp p{dtype, groups.view(), net, x.rows(), nullptr, 0, nullptr, 0, {}};
+  const Tensor rows = readable(x, task_ids, false);
+  TaskMlp p{dtype, groups.view(), net, Arg("x", rows).rows(), nullptr, 0, nullptr, 0, {}};
   OptionalTensor scales;
   if (scales_) {
     const Arg a("scales_and_biases", *scales_);

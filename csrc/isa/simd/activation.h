@@ -16,7 +16,8 @@
   ROW(sin, 1.0)             \
   ROW(tanh, NAN)            \
   ROW(gelu, NAN)            \
-  ROW(gelu_tanh, NAN)
+  ROW(gelu_tanh, NAN)       \
+  ROW(softplus, NAN)
 
 namespace hyperfast {
 
@@ -142,15 +143,27 @@ struct Formula<Act::gelu_tanh> {  // (1 + tanh(w / 2)) / 2 is sigmoid(w), w = li
 
   static Floats of(VecF x, float) {
     const VecF near = clamp(x, 15);  // beyond: 0 and 1
-    const VecF s =
-        sigmoid(exactly(near, [](Vec<double> v) { return v * (linear + cubic * v * v); }));
+    const Exact w = exactly(near, [](Vec<double> v) { return v * (linear + cubic * v * v); });
+    const VecF e = Exponential(w.minus_magnitude()).value(), larger = 1.f / (1.f + e);
+    const VecF s = select(near > 0.f, larger, e * larger);
     const VecF steep = float(linear) + float(3 * cubic) * near * near;
-    return {x * s, s + x * (s * (1.f - s)) * steep};
+    return {x * s, s + x * (e * larger * larger) * steep};
   }
   static Double of(double x, double) {
-    const double near = x > 15 ? 15 : x < -15 ? -15 : x;
-    const double e = ::exp(-near * (linear + cubic * near * near)), s = 1 / (1 + e);
-    return {x * s, s + x * (s * s * e) * (linear + 3 * cubic * near * near)};
+    const double near = x > 25 ? 25 : x < -25 ? -25 : x;
+    const double s = 1 / (1 + ::exp(-near * (linear + cubic * near * near)));
+    return {x * s, s + x * (s * (1 - s)) * (linear + 3 * cubic * near * near)};
+  }
+};
+
+template <>
+struct Formula<Act::softplus> {  // log(1 + e^x), and beyond 20 x itself, as in PyTorch
+  static Floats of(VecF x, float) {
+    const VecF u = Exponential(-magnitude(x)).value();
+    return {select(x > 0.f, x, VecF{}) + log1p(u), sigmoid(x)};
+  }
+  static Double of(double x, double) {
+    return x > 20 ? Double{x, 1} : Double{::log1p(::exp(x)), 1 / (1 + ::exp(-x))};
   }
 };
 

@@ -1,5 +1,5 @@
 // Functions of float vectors: polynomials after range reduction, within 3 units in the last place
-// (tests/test_cpp_mlp.py); the coefficients are those of Moshier's Cephes library.
+// (tests/kernels/cpp); the coefficients are those of Moshier's Cephes library, unless said otherwise.
 #pragma once
 
 #include "isa/simd/vector.h"
@@ -28,6 +28,10 @@ struct Rounded {
 // place of the result as many as x is large.
 struct Exact {
   VecF high, low;
+
+  Exact minus_magnitude() const {
+    return {select(high > 0.f, -high, high), select(high > 0.f, -low, low)};
+  }
 };
 
 // f(x), computed in double.
@@ -104,8 +108,22 @@ static inline VecF clamp(VecF x, float most) {
 
 static inline VecF sigmoid(VecF x) { return 1.f / (1.f + Exponential(-x).value()); }
 
-static inline VecF sigmoid(Exact x) {
-  return 1.f / (1.f + Exponential(Exact{-x.high, -x.low}).value());
+// log(1 + u), 0 <= u <= 1; what rounding takes from 1 + u comes back divided by it.
+static inline VecF log1p(VecF u) {
+  const VecF w = u + 1.f, lost = (u - (w - 1.f)) / w;
+  const VecI far = w > 1.41421356f;
+  const VecF x = select(far, 0.5f * w, w) - 1.f, x2 = x * x;
+  const VecF twice = select(far, broadcast(1), VecF{});  // times log(2), in two parts
+  VecF p = 7.0376836292e-2f * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  const VecF small = p * x * x2 - 0.5f * x2 - 2.12194440e-4f * twice + lost;
+  return x + small + 0.693359375f * twice;
 }
 
 static inline VecF tanh(VecF x) {

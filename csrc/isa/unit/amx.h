@@ -224,6 +224,8 @@ struct Start {
   Index row = 0, down = 0, right = 0;
 };
 
+// Registers 0 to 3 hold C's tiles, row by row; 4 and 5 two of A; 6 and 7 two of B.
+//
 // Up to 2 x 2 tiles of C = start + A B; rows of C are `row` floats apart. The products of parts run
 // from small to large, in an order in which two successive ones share an operand.
 template <int PartsA, int PartsB, int M, int N>

@@ -6,10 +6,11 @@ import platform
 import pytest
 import torch
 
-from hyperfast.ops import layer as ops
+from hyperfast.layout import Generated
+from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 
-if ops.EXTENSION_ERROR:  # importing hyperfast._C here would register its kernels for all tests
-    pytest.skip(ops.EXTENSION_ERROR, allow_module_level=True)
+if EXTENSION is None:
+    pytest.skip(EXTENSION_ERROR, allow_module_level=True)
 op = torch.ops.hyperfast
 
 FIELDS = [
@@ -37,19 +38,21 @@ def bytes_in_use():
 
 
 X, H, G = torch.randn(4, 3, 5), torch.randn(4, 6), torch.randn(4, 3, 2)
-V, BIAS, W = torch.randn(12, 6), torch.randn(12), torch.randn(4, 2, 5)
+W = torch.randn(4, 2, 5)
+MADE = Generated.of_head(torch.randn(12, 6), torch.randn(12), 5, True)
 P = 3 * 6 + 2 * 4
-MLP = (X, H, torch.randn(P, 6), torch.randn(P), None, (5, 3, 2), True, "elu,identity")
+NETWORK = "5 > 3 b elu, 2 b"
+OF_H = MADE.matrix, MADE.vector
+MLP = (X, H, torch.randn(P, 6), torch.randn(P), None, NETWORK)
 Y, Z, FLAT = torch.randn(4, 3, 2), torch.randn(4 * 3 * 3), torch.randn(4, P)
 CALLS = {
     "task_linear": lambda: op.task_linear(X, W, W[:, :, 0], None),
     "task_linear_grad_weight": lambda: op.task_linear_grad_weight(G, X, None, 4),
-    "hyper_linear": lambda: op.hyper_linear(X, H, V, BIAS, None, True, "tile"),
-    "hyper_linear_grad_x": lambda: op.hyper_linear_grad_x(G, H, V[:10], None, None, ""),
-    "hyper_linear_grad_h": lambda: op.hyper_linear_grad_h(G, X, V, None, 4, True, ""),
+    "hyper_linear": lambda: op.hyper_linear(X, H, *MADE, None, "tile"),
+    "hyper_linear_grad_h": lambda: op.hyper_linear_grad_h(G, X, *OF_H, None, 4, ""),
     "hyper_mlp": lambda: op.hyper_mlp(*MLP, True),
     "hyper_mlp_backward": lambda: op.hyper_mlp_backward(Y, *MLP[:5], Z, *MLP[5:], [True] * 4),
-    "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, (5, 3, 2), True, "elu,identity"),
+    "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, NETWORK),
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
 }
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperfast.ops import layer as ops
+from hyperfast.layout import Generated
+from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 
 TASKS = Path("/proc/self/task")
-if ops.EXTENSION_ERROR:
-    pytest.skip(ops.EXTENSION_ERROR, allow_module_level=True)
+if EXTENSION is None:
+    pytest.skip(EXTENSION_ERROR, allow_module_level=True)
 if not (TASKS / str(os.getpid()) / "schedstat").exists():
     pytest.skip("needs Linux's account of every thread's time", allow_module_level=True)
 op = torch.ops.hyperfast
@@ -28,15 +29,15 @@ def calls(tasks, rows, ins, outs, features, plans=("tile", "materialize")):
         torch.randn(tasks, features),
     )
     head, weight = torch.randn(outs * (ins + 1), features), torch.randn(tasks, outs, ins)
-    matrix = head[: outs * ins]
+    made = Generated.of_head(head, None, ins, True)
 
     def run():
         op.task_linear(x, weight, None, None)
         op.task_linear_grad_weight(g, x, None, tasks)
         for plan in plans:
-            op.hyper_linear(x, h, head, None, None, True, plan)
-            op.hyper_linear_grad_x(g, h, matrix, None, None, plan)
-            op.hyper_linear_grad_h(g, x, head, None, tasks, True, plan)
+            op.hyper_linear(x, h, *made, None, plan)
+            op.hyper_linear(g, h, *made.transposed, None, plan)
+            op.hyper_linear_grad_h(g, x, made.matrix, made.vector, None, tasks, plan)
             op.hyper_linear_grad_weight(g, x, h, None, True, plan)
 
     return run

@@ -23,6 +23,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hyperfast.kernels import triton as kernels  # noqa: E402
 from hyperfast.kernels.triton import launch as launching  # noqa: E402
+from hyperfast.layout import Generated  # noqa: E402
+from tests.support.networks import text  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
@@ -165,9 +167,10 @@ def run_all(dtype, tasks, n, ins, out, features, ragged):
     x, grad, h = empty(*rows, ins), empty(*rows, out), empty(tasks, features)
     head, bias, w = empty(p + out, features), empty(p + out), empty(1, out, ins)
     w = w.expand(tasks, -1, -1)
-    kernels.hyper_linear(x, h, head, bias, ids, True, "contract")
-    kernels.hyper_linear_grad_x(grad, h, head[:p], bias[:p], ids, "contract")
-    kernels.hyper_linear_grad_h(grad, x, head, ids, tasks, True, "contract")
+    made = Generated.of_head(head, bias, ins, True)
+    kernels.hyper_linear(x, h, *made, ids, "contract")
+    kernels.hyper_linear(grad, h, *made.transposed, ids, "contract")
+    kernels.hyper_linear_grad_h(grad, x, made.matrix, made.vector, ids, tasks, "contract")
     kernels.hyper_linear_grad_weight(grad, x, h, ids, True, "contract")
     kernels.hyper_linear_grad_weight(grad, x, h[:, :1], ids, True, "contract")
     kernels.task_linear(x, w, empty(tasks, out), ids)
@@ -184,19 +187,19 @@ def run_network(dtype, rows, sizes, activations, ragged):
     params = sum(o * (i + 1) for i, o in pairwise(sizes))
     ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
     x = empty(rows, sizes[0]) if ragged else empty(rows, 1, sizes[0])
-    options = sizes, True, activations
+    network = text(sizes, activations)
     head = empty(params, 64), empty(params)
-    kernels.hyper_mlp(x, empty(rows, 64), *head, ids, *options, ragged)
+    kernels.hyper_mlp(x, empty(rows, 64), *head, ids, network, ragged)
     if ragged:
         hidden = empty(rows * sum(sizes[1:]))
         mask = [True, False, False, False]
         grad = empty(rows, sizes[-1])
-        kernels.hyper_mlp_backward(grad, x, empty(rows, 64), *head, ids, hidden, *options, mask)
+        kernels.hyper_mlp_backward(grad, x, empty(rows, 64), *head, ids, hidden, network, mask)
         for tasks in (rows, 500):
-            kernels.task_mlp(x, empty(1, params).expand(tasks, -1), None, ids, *options)
+            kernels.task_mlp(x, empty(1, params).expand(tasks, -1), None, ids, network)
         bias = sum(sizes[1:])
         steps = empty(1, params - bias, dtype=torch.int8).expand(rows, -1)
-        kernels.task_mlp(x, steps, empty(1, 2 * bias).expand(rows, -1), ids, *options)
+        kernels.task_mlp(x, steps, empty(1, 2 * bias).expand(rows, -1), ids, network)
 
 
 class Binary(NamedTuple):

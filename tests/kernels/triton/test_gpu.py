@@ -13,11 +13,11 @@ import hyperfast
 from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
-from hyperfast.ops import network as mlp_ops
-from hyperfast.plans import choose as plan
+from hyperfast.ops import network as networks
+from hyperfast.plans import gpu as plan
 from tests.support.budget import assert_as_good, close, norm
 from tests.support.cases import FUSED, PAIRED, Sizes, Variant, every_fused, is_float
-from tests.support.networks import expected, random, stored
+from tests.support.networks import expected, random, stored, text
 
 pytest.importorskip("triton")
 # Deterministic algorithms, which the poison needs, ask this of the library of matrix products.
@@ -81,7 +81,7 @@ def test_a_graph_captures_and_replays(model, ragged):
 
 def test_a_graph_of_stored_networks():
     x, weight, ids = (t.cuda() for t in stored((16, 32, 4), 50, 3, ragged=True))
-    args = x.float(), weight.float(), None, ids, (16, 32, 4), True, "relu,identity"
+    args = x.float(), weight.float(), None, ids, text((16, 32, 4), "relu")
     torch.ops.hyperfast.task_mlp(*args)  # compiles the kernel
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -195,11 +195,11 @@ def test_networks_in_one_kernel_and_by_layers(network, ragged, dtype, monkeypatc
     """Value and every gradient; without the head's bias, of a size that amplifies rounding."""
     *size, activations = network
     given = to(random(*size, ragged=ragged, bias=False, grad=False))
-    options = size[0], True, activations
+    net = text(size[0], activations)
 
     def run(function, at):
         args = [a.to(at).requires_grad_() if is_float(a) else a for a in given]
-        y = function(*args, *options)
+        y = function(*args, net)
         return y, *torch.autograd.grad(y.sum(), [a for a in args if is_float(a)])
 
     given = [a.to(dtype) if is_float(a) else a for a in given]
@@ -213,31 +213,28 @@ def test_networks_in_one_kernel_and_by_layers(network, ragged, dtype, monkeypatc
             assert torch.equal(a, d)
 
 
-def plain_stored(x, weight, affine, ids, sizes, target_bias, activations):
-    layers = mlp_ops._stored(weight, affine, sizes, target_bias, activations, x.dtype)
-    for w, b, layer in layers:
-        x = layer.activate(reference.task_linear(x, w, b, ids))
-    return x
+def plain_stored(x, weight, scales, ids, network):
+    return networks.by_task_layers(x, weight, scales, ids, network, reference.task_linear)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_stored_networks(dtype, rows, monkeypatch):
-    sizes, activations = (64, 64, 10), "silu,identity"
+    sizes = 64, 64, 10
     x, weight, ids = stored(sizes, 300, rows, ragged=True)
-    weight, affine = weight / 8, None
+    weight, scales = weight / 8, None
     if dtype == torch.int8:
-        weight, affine = format_of(hyperfast.MLPSpec(sizes), dtype).encode(weight)
-    kind = torch.float32 if affine is not None else dtype
+        weight, scales = format_of(hyperfast.MLPSpec(sizes), dtype).encode(weight)
+    kind = torch.float32 if scales is not None else dtype
     x, ids = x.to("cuda", kind), ids.cuda()
-    weight, affine = weight.to("cuda", dtype), None if affine is None else affine.cuda()
-    options = ids, sizes, True, activations
-    plain = plain_stored(x, weight, affine, *options)
-    exact = [t if t is None or t.dtype == torch.int8 else t.double() for t in (weight, affine)]
+    weight, scales = weight.to("cuda", dtype), None if scales is None else scales.cuda()
+    options = ids, text(sizes, "silu")
+    plain = plain_stored(x, weight, scales, *options)
+    exact = [t if t is None or t.dtype == torch.int8 else t.double() for t in (weight, scales)]
     exact = plain_stored(x.double(), *exact, *options)
     for whole in (False, True):
         monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes, whole=whole: whole)
-        in_norm(torch.ops.hyperfast.task_mlp(x, weight, affine, *options), plain, exact)
+        in_norm(torch.ops.hyperfast.task_mlp(x, weight, scales, *options), plain, exact)
 
 
 @pytest.mark.parametrize("sizes", FEW, ids=lambda s: "x".join(map(str, s)))
