@@ -32,9 +32,9 @@ struct Ids {
   }
 };
 
-// A request of few rows must not cost what a walk over all tasks costs: 1.5 ns a task, more where its
-// memory is new (one row of 6.65 million tasks: 300 ms on a busy machine, and 4 us sorted). To sort
-// takes about 6 ns a row and doubling of rows (1,000 rows: 60 us).
+// A request of few rows must not cost what a walk over all tasks costs: 1.5 ns a task, more where
+// its memory is new (one row of 6.65 million tasks: 300 ms on a busy machine, and 4 us sorted). To
+// sort takes about 6 ns a row and doubling of rows (1,000 rows: 60 us).
 bool few_rows(const Ids& ids) {
   Index steps = 1;
   for (Index n = ids.rows; n > 1; n /= 2) ++steps;

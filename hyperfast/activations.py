@@ -173,7 +173,7 @@ def named(activation: nn.Module | None) -> tuple[str, float] | None:
         known = KNOWN[name]
         if any(own.get(key) != value for key, value in known.fixed.items()):
             continue
-        if own["_parameters"] or own["_buffers"] or own["_modules"] or checks.hooked(activation):
+        if own["_parameters"] or own["_buffers"] or own["_modules"] or checks.is_hooked(activation):
             return None
         if not known.parameter:
             return name, 1.0
@@ -194,7 +194,7 @@ def activate(activation: nn.Module | None, x: Tensor) -> Tensor:
     """
     if activation is None:
         return x
-    if type(activation) in ELEMENTWISE and not checks.hooked(activation):
+    if type(activation) in ELEMENTWISE and not checks.is_hooked(activation):
         return activation(x)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y = activation(rows)

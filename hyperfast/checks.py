@@ -17,14 +17,14 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def tensor(name: str, value: object) -> Tensor:
+def check_tensor(name: str, value: object) -> Tensor:
     """``value`` if it is a Tensor; the message names it ``name``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     return value
 
 
-def tensors(name: str, values: Weights) -> Sequence[Tensor]:
+def check_tensors(name: str, values: Weights) -> Sequence[Tensor]:
     """``values`` as a list or tuple, in their order: they may be an ``nn.ParameterList`` or a dict,
     as ``torch.func.stack_module_state`` returns it."""
     if isinstance(values, list | tuple):
@@ -38,11 +38,11 @@ def tensors(name: str, values: Weights) -> Sequence[Tensor]:
     if not found:
         raise ValueError(f"{name} must be a non-empty sequence of tensors, got {values!r}")
     for n, value in enumerate(found):
-        tensor(f"{name}[{n}]", value)
+        check_tensor(f"{name}[{n}]", value)
     return found
 
 
-def dense(**tensors: Tensor | None) -> None:
+def check_dense(**tensors: Tensor | None) -> None:
     """Each has strides: it is neither nested nor sparse."""
     for name, t in tensors.items():
         if t is not None and (t.is_nested or t.layout != torch.strided):
@@ -52,7 +52,7 @@ def dense(**tensors: Tensor | None) -> None:
             )
 
 
-def same_kind(**tensors: Tensor | None) -> torch.dtype | None:
+def check_same_kind(**tensors: Tensor | None) -> torch.dtype | None:
     """All are floating-point and on one device, and of one dtype or cast to one by autocast.
 
     ``bias`` may be ``None``. The names of the keywords are those of the message.
@@ -64,7 +64,7 @@ def same_kind(**tensors: Tensor | None) -> torch.dtype | None:
     for name, t in tensors.items():
         if t is None and name == "bias":
             continue
-        t = tensor(name, t)
+        t = check_tensor(name, t)
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
         if first is None:
@@ -83,16 +83,16 @@ def same_kind(**tensors: Tensor | None) -> torch.dtype | None:
     return wanted
 
 
-def like_weight(weight: Tensor, **tensors: Tensor) -> None:
-    """:func:`same_kind` of a hypernetwork's weight and each tensor, quick where they are."""
+def check_like_weight(weight: Tensor, **tensors: Tensor) -> None:
+    """:func:`check_same_kind` of a hypernetwork's weight and each tensor, quick where they are."""
     for name, t in tensors.items():
-        if tensor(name, t).dtype is not weight.dtype or t.device != weight.device:
-            same_kind(**{"the hypernetwork's weight": weight, name: t})
+        if check_tensor(name, t).dtype is not weight.dtype or t.device != weight.device:
+            check_same_kind(**{"the hypernetwork's weight": weight, name: t})
 
 
-def alike(first: object, *others: object) -> bool:
-    """Whether :func:`same_kind` and :func:`dense` have nothing to say of these tensors (or, but for
-    the first, ``None``), nor autocast to do: found out in 2 us, as small networks want."""
+def is_plain(first: object, *others: object) -> bool:
+    """Fast path (2 us): all of them (or, but for the first, ``None``) are dense, of one float
+    dtype, on one device, with autocast off: :func:`check_operands` has nothing to say of them."""
     if not isinstance(first, Tensor) or first.dtype not in FLOATS:
         return False
     dtype, device = first.dtype, first.device
@@ -115,26 +115,26 @@ def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def operands(**tensors: Tensor | None) -> torch.dtype | None:
-    """:func:`same_kind` and :func:`dense`."""
-    wanted = same_kind(**tensors)
-    dense(**tensors)
+def check_operands(**tensors: Tensor | None) -> torch.dtype | None:
+    """:func:`check_same_kind` and :func:`check_dense`."""
+    wanted = check_same_kind(**tensors)
+    check_dense(**tensors)
     return wanted
 
 
 def cast(wanted: torch.dtype | None, *tensors: Tensor | None) -> tuple:
-    """The tensors in the dtype that :func:`same_kind` returned; fp64 stays as it is."""
+    """The tensors in the dtype that :func:`check_same_kind` returned; fp64 stays as it is."""
     if wanted is None:
         return tensors
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(wanted) for t in tensors)
 
 
-def floating(**tensors: Tensor | None) -> tuple:
-    """The tensors as ``torch.autocast`` casts them where it is on, after :func:`operands`."""
-    return cast(operands(**tensors), *tensors.values())
+def check_and_cast(**tensors: Tensor | None) -> tuple:
+    """The tensors as ``torch.autocast`` casts them where it is on, after :func:`check_operands`."""
+    return cast(check_operands(**tensors), *tensors.values())
 
 
-def hooked(*modules: torch.nn.Module) -> bool:
+def is_hooked(*modules: torch.nn.Module) -> bool:
     """Whether a call of one of the modules does more or other than its class says."""
     if _has_any_global_hook():
         return True
@@ -151,7 +151,7 @@ def hooked(*modules: torch.nn.Module) -> bool:
     return False
 
 
-def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> None:
+def check_rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> None:
     """``x`` is ``(tasks, N, ins)`` or ``(tasks, ins)``; with ``ids (R,)`` it is ``(R, ins)``.
 
     ``source`` names the argument that says how many tasks there are. The values of ``ids`` are
@@ -166,7 +166,7 @@ def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> No
         return
     if x.ndim != 2 or x.shape[-1] != ins:
         raise ValueError(f"x must have shape (R, {ins}) when task_ids is given, got {shape(x)}")
-    if tensor("task_ids", ids).dtype != torch.int64:
+    if check_tensor("task_ids", ids).dtype != torch.int64:
         raise TypeError(f"task_ids must have dtype torch.int64, got {ids.dtype}")
     if ids.ndim != 1 or ids.shape[0] != x.shape[0]:
         raise ValueError(
@@ -176,7 +176,9 @@ def rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str) -> No
         raise ValueError(f"task_ids must be on the device of x, {x.device}, got {ids.device}")
 
 
-def fitting(rows: list[Tensor], per_task: list[Tensor], tasks: int, ids: Tensor | None) -> None:
+def check_rows_match(
+    rows: list[Tensor], per_task: list[Tensor], tasks: int, ids: Tensor | None
+) -> None:
     """The arguments of a kernel speak of the same rows and tasks, so that each is read in bounds
     and each element of the result is written.
 
@@ -198,7 +200,7 @@ def fitting(rows: list[Tensor], per_task: list[Tensor], tasks: int, ids: Tensor 
         )
 
 
-def in_range(ids: Tensor | None, tasks: int) -> None:
+def check_in_range(ids: Tensor | None, tasks: int) -> None:
     """Every id lies in ``[0, tasks)``. Reads the values: for kernels, not for traced code.
 
     Raises:

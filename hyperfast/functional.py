@@ -40,13 +40,13 @@ def task_linear(
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
     """
-    x, weight, bias = checks.floating(x=x, weight=weight, bias=bias)
+    x, weight, bias = checks.check_and_cast(x=x, weight=weight, bias=bias)
     if weight.ndim != 3:
         raise ValueError(f"weight must have shape (B, out, in), got {checks.shape(weight)}")
     tasks, out, ins = weight.shape
     if bias is not None and bias.shape != (tasks, out):
         raise ValueError(f"bias must have shape {(tasks, out)}, got {checks.shape(bias)}")
-    checks.rows(x, ins, tasks, task_ids, "weight")
+    checks.check_rows(x, ins, tasks, task_ids, "weight")
     return _run("task_linear", x, (weight, bias), task_ids, ())
 
 
@@ -83,7 +83,7 @@ def hyper_linear(
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
     """
-    x, h, weight, bias = checks.floating(x=x, h=h, weight=weight, bias=bias)
+    x, h, weight, bias = checks.check_and_cast(x=x, h=h, weight=weight, bias=bias)
     if x.ndim == 0:
         raise ValueError("x must have shape (B, N, in), (B, in) or (R, in), got ()")
     if plan is not None and plan not in PLANS:
@@ -104,7 +104,7 @@ def hyper_linear(
         )
     if bias is not None and bias.shape != (params,):
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
-    checks.rows(x, ins, h.shape[0], task_ids, "h")
+    checks.check_rows(x, ins, h.shape[0], task_ids, "h")
     made = Generated.of_head(weight, bias, ins, bool(target_bias))
     return _run("hyper_linear", x, (h, *made), task_ids, (plan or "",))
 
@@ -153,8 +153,8 @@ def generated_mlp(
 ) -> Tensor:
     """:func:`hyper_mlp`; ``source`` names the argument that says how many tasks there are."""
     wanted = None
-    if not checks.alike(x, h, weight, bias):
-        wanted = checks.operands(x=x, h=h, weight=weight, bias=bias)
+    if not checks.is_plain(x, h, weight, bias):
+        wanted = checks.check_operands(x=x, h=h, weight=weight, bias=bias)
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
     tasks, features = h.shape
@@ -164,7 +164,7 @@ def generated_mlp(
         )
     if bias is not None and bias.shape != (spec.numel,):
         raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
-    checks.rows(x, spec.sizes[0], tasks, task_ids, source)
+    checks.check_rows(x, spec.sizes[0], tasks, task_ids, source)
     text = spec.describe(activations)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if text is None or transformed or backends.forced == "reference":
@@ -195,7 +195,7 @@ def task_mlp(
     """The op ``task_mlp``, or what :func:`hyperfast.use_backend` insists on; the caller has checked
     the arguments."""
     if backends.forced == "reference":
-        checks.in_range(task_ids, len(weight))
+        checks.check_in_range(task_ids, len(weight))
         linear = reference.task_linear
         return network.by_task_layers(x, weight, scales_and_biases, task_ids, text, linear)
     if backends.forced is not None:
@@ -212,7 +212,7 @@ def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options:
         x = x.unsqueeze(1)
     if backends.forced == "reference":
         if not torch.compiler.is_compiling():
-            checks.in_range(task_ids, tensors[0].shape[0])
+            checks.check_in_range(task_ids, tensors[0].shape[0])
         y = getattr(reference, name)(x, *tensors, task_ids)
     else:
         if backends.forced is not None:

@@ -60,7 +60,7 @@ class ParamSpec:
         Raises:
             ValueError: wrong number of tensors, wrong shapes, or leading dimensions that disagree.
         """
-        weights = checks.tensors("weights", weights)
+        weights = checks.check_tensors("weights", weights)
         if len(weights) != len(self.shapes):
             raise ValueError(
                 f"weights must hold {len(self.shapes)} tensors, one a parameter, got {len(weights)}"

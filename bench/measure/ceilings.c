@@ -1,6 +1,5 @@
-// What this machine's cores can do at most: multiply-adds from registers, products on a matrix unit, and reads from
-// memory.
-// Compiled when the benchmark runs, for this machine alone.
+// What this machine's cores can do at most: multiply-adds from registers, products on a matrix
+// unit, and reads from memory. Compiled when the benchmark runs, for this machine alone.
 #include <stddef.h>
 
 #if defined(__AVX512F__)
@@ -34,8 +33,8 @@ size_t flops_per_round(void) { return 2 * WIDTH * CHAINS; }
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Products of matrices of float on the matrix unit: six of bf16 each, of numbers that use all bits, as the clock
-// depends on them. 0 where the kernel does not lend the unit.
+// Products of matrices of float on the matrix unit: six of bf16 each, of numbers that use all bits,
+// as the clock depends on them. 0 where the kernel does not lend the unit.
 size_t flops_per_tiles(void) {
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 2 * 16 * 16 * 32 * 4 : 0;
 }

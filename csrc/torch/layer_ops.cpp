@@ -186,7 +186,7 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& matrix,
   const Index tasks = h.size(0), features = h.size(1);
   const Grouping groups = group_rows(x, task_ids, tasks, generated_piece);
   Head head(matrix, vector, x);
-  h.size(1, head.features(), "the features of matrix");
+  Arg("matrix", matrix).size(2, features, "the features of h");
   countable(tasks, head.out(), head.in(), features);
   countable_rows(x, head.out());
   head.align();
@@ -212,7 +212,7 @@ Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& 
   grad.same_rows(x);
   const Grouping groups = group_rows(x, task_ids, tasks, generated_piece);
   Head head(matrix, vector, x);
-  grad.size(-1, head.out(), "the outputs of matrix");
+  Arg("matrix", matrix).size(0, grad.size(-1), "the columns of grad");
   countable(tasks, head.out(), head.in(), head.features());
   countable_rows(x, head.out());
   head.join();

@@ -178,7 +178,7 @@ class Contents:
             return Given(len(flat), None, map(self.format.encode, flat.split(size)))
         if self.hyper is None:
             raise ValueError("z needs a hypernetwork: give it to TaskBank.open, or give weights")
-        z = checks.tensor("z", z).detach()
+        z = checks.check_tensor("z", z).detach()
         if z.ndim != 2 or z.shape[1] != self.hyper.z_dim:
             raise ValueError(f"z must have shape (n, {self.hyper.z_dim}), got {checks.shape(z)}")
         dtype, device = self.hyper.dtype, self.hyper.device

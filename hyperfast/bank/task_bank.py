@@ -197,12 +197,14 @@ class TaskBank:
             IndexError: an id that is not, or no longer, in the bank.
             BankFileError: weights that were mapped from a file are damaged.
         """
-        checks.dense(x=checks.tensor("x", x))
+        checks.check_dense(x=checks.check_tensor("x", x))
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x must be on the device of the bank, {self.device}, got {x.device}")
-        checks.rows(x, self.spec.sizes[0], len(self), checks.tensor("task_ids", task_ids), "")
+        checks.check_rows(
+            x, self.spec.sizes[0], len(self), checks.check_tensor("task_ids", task_ids), ""
+        )
         if not len(x):
             return x.new_empty(0, self.spec.sizes[-1])
         return self.contents.run(x.to(self.contents.format.compute), task_ids).to(x.dtype)

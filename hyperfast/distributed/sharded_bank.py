@@ -104,7 +104,7 @@ class ShardedTaskBank:
         """
         ranks = Ranks(group)
         with ranks.agreed():
-            none = _no_rows(checks.tensor("z", z))
+            none = _no_rows(checks.check_tensor("z", z))
             local = TaskBank.from_latents(
                 hyper, none, dtype=dtype, target=target, max_bytes=max_bytes
             )
@@ -204,10 +204,10 @@ class ShardedTaskBank:
 
         def rows() -> tuple[Tensor, Tensor]:
             local, tasks = self.local, self.ids(ids)
-            checks.dense(x=checks.tensor("x", x))
+            checks.check_dense(x=checks.check_tensor("x", x))
             if not x.is_floating_point():
                 raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-            checks.rows(x, local.spec.sizes[0], len(self), tasks, "")
+            checks.check_rows(x, local.spec.sizes[0], len(self), tasks, "")
             return tasks, x.to(self._contents.format.compute)
 
         return self._ask(rows, lambda tasks, x: self.local(x, tasks)).to(x.dtype)

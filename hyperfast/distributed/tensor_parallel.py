@@ -37,11 +37,14 @@ def parallelize(model: HyperMLP, mesh: DeviceMesh) -> ColwiseHyperMLP:
             ``mesh["tp"]`` of a larger one.
 
     Raises:
-        TypeError: ``model`` is not such a HyperMLP.
+        TypeError: ``model`` is not such a HyperMLP, or its hypernetwork was changed.
         ValueError: ``mesh`` has more than one dimension.
     """
     if not isinstance(model, HyperMLP) or model.mlp is None:
-        raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
+        raise TypeError(
+            "model must be a HyperMLP whose target is a TargetNet without transform, and whose "
+            "hypernetwork is as it was built, without hooks"
+        )
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: name one, as mesh['tp']")
     return ColwiseHyperMLP(model, mesh)
@@ -90,16 +93,16 @@ class ColwiseHyperMLP(nn.Module):
             TypeError: dtypes that disagree.
             IndexError: a task id outside ``[0, B)``.
         """
-        if checks.tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
+        if checks.check_tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
         if z.ndim == 1:
             if task_ids is not None:
                 raise ValueError(f"z must have shape (B, {self.z_dim}) when task_ids is given")
-            return self(checks.tensor("x", x).unsqueeze(0), z.unsqueeze(0)).squeeze(0)
+            return self(checks.check_tensor("x", x).unsqueeze(0), z.unsqueeze(0)).squeeze(0)
         weight = next(self.layers.parameters())
-        checks.like_weight(weight, x=x, z=z)
+        checks.check_like_weight(weight, x=x, z=z)
         h = self.trunk(DTensor.from_local(z, self.mesh, [Replicate()])).to_local()
         h = _shared(h, self.mesh)
         if x.is_nested:

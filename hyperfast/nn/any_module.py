@@ -62,6 +62,10 @@ def _embedding(
     return y
 
 
+def _aten_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any) -> Tensor:
+    return _embedding(indices, weight, None if padding_idx < 0 else padding_idx, None, 2.0, *args)
+
+
 def _autocast(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``op`` under autocast, which does not see the convolutions inside vmap."""
 
@@ -91,6 +95,7 @@ REPLACED: dict[Callable, Callable] = {
     torch.rnn_tanh_cell: _aten.rnn_tanh_cell.default.decompose,
     torch._weight_norm: _weight_norm,
     F.embedding: _embedding,
+    torch.embedding: _aten_embedding,
     **{op: _autocast(op) for op in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{
         op: _autocast(op)
@@ -186,7 +191,7 @@ class ModuleTarget(nn.Module):
         """
         if isinstance(weights, Mapping | nn.ParameterDict):
             weights = self._by_name(weights)
-        weights = checks.tensors("weights", weights)
+        weights = checks.check_tensors("weights", weights)
         tasks = self._tasks(weights)
         if tasks is None:
             if task_ids is not None:
@@ -212,9 +217,9 @@ class ModuleTarget(nn.Module):
         for t in _tensors(x):
             if t.ndim == 0:
                 raise ValueError("x must have a leading dimension of rows, got a scalar")
-            checks.rows(t.new_empty(len(t), 0), 0, tasks, task_ids, "weights")
+            checks.check_rows(t.new_empty(len(t), 0), 0, tasks, task_ids, "weights")
         if not torch.compiler.is_compiling():
-            checks.in_range(task_ids, tasks)
+            checks.check_in_range(task_ids, tasks)
         x = tree_map_only(Tensor, lambda t: t.unsqueeze(1), x)
         weights = [w.index_select(0, task_ids) for w in weights]
         y = self._batched(x, weights, len(task_ids))
@@ -241,7 +246,7 @@ class ModuleTarget(nn.Module):
             )
         batch: tuple[int, ...] = ()
         for n, (w, shape) in enumerate(zip(weights, shapes, strict=True)):
-            got = checks.shape(checks.tensor(f"weights[{n}]", w))
+            got = checks.shape(checks.check_tensor(f"weights[{n}]", w))
             if n == 0 and got[1:] == shape:
                 batch = got[:1]
             if got != (*batch, *shape):
@@ -420,7 +425,7 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
     linears: list[nn.Linear] = []
     activations: list[list[nn.Module]] = []
     for module in _flat(net):
-        if checks.hooked(module):
+        if checks.is_hooked(module):
             return None
         if type(module) is nn.Linear:
             linears.append(module)

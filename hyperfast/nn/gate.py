@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
@@ -55,9 +54,8 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
         or not _runs(generator, nn.Sequential)
         or not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)
-        or checks.hooked(hyper, generator, head, target)
-        or not _is_torch(head.weight)
-        or not (head.bias is None or _is_torch(head.bias))
+        or checks.is_hooked(hyper, generator, head, target)
+        or not all(map(_is_torch, head._parameters.values()))
     ):
         return None
     return Fused(spec, target, head, trunk)
@@ -69,7 +67,7 @@ def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
     return cls.forward is FORWARD[kind] and cls.__call__ is nn.Module.__call__
 
 
-def _is_torch(t: Tensor) -> bool:
+def _is_torch(t: Tensor | None) -> bool:
     """Whether the product with ``t`` is PyTorch's own."""
     cls = type(t)
-    return cls in (nn.Parameter, torch.Tensor) or cls.__module__.startswith("torch.")
+    return cls is nn.Parameter or t is None or cls.__module__.split(".")[0] == "torch"

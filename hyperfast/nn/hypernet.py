@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
@@ -26,8 +24,6 @@ class HyperNet(nn.Module):
     """A trunk MLP ``z -> h`` and a linear head ``h -> flat weights`` (Ha, Dai, Le 2016).
 
     The ``generator`` may be changed or replaced; it is called and must return the flat vector.
-    Head rows of generated biases start at zero, by which ``weight_norm`` would divide: give them
-    values first, or generate no biases.
 
     Args:
         z_dim: size of the latent of one task.
@@ -44,7 +40,9 @@ class HyperNet(nn.Module):
         bias: whether the target's layers have biases.
         init: ``"hyperfan_in"`` or ``"hyperfan_out"`` (Chang, Flokas, Lipson 2020), the case in
             which generated biases start at zero: the generated weights start with the variance
-            ``gain**2 / fan`` of a directly initialised MLP, for latents of unit variance.
+            ``gain**2 / fan`` of a directly initialised MLP, for latents of unit variance. (Zero is
+            ``2**-60`` of the features, so that rows of the head have a direction, which weight
+            normalisation asks for.)
         device, dtype: of the parameters.
 
     Attributes:
@@ -248,7 +246,7 @@ class HyperNet(nn.Module):
         )
         for rows, bias, shape, start in pieces:
             if len(shape) < 2 or start is not None:
-                nn.init.zeros_(rows)
+                nn.init.constant_(rows, _next_to_zero(rows.dtype))
                 if start is not None and bias is not None:
                     bias.copy_(start.flatten())
                 continue
@@ -282,7 +280,8 @@ class HyperNet(nn.Module):
             TypeError: ``z`` is not of the parameters' dtype.
         """
         self.check_latents(z)
-        _refuse_zero_norms(self.generator)
+        if z.ndim == 1:  # layers of one's own may want a batch: quantised ones do, and norms
+            return self.spec.split(self.generator(z.unsqueeze(0)).squeeze(0))
         return self.spec.split(self.generator(z))
 
     def check_latents(self, z: Tensor) -> None:
@@ -292,15 +291,15 @@ class HyperNet(nn.Module):
             ValueError: it has another shape, or lies elsewhere.
             TypeError: it is of another dtype.
         """
-        if checks.tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
+        if checks.check_tensor("z", z).ndim not in (1, 2) or z.shape[-1] != self.z_dim:
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
         parameter = _first_parameter(self.generator)
         if parameter is None:
-            checks.same_kind(z=z)
+            checks.check_same_kind(z=z)
         else:
-            checks.like_weight(parameter, z=z)
+            checks.check_like_weight(parameter, z=z)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "target_activation":  # is the target's: nn.Module would register it here as well
@@ -331,6 +330,13 @@ class HyperNet(nn.Module):
         return f"spec={self.spec}, init={self.init!r}"
 
 
+def _next_to_zero(dtype: torch.dtype) -> float:
+    """An entry of head rows that generate zero. The sum of squares of a row must not vanish in
+    float32, or weight normalisation divides zero by zero; 2**-24 is the least that float16 has."""
+    limits = torch.finfo(dtype)
+    return max(2**-60, limits.tiny * limits.eps)
+
+
 def _first_parameter(module: nn.Module) -> Tensor | None:
     """The first floating-point parameter that is stored; none is computed."""
     for parameter in module._parameters.values():
@@ -341,42 +347,6 @@ def _first_parameter(module: nn.Module) -> Tensor | None:
         if found is not None:
             return found
     return None
-
-
-def _refuse_zero_norms(generator: nn.Module) -> None:
-    """Raises ValueError where ``weight_norm`` divides zero by zero in the last layer."""
-    *_, head = generator._modules.values() or (None,)
-    for v, g, dim in () if head is None else _norms(head):
-        values = (
-            type(g) in (Tensor, nn.Parameter)
-            and not g.is_meta
-            and not (
-                torch.compiler.is_compiling()
-                or torch._C._are_functorch_transforms_active()
-                or (g.is_cuda and torch.cuda.is_current_stream_capturing())
-            )
-        )
-        if values and bool((g == 0).any()):
-            zeros = int(((g == 0) & (torch.norm_except_dim(v, 2, dim) == 0)).sum())
-            if zeros:
-                raise ValueError(
-                    f"weight_norm of hyper.head must not meet rows of zeros, got {zeros}: "
-                    "generated biases start at zero. Give these rows values before weight_norm is "
-                    "applied, or build the HyperNet with bias=False"
-                )
-
-
-def _norms(module: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """What ``weight_norm`` keeps in ``module``: directions, norms, dimension."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            v, g = (getattr(module, f"{hook.name}_{part}") for part in "vg")
-            yield v, g, hook.dim
-    for parametrizations in getattr(module, "parametrizations", {}).values():
-        for parametrization in parametrizations:
-            if isinstance(parametrization, _WeightNorm):
-                v, g = parametrizations.original1, parametrizations.original0
-                yield v, g, parametrization.dim
 
 
 def _starts(net: nn.Module, names: Sequence[str]) -> Iterator[Tensor | None]:

@@ -84,7 +84,7 @@ class HyperMLP(nn.Module):
             IndexError: a task id outside ``[0, B)``.
         """
         mlp = self.mlp
-        if mlp is None or (checks.tensor("z", z).ndim == 1 and task_ids is None):
+        if mlp is None or (checks.check_tensor("z", z).ndim == 1 and task_ids is None):
             return self.target(x, self.hyper(z), task_ids)
         if z.ndim == 1:
             raise ValueError(
@@ -97,7 +97,7 @@ class HyperMLP(nn.Module):
         for module in trunk:
             h = module(h)
         weight, bias = head.weight, head.bias
-        checks.like_weight(weight, x=x)
+        checks.check_like_weight(weight, x=x)
         activations = target.layer_activations(len(spec.layers))
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:

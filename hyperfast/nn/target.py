@@ -85,7 +85,7 @@ class TargetNet(nn.Module):
             TypeError: dtypes that disagree.
             IndexError: a task id out of range.
         """
-        weights = checks.tensors("weights", weights)
+        weights = checks.check_tensors("weights", weights)
         layers = _pairs(weights)
         if self.weight_transform is not None:
             layers = [(self.weight_transform(w), b) for w, b in layers]
@@ -97,7 +97,7 @@ class TargetNet(nn.Module):
                     f"got weights[0] of shape {checks.shape(weights[0])}"
                 )
             return _unbatched(x, layers, activations)
-        if checks.tensor("x", x).is_nested:
+        if checks.check_tensor("x", x).is_nested:
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
         flat = None if self.weight_transform is not None else _flat(layers)
@@ -105,8 +105,8 @@ class TargetNet(nn.Module):
             sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
             text = MLPSpec(sizes, layers[0][1] is not None).describe(activations)
             if text is not None:
-                x, flat = checks.floating(x=x, weight=flat)
-                checks.rows(x, sizes[0], len(flat), task_ids, "weight")
+                x, flat = checks.check_and_cast(x=x, weight=flat)
+                checks.check_rows(x, sizes[0], len(flat), task_ids, "weight")
                 return task_mlp(x, flat, None, task_ids, text)
         linears = [partial(task_linear, weight=w, bias=b, task_ids=task_ids) for w, b in layers]
         return run_layers(x, linears, activations)
@@ -198,7 +198,7 @@ def _unbatched(
 
 
 def _linear(w: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
-    checks.same_kind(x=x, weight=w, bias=b)
+    checks.check_same_kind(x=x, weight=w, bias=b)
     if x.ndim == 0 or x.shape[-1] != w.shape[1]:
         raise ValueError(
             f"x must have {w.shape[1]} features in its last dimension, as the weight has shape "

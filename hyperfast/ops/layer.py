@@ -58,8 +58,8 @@ def _define(
         given = [(r, t) for r, t in zip(roles, args, strict=False) if t is not None]
         by_role = {role: [t for r, t in given if r == role] for role in (ROW, TASK)}
         tasks, ids = _tasks(args, roles), args[roles.index(IDS)]
-        checks.fitting(by_role[ROW], by_role[TASK], tasks, ids)
-        checks.in_range(ids, tasks)
+        checks.check_rows_match(by_role[ROW], by_role[TASK], tasks, ids)
+        checks.check_in_range(ids, tasks)
         if plan_count and args[-1] not in ("", *PLANS):
             raise ValueError(f"plan must be one of {['', *PLANS]}, got {args[-1]!r}")
         return kernel(*args)

@@ -45,8 +45,8 @@ def _check(
     network: str,
 ) -> Network:
     net = Network.for_kernels(network)
-    checks.fitting(rows, [h], len(h), task_ids)
-    checks.in_range(task_ids, len(h))
+    checks.check_rows_match(rows, [h], len(h), task_ids)
+    checks.check_in_range(task_ids, len(h))
     if weight.shape != (net.numel, h.shape[1]):
         raise ValueError(
             f"weight must have shape {(net.numel, h.shape[1])}, got {checks.shape(weight)}"
@@ -224,8 +224,10 @@ def _task_mlp(x, weight, scales_and_biases, task_ids, network):
     vectors = sum(net.sizes[1:])
     matrices = net.numel - net.has_bias * vectors
     scaled = scales_and_biases is not None
-    checks.fitting([x], [weight, scales_and_biases] if scaled else [weight], len(weight), task_ids)
-    checks.in_range(task_ids, len(weight))
+    checks.check_rows_match(
+        [x], [weight, scales_and_biases] if scaled else [weight], len(weight), task_ids
+    )
+    checks.check_in_range(task_ids, len(weight))
     for name, t, width in (
         ("x", x, net.sizes[0]),
         ("weight", weight, matrices if scaled else net.numel),

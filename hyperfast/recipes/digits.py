@@ -36,6 +36,7 @@ from hyperfast.recipes.digits_rivals import bicubic, interpolate, neighbours, ra
 
 EXTRAS = {
     "matplotlib": "matplotlib",
+    "safetensors": "safetensors",
     "scipy": "scipy",
     "scikit-learn": "sklearn",
     "tqdm": "tqdm",

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hyperfast
@@ -165,12 +163,16 @@ def train(
 
 def save(fields: DigitFields, path: Path) -> None:
     """Writes parameters, latents and sizes as safetensors; ``path`` is whole or absent."""
+    from safetensors.torch import save_file
+
     metadata = {"sizes": json.dumps(asdict(fields.sizes))}
     replace(path, lambda tmp: save_file(fields.state_dict(), tmp, metadata))
 
 
 def load(path: Path) -> DigitFields:
     """The model that :func:`save` wrote."""
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         fields = DigitFields(Sizes(**json.loads(file.metadata()["sizes"])))
         fields.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

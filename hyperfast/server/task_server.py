@@ -132,8 +132,8 @@ class TaskServer:
             ValueError: shapes or devices that disagree.
             IndexError: ``task`` is negative, or has more than 63 bits.
         """
-        rows = checks.tensor("rows", rows)
-        checks.dense(rows=rows)
+        rows = checks.check_tensor("rows", rows)
+        checks.check_dense(rows=rows)
         shape, width = rows.shape, self._width
         # Attributes, not methods: those let go of the interpreter's lock, and with many threads it
         # takes as long to come back to it as all else here.

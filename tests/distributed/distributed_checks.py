@@ -96,8 +96,10 @@ def check_parallelize(rank, ranks, folder):
     """Values and every gradient, for every form of input, with more ranks than outputs."""
     mesh = init_device_mesh("cpu", (ranks,))
     for form in ("rows", "single", "ragged", "jagged", "one"):
-        for bias in (True, False):
+        for bias, head_bias in ((True, True), (False, True), (True, False), (False, False)):
             model, x, z, ids = parallel_case(form, bias)
+            if not head_bias:
+                model.hyper.head.register_parameter("bias", None)
             expected = run(model, x, z, ids, form)
             parallel = parallelize(copy.deepcopy(model), mesh)
             close(run(parallel, x, z, ids, form), expected)

@@ -3,12 +3,16 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import hyperfast
 from hyperfast import activations
+
+# 2**-60 of the features, summed: a billionth of what float32 tells from 1.
+NEXT_TO_ZERO = 1e-15
 
 
 @pytest.mark.parametrize("hidden", [(), 7, (7,), (9, 7)], ids=str)
@@ -111,7 +115,7 @@ def test_generated_weights_have_the_variance_of_kaiming_normal(sizes, trunk, ini
         hyper = hyperfast.HyperNet(32, sizes[0], sizes[1:-1], sizes[-1], hidden=trunk, init=init)
         weights = hyper(torch.randn(64, 32))
         variances.append(torch.stack([w.detach().var() for w in weights[::2]]))
-        assert not any(b.any() for b in weights[1::2])
+        assert all(b.abs().max() < NEXT_TO_ZERO for b in weights[1::2])
     mode = init.removeprefix("hyper")
     fan = "fan_in" if mode == "fan_in" else "fan_out"
     for (i, o), samples in zip(pairwise(sizes), torch.stack(variances).T, strict=True):
@@ -173,3 +177,129 @@ def test_gain_follows_the_activations(activation):
 @pytest.mark.parametrize("kind", [nn.SiLU, nn.ELU, nn.Mish, nn.ReLU], ids=lambda k: k.__name__)
 def test_an_activation_in_place_has_the_same_moment(kind):
     assert activations.second_moment(kind(inplace=True)) == activations.second_moment(kind())
+
+
+# What an activation is asked at the start
+
+
+SLOPES = torch.linspace(-1, 1, 8)
+
+
+def prelu(width):
+    module = nn.PReLU(width)
+    with torch.no_grad():
+        module.weight.copy_(torch.linspace(-1, 1, width))
+    return module
+
+
+def test_second_moment_of_a_slope_a_column():
+    expected = (1 + SLOPES.square().mean().item()) / 2
+    assert activations.second_moment(prelu(8), 8) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        (torch.tanh, activations.second_moment(nn.Tanh())),
+        (nn.LayerNorm(16), 1),
+        (nn.Sequential(nn.BatchNorm1d(16), nn.ReLU()), 0.5),
+        (lambda x: x / x.norm(dim=1, keepdim=True), 1 / 16),
+    ],
+    ids=["function", "layer norm", "batch norm", "unit length"],
+)
+def test_second_moment_of_what_sees_whole_rows(activation, expected):
+    module = activations.resolve(activation)
+    before = [t.clone() for t in module.state_dict().values()]
+    state = torch.random.get_rng_state()
+    assert activations.second_moment(module, 16) == pytest.approx(expected, rel=0.01)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(map(torch.equal, before, module.state_dict().values()))
+
+
+def test_the_gain_of_an_activation_that_cannot_be_asked():
+    for module in (nn.PReLU(8, device="meta"), nn.PReLU(7), nn.GLU()):
+        assert activations.second_moment(module, 9) == 1
+
+
+def test_activations_with_a_slope_a_feature():
+    """They start as with the same slopes one by one; slopes that are given stay."""
+    hyper = hyperfast.HyperNet(5, 4, 8, 3, activation=prelu(64), target_activation=prelu(8))
+    model = hyperfast.HyperMLP(hyper)
+    assert torch.equal(model.target.activations[0].weight, SLOPES)
+    x, z = torch.randn(6, 7, 4), torch.randn(6, 5)
+    torch.testing.assert_close(model(x, z), model.target(x, hyper(z)), rtol=1e-4, atol=1e-4)
+
+
+# The meta device
+
+
+@pytest.mark.parametrize("where", ["activation", "target_activation"])
+def test_a_prelu_on_meta(where):
+    with torch.device("meta"):
+        hyper = hyperfast.HyperNet(5, 4, 8, 3, **{where: nn.PReLU(init=0.1)})
+    model = hyperfast.HyperMLP(hyper).to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.constant_(p, math.nan)  # which is what empty memory may hold
+    hyper.reset_parameters()
+    slope = hyper.generator[1] if where == "activation" else model.target.activations[0]
+    assert slope.weight == torch.tensor(0.1)
+    assert model(torch.randn(6, 4), torch.randn(6, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["to_empty", "device"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_a_net_on_meta(norm, how):
+    """Its parameters start as its modules would have set them."""
+    with torch.device("meta"):
+        parts = nn.Linear(4, 8), nn.LayerNorm(8) if norm else nn.ReLU(), nn.Linear(8, 3)
+        net = nn.Sequential(*parts)
+    torch.manual_seed(0)
+    if how == "device":
+        hyper, target = hyperfast.HyperNet.for_module(net, 5, device="cpu")
+    else:
+        hyper, target = hyperfast.HyperNet.for_module(net, 5)
+        hyper.to_empty(device="cpu")
+        hyper.reset_parameters()
+    weights = hyper(torch.randn(6, 5))
+    assert all(w.isfinite().all() for w in weights)
+    first = weights[1]
+    assert (first == first[0]).all()
+    assert 0 < first.abs().max() <= 0.5  # uniform in +-1 / sqrt(4)
+    if norm:
+        assert (weights[2] == 1).all()
+        assert weights[3].abs().max() < NEXT_TO_ZERO
+    assert target(torch.randn(6, 7, 4), weights).isfinite().all()
+
+
+def test_what_a_meta_net_does_not_say_starts_at_zero():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    with torch.device("meta"):
+        net = Scaled()
+    hyper, target = hyperfast.HyperNet.for_module(net, 5, device="cpu")
+    weights = dict(zip(target.names, hyper(torch.randn(6, 5)), strict=True))
+    assert weights["scale"].abs().max() < NEXT_TO_ZERO
+    assert weights["linear.bias"].any()
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor, np.array], ids=str)
+def test_sizes_from_other_libraries(kind):
+    five, four, eight, three = (kind(n) for n in (5, 4, 8, 3))
+    hyper = hyperfast.HyperNet(five, four, eight, three, hidden=(eight,))
+    assert hyper.spec == hyperfast.MLPSpec((4, 8, 3)) == hyperfast.MLPSpec([four, eight, three])
+    assert {type(n) for n in (*hyper.spec.sizes, hyper.z_dim)} == {int}
+    several = hyperfast.HyperNet(5, 4, np.array([8, 6]), 3, hidden=np.array([7, 9]))
+    assert several.spec == hyperfast.MLPSpec(np.array([4, 8, 6, 3]))
+    assert [m.out_features for m in several.generator[::2]] == [7, 9, several.spec.numel]
+
+
+@pytest.mark.parametrize("size", [np.float64(8), np.bool_(True), torch.tensor(8.0)], ids=repr)
+def test_sizes_that_are_no_ints(size):
+    with pytest.raises(TypeError, match="target_hidden must be an int"):
+        hyperfast.HyperNet(5, 4, size, 3)

@@ -269,3 +269,47 @@ def test_pieces_of_one_vector_run_as_one_op(bias, monkeypatch):
         target(x, weights, ids - 1)
     with torch.no_grad(), pytest.raises(ValueError, match="x must have shape"):
         target(x[:, :3], weights, ids)
+
+
+# Weights and activations in the containers of torch.nn
+
+
+def test_weights_in_a_parameter_list():
+    ws, x = weights(5), draw(5, 7, 4)
+    held = nn.ParameterList(ws)
+    y = TargetNet()(x, held)
+    close(y, TargetNet()(x, ws))
+    y.sum().backward()
+    assert all(p.grad is not None for p in held)
+    flat = hyperfast.MLPSpec((4, 8, 3)).flatten(held)
+    assert torch.equal(flat, hyperfast.MLPSpec((4, 8, 3)).flatten(ws))
+
+
+def test_weights_of_stacked_modules():
+    nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double() for _ in range(5)]
+    x, (params, _) = draw(5, 7, 4), torch.func.stack_module_state(nets)
+    expected = torch.stack([net(rows) for net, rows in zip(nets, x, strict=True)])
+    close(TargetNet()(x, params), expected)
+    close(TargetNet()(x[0], dict(nets[0].named_parameters())), expected[0])
+    close(TargetNet()(x[0], nets[0].parameters()), expected[0])
+    bank = hyperfast.TaskBank.from_weights(hyperfast.MLPSpec((4, 8, 3)), params)
+    close(bank(x[:, 0], bank.ids()), expected[:, 0].detach())
+
+
+@pytest.mark.parametrize(
+    "empty", [(), nn.ParameterList(), {}, nn.ParameterDict(), iter(())], ids=repr
+)
+def test_no_weights(empty):
+    with pytest.raises(ValueError, match="weights must be a non-empty sequence of tensors, got"):
+        TargetNet()(draw(5, 4), empty)
+
+
+def test_activations_in_a_module_list():
+    ws, x = weights(5, sizes=(4, 8, 6, 3)), draw(5, 7, 4)
+    target = TargetNet(nn.ModuleList([nn.Tanh(), nn.ReLU()]))
+    close(target(x, ws), TargetNet(["tanh", "relu"])(x, ws))
+    assert target.per_layer
+    with pytest.raises(ValueError, match="activation must hold 1 or 2 entries"):
+        hyperfast.HyperMLP(
+            hyperfast.HyperNet(5, 4, 8, 3), TargetNet(nn.ModuleList([nn.Tanh()] * 3))
+        )

@@ -1,5 +1,6 @@
 // Functions of float vectors: polynomials after range reduction, within 3 units in the last place
-// (tests/kernels/cpp); the coefficients are those of Moshier's Cephes library, unless said otherwise.
+// (tests/kernels/cpp); the coefficients are those of Moshier's Cephes library, unless said
+// otherwise.
 #pragma once
 
 #include "isa/simd/vector.h"

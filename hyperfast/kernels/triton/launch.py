@@ -89,7 +89,7 @@ def rows_of(
         ValueError: they do not.
         IndexError: an id is out of range (on a GPU, a device-side assertion).
     """
-    checks.fitting(rows, per_task, tasks, task_ids)
+    checks.check_rows_match(rows, per_task, tasks, task_ids)
     if task_ids is None:
         return Rows(tasks, tasks * rows[0].shape[1], rows[0].shape[1])
     if task_ids.dtype != torch.int64 or task_ids.device != rows[0].device:
@@ -97,7 +97,7 @@ def rows_of(
             f"task_ids must be int64 on {rows[0].device}, got {task_ids.dtype} on {task_ids.device}"
         )
     if INTERPRETED:
-        checks.in_range(task_ids, tasks)
+        checks.check_in_range(task_ids, tasks)
     keys = torch.empty(task_ids.shape, dtype=torch.int32, device=task_ids.device)
     start(_keys, up(len(keys), 1024), task_ids.contiguous(), keys, len(keys), tasks, BLOCK=1024)
     return Rows(tasks, len(keys), 1, keys)

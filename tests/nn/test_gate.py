@@ -1,0 +1,275 @@
+"""What a user does to a model after it was built: it must still equal ``target(x, hyper(z))``."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import hyperfast
+from hyperfast import HyperMLP, HyperNet, TaskBank
+from tests.support.cases import close
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Z = (torch.randn(6, n, generator=GENERATOR, dtype=torch.float64) for n in (4, 5))
+ROWS = torch.randn(6, 7, 4, generator=GENERATOR, dtype=torch.float64)
+IDS = torch.tensor([1, 0, 0, 5, 1, 1])
+
+
+def make(cls=HyperNet, **options):
+    torch.manual_seed(0)
+    return HyperMLP(cls(5, 4, 8, 3, target_activation="tanh", dtype=torch.float64, **options))
+
+
+class Residual(nn.Sequential):
+    """A Sequential by its children, and not by what it computes."""
+
+    def forward(self, z):
+        h = self[0](z)
+        return self[2](h + torch.relu(h))
+
+
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.up = base, nn.Linear(base.in_features, base.out_features).double()
+
+    def forward(self, h):
+        return self.base(h) + self.up(h)
+
+
+class Tripled(HyperNet):
+    def __call__(self, z):
+        return tuple(3 * w for w in super().__call__(z))
+
+
+class OtherFeatures(HyperNet):
+    def features(self, z):
+        return torch.zeros_like(super().features(z))
+
+
+class Doubling(torch.Tensor):
+    """A weight with a product of its own, as quantised tensors are."""
+
+    @classmethod
+    def __torch_function__(cls, fn, types, args=(), kwargs=None):
+        if fn is F.linear:
+            x, weight, bias = (a.as_subclass(torch.Tensor) for a in args)
+            return fn(x, 2 * weight, bias)
+        return super().__torch_function__(fn, types, args, kwargs or {})
+
+
+def replace(of):
+    def change(model):
+        model.hyper.generator = of(model.hyper.generator)
+
+    return change
+
+
+def change_head(of):
+    def change(model):
+        model.hyper.generator[-1] = of(model.hyper.head)
+
+    return change
+
+
+def own_forward(model):
+    generator = model.hyper.generator
+    forward = generator.forward
+    generator.forward = lambda z: 2 * forward(z)
+
+
+def own_weight(model):
+    head = model.hyper.head
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(Doubling))
+
+
+CHANGES = {
+    "subclass of Sequential": replace(lambda g: Residual(*g)),
+    "one linear layer": replace(lambda g: nn.Linear(5, g[-1].out_features).double()),
+    "an activation at the end": replace(lambda g: g.append(nn.Tanh())),
+    "forward of the instance": own_forward,
+    "adapter": change_head(Adapter),
+    "subclass of Linear": change_head(lambda head: Twice.of(head)),
+    "tensor subclass": own_weight,
+    "parametrised": lambda model: parametrizations.orthogonal(model.hyper.head),
+}
+
+
+class Twice(nn.Linear):
+    @classmethod
+    def of(cls, head):
+        other = cls(head.in_features, head.out_features).double()
+        other.load_state_dict(head.state_dict())
+        return other
+
+    def forward(self, h):
+        return 2 * super().forward(h)
+
+
+def check(model):
+    """Value and gradients, of rows by task, of one row a task, and of mixed rows."""
+    for x, ids in ((ROWS, []), (X, []), (X, [IDS])):
+        leaves = [*model.parameters()]
+        got, want = model(x, Z, *ids), model.target(x, model.hyper(Z), *ids)
+        close(got, want)
+        for a, b in zip(
+            torch.autograd.grad(got.square().sum(), leaves),
+            torch.autograd.grad(want.square().sum(), leaves),
+            strict=True,
+        ):
+            close(a, b)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_generator_runs_as_written(name):
+    model = make()
+    before = model(ROWS, Z)
+    CHANGES[name](model)
+    assert not model.fused
+    assert name == "parametrised" or not torch.allclose(model(ROWS, Z), before)
+    check(model)
+
+
+@pytest.mark.parametrize("cls", [Tripled, OtherFeatures])
+def test_subclasses_of_hypernet(cls):
+    check(make(cls))
+
+
+def test_a_patched_class(monkeypatch):
+    model = make()
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, h: 2 * forward(self, h))
+    check(model)
+
+
+def test_the_trunk_may_be_anything():
+    """It is called, module by module, and the rest stays fused."""
+    model = make()
+    first, activation, head = model.hyper.generator
+    model.hyper.generator = nn.Sequential(nn.Sequential(first, activation), nn.LayerNorm(64), head)
+    model.double()
+    assert model.fused
+    check(model)
+
+
+def test_a_head_without_bias_is_fused():
+    model = make()
+    model.hyper.generator[-1] = nn.Linear(64, model.hyper.spec.numel, bias=False).double()
+    assert model.fused
+    check(model)
+
+
+def test_there_is_no_head_in_a_generator_of_ones_own():
+    hyper = make().hyper
+    hyper.generator = Residual(*hyper.generator)
+    for call in (lambda: hyper.head, lambda: hyper.features(Z), hyper.reset_parameters):
+        with pytest.raises(TypeError, match=r"generator must be an nn\.Sequential.* got Residual"):
+            call()
+
+
+def test_what_cannot_be_initialised_is_refused():
+    hyper = make().hyper
+    parametrizations.orthogonal(hyper.head)
+    with pytest.raises(TypeError, match=r"(?s)weights of their own.*Parametrized"):
+        hyper.reset_parameters()
+
+
+@pytest.mark.parametrize("where", ["head", "trunk"])
+def test_a_computed_weight_is_computed_once(where):
+    class Count(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight
+
+    model, count = make(), Count()
+    layer = model.hyper.head if where == "head" else model.hyper.generator[0]
+    parametrize.register_parametrization(layer, "weight", count)
+    for args in ((ROWS, Z), (X, Z, IDS), (X, Z[0])):
+        count.calls = 0
+        model(*args)
+        assert count.calls == 1
+    count.calls = 0
+    assert (model.hyper.dtype, model.hyper.device.type) == (torch.float64, "cpu")
+    assert count.calls == 0
+
+
+def test_quantised():
+    model = make().float().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its replacement
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    x, z = X.float(), Z.float()
+    assert not small.fused
+    flat = small.hyper.generator(z)
+    close(small(x, z[0]), small(x, z[:1].expand(6, -1)), 1e-5)
+    close(small(x, z, IDS), model.target(x, model.hyper.spec.split(flat), IDS), 1e-6)
+    assert (small(x, z) - model(x, z)).norm() < 0.1 * model(x, z).norm()
+    bank = TaskBank.from_latents(small.hyper, z)
+    close(bank(x, IDS), small(x, z, IDS), 1e-5)
+    with pytest.raises(TypeError, match=r"z must be a floating-point tensor, got torch.int64"):
+        small(x, z.long())
+
+
+def norm_by_hook(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hyper: prune.l1_unstructured(hyper.head, "weight", 0.5),
+        lambda hyper: prune.random_unstructured(hyper.generator[0], "weight", 0.5),
+        lambda hyper: norm_by_hook(hyper.head),
+        lambda hyper: hyper.generator.append(Adapter(hyper.generator.pop(-1))),
+    ],
+    ids=["pruned", "pruned trunk", "weight_norm", "adapter"],
+)
+def test_a_bank_of_a_changed_hypernetwork(change, tmp_path):
+    model = make(bias=False)
+    change(model.hyper)
+    check(model)
+    bank = TaskBank.from_latents(model.hyper, Z)
+    close(bank(X, IDS), model(X, Z, IDS).detach())
+    bank.explain(), bank.error_report()
+    bank.save(tmp_path / "bank")
+    again = TaskBank.open(tmp_path / "bank", hyper=model.hyper)
+    again.add(Z[:1])
+    assert torch.equal(again(X, IDS), bank(X, IDS))
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, norm_by_hook])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weight_norm_of_a_fresh_head(norm, dtype):
+    """Rows that generate biases start next to zero, not at it: 0 / 0 would be NaN."""
+    model = make().to(dtype)
+    model.hyper.reset_parameters()
+    biases = [b for w, b in zip(*[iter(model.hyper(Z.to(dtype)))] * 2, strict=True)]
+    assert max(b.abs().max() for b in biases) < 2 * torch.finfo(dtype).eps
+    norm(model.hyper.head)
+    y = model(X.to(dtype), Z.to(dtype))
+    y.float().square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.hyper.parameters())
+    if dtype == torch.float64:
+        check(model)
+
+
+def test_copies_of_a_pruned_hypernetwork_are_its_own():
+    hyper = make().hyper
+    prune.l1_unstructured(hyper.head, "weight", 0.5)
+    hyper(Z)
+    other = hyperfast.nn.copies.clone(hyper)
+    close(other(Z), hyper(Z))
+    with torch.no_grad():
+        other.head.weight_orig.zero_()
+    assert other(Z)[0].abs().sum() == 0
+    assert hyper(Z)[0].abs().sum() > 0
+    copy.deepcopy(make())  # and what is not pruned is copied as ever
