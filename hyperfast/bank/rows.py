@@ -162,10 +162,15 @@ class Store:
                 where = inside.nonzero().squeeze(1)
                 if not len(where):
                     continue
-                index = slots.index_select(0, where) - segment.start
+                if len(where) == len(slots):  # as a batch of few rows often is: nothing to gather
+                    where, index = None, slots - segment.start
+                else:
+                    index = slots.index_select(0, where) - segment.start
             for guard in segment.guards:
                 guard(index)
             yield segment.columns, where, index
+            if where is None:
+                return
 
     def column(self, n: int, slots: Tensor) -> Tensor:
         """A copy of ``slots`` of the column numbered ``n``."""
