@@ -24,8 +24,14 @@ class Grouping {
   const Groups& view() const { return view_; }
 
  private:
-  void sort_rows(const Index* ids, Index stride, Index rows, Index tasks);
-  void count_rows(const Index* ids, Index stride, Index rows, Index tasks, bool all);
+  struct Named {
+    Index task, row;
+  };
+
+  static std::vector<Named> checked(const Index* ids, Index stride, Index rows, Index tasks);
+  static void sort_by_task(std::vector<Named>& named, Index tasks);
+  void sort_rows(std::vector<Named>& named, Index tasks);
+  void count_rows(const std::vector<Named>& named, Index tasks, bool all);
 
   // Pieces of one task, whose rows are order_[first], ..., order_[last - 1].
   void cut_rows(Index task, Index first, Index last);

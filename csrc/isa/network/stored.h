@@ -13,11 +13,19 @@ static void task_mlp_typed(const TaskMlp& p) {
   const auto weights = [&](Index task) {
     return static_cast<const W*>(p.weight) + task * p.weight_task;
   };
+  // Of small networks several are on their way at once: one access to memory takes as long as a few
+  // of them do. A network of two lines is asked for 16 networks ahead.
+  constexpr Index under_way = 2 << 10, line = 64 / Index(sizeof(W));
+  const Index distance = min(under_way / max(params * Index(sizeof(W)), 1), 16);
   parallel(p.groups.pieces, max(parallel_work / max(rows_each * params, 1), 1),
            [&](Index first, Index last) {
              for (Index i = first; i < last; ++i) {
                const Piece q = piece(p.groups, i);
                const W* w = weights(q.task);
+               if (distance > 1 && i + distance < last) {
+                 const W* later = weights(piece(p.groups, i + distance).task);
+                 for (Index k = 0; k < params; k += line) prefetch(later + k);
+               }
                const Index ahead = i + 1 < last ? weights(piece(p.groups, i + 1).task) - w : 0;
                const float* scales_and_biases =
                    p.scales_and_biases ? static_cast<const float*>(p.scales_and_biases) +
