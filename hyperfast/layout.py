@@ -332,12 +332,16 @@ class Network:
             ValueError: also for what they do not know: transforms, shared and mixed biases.
         """
         network = Network.parse(text)
-        kinds = {layer.bias for layer in network.layers}
-        if len(kinds) > 1 or "s" in kinds or any(layer.transform for layer in network.layers):
-            raise ValueError(
-                "network must have a bias of its own in every layer or in none, and no transform, "
-                f"to run as one op, got {text!r}"
-            )
+        for layer in network.layers:
+            wanted = ""
+            if layer.bias == "s":
+                wanted = "no shared biases (s)"
+            elif layer.bias != network.layers[0].bias:
+                wanted = "biases (b) in all layers or in none"
+            elif layer.transform:
+                wanted = "no transforms"
+            if wanted:
+                raise ValueError(f"network must have {wanted} to run as one op, got {text!r}")
         return network
 
 

@@ -295,8 +295,9 @@ class HyperNet(nn.Module):
             return self.spec.split(self.generator(z.unsqueeze(0)).squeeze(0))
         return self.spec.split(self.generator(z))
 
-    def check_latents(self, z: Tensor) -> None:
-        """``z`` has the right shape, and the dtype and device of the parameters.
+    def check_latents(self, z: Tensor, parameter: Tensor | None = None) -> None:
+        """``z`` has the right shape, and the dtype and device of ``parameter``, by default of the
+        first there is.
 
         Raises:
             ValueError: it has another shape, or lies elsewhere.
@@ -306,7 +307,8 @@ class HyperNet(nn.Module):
             raise ValueError(
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
-        parameter = _first_parameter(self.generator)
+        if parameter is None:
+            parameter = _first_parameter(self.generator)
         if parameter is None:
             checks.check_same_kind(z=z)
         else:

@@ -97,7 +97,7 @@ class HyperMLP(nn.Module):
                 f"got {checks.shape(z)}"
             )
         spec, target, head, trunk = mlp
-        self.hyper.check_latents(z)
+        self.hyper.check_latents(z, head.weight)
         h = z
         for module in trunk:
             h = module(h)
