@@ -8,6 +8,7 @@ import torch
 
 import hyperfast
 from hyperfast.layout import Generated
+from hyperfast.ops.network import by_layers
 from hyperfast.plans import choose as plan
 from hyperfast.plans import explain, gpu
 from hyperfast.plans.cpu import EXTENSION, runs_whole
@@ -182,9 +183,21 @@ def test_explain_shows_what_the_cpu_runs():
         shown = hyperfast.explain(model, (tasks, rows, 64), (tasks, 5))
         assert {c.plan for _, c in shown.layers} == plans
         assert shown.whole == runs_whole(text, FP32, False, tasks, tasks * rows, 64)
-    # What runs whole makes the bits of each task alone, whatever the others are.
-    x, z = torch.randn(256, 64, 64), torch.randn(256, 5)
-    assert torch.equal(model(x, z)[:5], model(x[:5], z[:5]))
+
+
+@pytest.mark.skipif(DEVICE != "cpp", reason="no extension")
+@pytest.mark.parametrize(("tasks", "rows"), [(5, 1), (17, 8), (17, 47), (17, 48), (256, 64)])
+def test_what_runs_whole_has_its_own_bits(tasks, rows):
+    """Layers that run one by one give the bits of single layers; networks that run whole apply
+    their weights in another order."""
+    text = "64 > 64 b relu, 10 b"
+    x, h = torch.randn(tasks, rows, 64), torch.randn(tasks, 64)
+    head, bias = torch.randn(4810, 64) / 30, torch.randn(4810)
+    one_by_one = by_layers(x, h, head, bias, None, text)
+    y, _ = torch.ops.hyperfast.hyper_mlp(x, h, head, bias, None, text, False)
+    whole = runs_whole(text, FP32, False, tasks, tasks * rows, 64)
+    assert whole == (rows >= 48)
+    assert torch.equal(y, one_by_one) != whole
 
 
 def network(sizes, tasks, rows, features=64):
