@@ -19,8 +19,8 @@ from bench.rivals.rival import Call
 from bench.workloads import MODES
 from hyperfast.functional import hyper_linear
 from hyperfast.layout import MLPSpec
-from hyperfast.ops.network import hyper_mlp as mlp_op
-from hyperfast.plans import gpu as plans
+from hyperfast.ops.network import hyper_mlp
+from hyperfast.plans import gpu
 from hyperfast.plans.choose import choose
 from hyperfast.plans.sizes import PLANS, Sizes
 
@@ -40,16 +40,16 @@ def plan_times() -> list[Row]:
         }
         times = medians(calls, rounds=3)
         layer = Sizes(b, b * n, i, o, k)
-        chosen = choose(layer, dtype, plans.arithmetic(dtype))
+        chosen = choose(layer, dtype, gpu.arithmetic(dtype))
         rows.append({"kind": kind, "rows_a_task": n, "chosen": chosen, **times})
     return rows
 
 
 def network_times() -> list[Row]:
-    """Whole networks, forward, in one kernel and by their layers: what plans.one_kernel
+    """Whole networks, forward, in one kernel and by their layers: what gpu.one_kernel
     has to choose between."""
     found = []
-    chosen, networks = plans.one_kernel, ((64, 64, 10), (2, 64, 64, 1), (8, 32, 1))
+    chosen, networks = gpu.one_kernel, ((64, 64, 10), (2, 64, 64, 1), (8, 32, 1))
     k, counts = (4, (3,)) if REHEARSAL else (64, (1024, 8192, 65536))
     try:
         for kind, sizes, rows in product(KINDS, networks, counts):
@@ -61,8 +61,8 @@ def network_times() -> list[Row]:
             text = MLPSpec(sizes).describe([nn.ReLU()] * (len(sizes) - 2) + [None])
 
             def run(whole: bool, a: Any = (*tensors, None, text, False)) -> Any:
-                plans.one_kernel = lambda *_: whole  # type: ignore[assignment]
-                return mlp_op(*a)
+                gpu.one_kernel = lambda *_: whole  # type: ignore[assignment]
+                return hyper_mlp(*a)
 
             calls: dict[str, Call] = {
                 "layers": partial(run, False),
@@ -70,11 +70,11 @@ def network_times() -> list[Row]:
             }
             times = medians(calls, rounds=3)
             layers = tuple(Sizes(rows, rows, i, o, k) for i, o in pairwise(sizes))
-            whole = chosen(layers, dtype.itemsize, plans.arithmetic(dtype))
+            whole = chosen(layers, dtype.itemsize, gpu.arithmetic(dtype))
             row = {"kind": kind, "sizes": sizes, "rows": rows, "one_kernel_chosen": whole}
             found.append(row | times)
     finally:
-        plans.one_kernel = chosen
+        gpu.one_kernel = chosen
     return found
 
 
@@ -122,7 +122,7 @@ def launch_times() -> dict[str, float]:
     calls: dict[str, Call] = {
         "hyper_linear": lambda: (hyper_linear(x, h, weight, None, plan="contract"),),
         "linear and baddbmm": library,
-        "hyper_mlp": lambda: mlp_op(x, h, two, None, None, "16 > 16 b relu, 16 b", False),
+        "hyper_mlp": lambda: hyper_mlp(x, h, two, None, None, "16 > 16 b relu, 16 b", False),
     }
     times = {}
     for name, call in calls.items():

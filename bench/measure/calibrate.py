@@ -18,7 +18,7 @@ from bench.measure.race import race, rounded
 from bench.workloads import WORKLOADS, Workload
 from hyperfast.kernels import eager
 from hyperfast.layout import Generated
-from hyperfast.plans import choose as plan
+from hyperfast.plans import choose
 from hyperfast.plans.sizes import Sizes, Work
 
 PASSES, ROUNDS = 3, 2  # over the grid, and in each of them over the plans of a layer
@@ -58,7 +58,7 @@ def calls(layer: Sizes, device: str) -> dict[str, Callable[[], Tensor]]:
     x, h = torch.randn(b, r // b, i), torch.randn(b, k)
     weight, bias = torch.randn(layer.params, k), torch.randn(layer.params)
     op = torch.ops.hyperfast.hyper_linear.default if device == "cpp" else eager.hyper_linear
-    flops = {name: cost.flops for name, cost in plan.costs(layer, DTYPE, device).items()}
+    flops = {name: cost.flops for name, cost in choose.costs(layer, DTYPE, device).items()}
     names = [name for name in flops if flops[name] <= HOPELESS * min(flops.values())]
     made = Generated.of_head(weight, bias, i, True)
     return {name: partial(op, x, h, *made, None, name) for name in names}
@@ -96,8 +96,8 @@ def fit(rows: Sequence[Row], device: str, steps: int = 2000) -> dict[str, Work]:
     The first keeps every prediction near its measurement, whatever its size; the others weigh what
     the model is for.
     """
-    plans = list(plan.RATES[device])
-    tables = [plan.work(Sizes(*row["layer"]), DTYPE.itemsize, device) for row in rows]
+    plans = list(choose.RATES[device])
+    tables = [choose.work(Sizes(*row["layer"]), DTYPE.itemsize, device) for row in rows]
     amounts = torch.tensor([[t[name] for name in plans] for t in tables], dtype=torch.float64)
     seconds = [[row["seconds"].get(name, math.inf) for name in plans] for row in rows]
     time = torch.tensor(seconds, dtype=torch.float64).log()  # (rows, plans); amounts: (.., kinds)
@@ -159,9 +159,9 @@ def regret(row: Row, rates: dict[str, Work] | None) -> tuple[float, str]:
     takes than the fastest one, and which it is."""
     layer = Sizes(*row["layer"])
     if rates is None:
-        chosen = plan.choose(layer, DTYPE, row["device"])
+        chosen = choose.choose(layer, DTYPE, row["device"])
     else:
-        table = plan.work(layer, DTYPE.itemsize, row["device"])
+        table = choose.work(layer, DTYPE.itemsize, row["device"])
         chosen = min(row["seconds"], key=lambda name: table[name].seconds(rates[name]))
     return row["seconds"][chosen] / min(row["seconds"].values()), chosen
 
@@ -170,7 +170,7 @@ def measure(threads: int) -> dict[str, object]:
     """Measures everything on so many threads."""
     machine.use_threads(threads)
     devices = ["cpu"]
-    if plan.device_key("cpu", torch.float32) == "cpp":
+    if choose.device_key("cpu", torch.float32) == "cpp":
         devices.append("cpp")
     with torch.no_grad():
         rows = [row for device in devices for row in time_all(grid(), device)]

@@ -7,7 +7,7 @@ from statistics import geometric_mean
 
 from bench.measure import calibrate
 from bench.measure.calibrate import Row
-from hyperfast.plans import choose as plan
+from hyperfast.plans import choose
 from hyperfast.plans.sizes import PLANS, Sizes
 
 MOST = 1.15  # a chosen plan may take so many times as long as the fastest
@@ -19,7 +19,7 @@ def text(rows: Sequence[Row]) -> str:
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
-        fitted = calibrate.fit(mine, device) if device in plan.RATES else None
+        fitted = calibrate.fit(mine, device) if device in choose.RATES else None
         cells = "".join(f"{name:>13}" for name in (*Sizes._fields[:5], *PLANS))
         lines.append(f"{device}:{cells[len(device) + 1 :]}  regret  (microseconds)")
         for row in mine:

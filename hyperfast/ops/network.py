@@ -21,7 +21,6 @@ from hyperfast import checks
 from hyperfast.activations import run_layers
 from hyperfast.kernels.rows import blocks
 from hyperfast.layout import Layer, Network, of_layer
-from hyperfast.ops import layer as ops
 from hyperfast.ops.define import (
     IDS,
     ROW,
@@ -31,6 +30,13 @@ from hyperfast.ops.define import (
     define,
     differentiate,
     views,
+)
+from hyperfast.ops.layer import (
+    grad_shared,
+    hyper_linear,
+    hyper_linear_grad_h,
+    hyper_linear_grad_weight,
+    task_linear,
 )
 from hyperfast.plans import cpu
 from hyperfast.plans.sizes import BLOCK
@@ -71,7 +77,7 @@ def by_layers(
     layers = Network.for_kernels(network).layers
 
     def linear(layer: Layer, x: Tensor) -> Tensor:
-        return ops.hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, "")
+        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, "")
 
     return run_layers(x, (partial(linear, v) for v in layers), (v.activate for v in layers), keep)
 
@@ -106,18 +112,16 @@ def _hyper_mlp_backward(grad, x, h, weight, bias, task_ids, preactivations, netw
             grad = grad * layer.slope(pres[n])
         made = of_layer(weight, bias, layer)
         if output_mask[1]:
-            grad_h += ops.hyper_linear_grad_h(
+            grad_h += hyper_linear_grad_h(
                 grad, inputs[n], made.matrix, made.vector, task_ids, len(h), ""
             )
         if output_mask[2]:
-            weights.append(
-                ops.hyper_linear_grad_weight(grad, inputs[n], h, task_ids, net.has_bias, "")
-            )
+            weights.append(hyper_linear_grad_weight(grad, inputs[n], h, task_ids, net.has_bias, ""))
         if output_mask[3]:
             biases += [grad.flatten(0, -2).sum(0)] * net.has_bias
-            biases.append(ops.grad_shared(grad, inputs[n]).flatten())
+            biases.append(grad_shared(grad, inputs[n]).flatten())
         if n > 0 or output_mask[0]:
-            grad = ops.hyper_linear(grad, h, *made.transposed, task_ids, "")
+            grad = hyper_linear(grad, h, *made.transposed, task_ids, "")
     return (
         grad if output_mask[0] else x.new_empty(0),
         grad_h.to(h.dtype) if output_mask[1] else x.new_empty(0),
@@ -207,7 +211,7 @@ def by_task_layers(
     scales_and_biases: Tensor | None,
     task_ids: Tensor | None,
     network: str,
-    task_linear: Callable[..., Tensor] = ops.task_linear,
+    task_linear: Callable[..., Tensor] = task_linear,
 ) -> Tensor:
     """What ``task_mlp`` means: layer after layer, differentiable to any order."""
     net = Network.for_kernels(network)

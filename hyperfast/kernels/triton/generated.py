@@ -17,14 +17,14 @@ from hyperfast.kernels.triton.activation import NOTHING, Finish
 from hyperfast.kernels.triton.launch import Rows
 from hyperfast.kernels.triton.trilinear import sum_outer, trilinear
 from hyperfast.layout import Generated
-from hyperfast.plans import choose as plans
+from hyperfast.plans.choose import choose
 from hyperfast.plans.gpu import GPU_BLOCK, arithmetic
 from hyperfast.plans.sizes import Sizes
 
 
-def choose(rows: Rows, out: int, ins: int, features: int, dtype: torch.dtype) -> str:
+def _plan(rows: Rows, out: int, ins: int, features: int, dtype: torch.dtype) -> str:
     layer = Sizes(rows.tasks, rows.total, ins, out, features, ragged=rows.ragged)
-    return plans.choose(layer, dtype, arithmetic(dtype))
+    return choose(layer, dtype, arithmetic(dtype))
 
 
 def forward(
@@ -38,7 +38,7 @@ def forward(
     """``(R, O)`` from ``x (R, I)``, and what follows the layer."""
     matrix, matrix_bias, vector, vector_bias = made
     out, ins, features = matrix.shape
-    plan = plan or choose(rows, out, ins, features, x.dtype)
+    plan = plan or _plan(rows, out, ins, features, x.dtype)
     if plan == "tile":
         y = x.new_empty(len(x), out)
         for t, r, part in _blocks(rows, matrix):
@@ -57,7 +57,7 @@ def grad_h(
 ) -> Tensor:
     """``(B, K)``."""
     out, ins, features = matrix.shape
-    plan = plan or choose(rows, out, ins, features, x.dtype)
+    plan = plan or _plan(rows, out, ins, features, x.dtype)
     if plan == "tile":
         y = grad.new_empty(rows.tasks, features)
         for t, r, part in _blocks(rows, matrix):
@@ -91,7 +91,7 @@ def grad_weight(
     """``(O*I [+ O], K)``."""
     out, ins, features = grad.shape[1], x.shape[1], h.shape[1]
     n = out * ins
-    plan = plan or choose(rows, out, ins, features, x.dtype)
+    plan = plan or _plan(rows, out, ins, features, x.dtype)
     if plan == "materialize":
         return _grad_flat(grad, x, rows, vector).mT @ h
     if plan == "tile":  # summed in fp32, or the rounding would grow with the number of blocks

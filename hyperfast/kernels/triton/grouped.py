@@ -16,7 +16,7 @@ from hyperfast.kernels import reference
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, power, up
-from hyperfast.plans import gpu as plans
+from hyperfast.plans import gpu
 
 NONE = tl.constexpr(2147483647)  # the task of no row: behind all others
 
@@ -166,7 +166,7 @@ def linear(
         )
     keys, order = rows.sorted
     y = x.new_empty(len(x), out)
-    kind = plans.arithmetic(x.dtype)
+    kind = gpu.arithmetic(x.dtype)
     c = TASK[kind]
     block = rows_together(rows, kind)
     columns, depth = min(power(out), c.columns), deep(ins, c.depth)
@@ -210,7 +210,7 @@ def outer(grad: Tensor, x: Tensor, rows: Rows) -> Tensor:
         )
     _, order = rows.sorted
     y = grad.new_empty(tasks, out, ins)
-    kind = plans.arithmetic(x.dtype)
+    kind = gpu.arithmetic(x.dtype)
     c = TASK[kind]
     depth = c.depth if rows.total >= MANY * tasks and min(out, ins) >= MANY else 1
     smallest = 1 if depth == 1 else 16

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperfast import checks
-from hyperfast.plans import gpu as plans
+from hyperfast.plans import gpu
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -124,7 +124,7 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     """16-bit products are summed in fp32; fp32 ones are rounded to TF32 where PyTorch's are."""
     return {
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if plans.arithmetic(dtype) == "tf32" else "ieee",
+        "PRECISION": "tf32" if gpu.arithmetic(dtype) == "tf32" else "ieee",
     }
 
 

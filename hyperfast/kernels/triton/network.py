@@ -18,7 +18,7 @@ from hyperfast.kernels.triton import generated, launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish, followed
 from hyperfast.kernels.triton.launch import Config, Rows, agree, deep, entry, expect, tile, up
 from hyperfast.layout import Network, of_layer
-from hyperfast.plans import gpu as plans
+from hyperfast.plans import gpu
 from hyperfast.plans.sizes import Sizes
 
 
@@ -164,7 +164,7 @@ def hyper_mlp(
         )
         for v in net.layers
     )
-    if plans.one_kernel(sizes, h.element_size(), plans.arithmetic(h.dtype)):
+    if gpu.one_kernel(sizes, h.element_size(), gpu.arithmetic(h.dtype)):
         y = _whole(y, h, weight, bias, rows, sizes, then, preactivations, len(widths))
     else:
         for n, pre in enumerate(_split(preactivations, widths, rows)):
@@ -237,7 +237,7 @@ def _whole(
     """``(R, out)``; the arguments of the first ``keep`` activations go to ``preactivations``."""
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
     params, features = weight.shape
-    loops = tuple(plans.loop(layer, n == 0) for n, layer in enumerate(layers))
+    loops = tuple(gpu.loop(layer, n == 0) for n, layer in enumerate(layers))
     # Along the inputs the head's weight lies in steps of its width. A transposed copy, whose rows
     # start at multiples of 16, is read in wide pieces.
     by_feature = weight
@@ -249,7 +249,7 @@ def _whole(
         )  # fmt: skip
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])
-    table = WHOLE[plans.arithmetic(x.dtype)]
+    table = WHOLE[gpu.arithmetic(x.dtype)]
 
     def block(config: Config) -> int:
         return min(tile(rows.total), config.rows)

@@ -18,7 +18,7 @@ from hyperfast.kernels.triton.activation import activate, followed
 from hyperfast.kernels.triton.grouped import NONE, owners
 from hyperfast.kernels.triton.launch import Rows, agree, expect, power, rows_of, tile, up
 from hyperfast.layout import Network
-from hyperfast.plans import gpu as plans
+from hyperfast.plans import gpu
 
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
@@ -94,7 +94,7 @@ def task_mlp(
     expect(scales_and_biases, "scales_and_biases", (tasks, vectors * (1 + net.has_bias)))
     rows = rows_of([x], [weight], task_ids, tasks)
     flat = x.reshape(-1, net.sizes[0])
-    whole = plans.fits_one_kernel(net.sizes) and (scaled or not grouped.by_library(rows))
+    whole = gpu.fits_one_kernel(net.sizes) and (scaled or not grouped.by_library(rows))
     y = (_whole if whole else _by_layers)(flat, weight, scales_and_biases, rows, net)
     return y.view(*x.shape[:-1], net.sizes[-1])
 
@@ -118,7 +118,7 @@ def _by_layers(
 def _whole(
     x: Tensor, weight: Tensor, scales_and_biases: Tensor | None, rows: Rows, net: Network
 ) -> Tensor:
-    kind = plans.arithmetic(x.dtype)
+    kind = gpu.arithmetic(x.dtype)
     most, warps = TOGETHER[kind]
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))

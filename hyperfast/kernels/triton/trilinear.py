@@ -17,7 +17,7 @@ from torch import Tensor
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, entry, power, tile, up
-from hyperfast.plans import gpu as plans
+from hyperfast.plans import gpu
 
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
@@ -176,7 +176,7 @@ def trilinear(
     and constant: ``a_weight (N, I)``, ``b_weight (N, J)``, ``bias (N,)``; and what follows.
     """
     n, i, j = v.shape
-    table = CONTRACT[plans.arithmetic(v.dtype)]
+    table = CONTRACT[gpu.arithmetic(v.dtype)]
     cap = table[0].depth
 
     def work(looped: int, dotted: int) -> int:
@@ -232,7 +232,7 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
         a, b, y = b, a, y.transpose(0, 1)
     shape = y.shape
     (a_, a_task), (b_, b_task), (c_, c_task) = a, b, c
-    kind = plans.arithmetic(y.dtype)
+    kind = gpu.arithmetic(y.dtype)
     total_dtype = torch.promote_types(y.dtype, torch.float32)
 
     def cut(config: Config) -> tuple[int, int, int]:

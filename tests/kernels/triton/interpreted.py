@@ -19,7 +19,7 @@ from hyperfast.kernels import reference
 from hyperfast.kernels.triton import grouped, launch, trilinear
 from hyperfast.kernels.triton import stored as stored_networks
 from hyperfast.ops import network as networks
-from hyperfast.plans import gpu as plan
+from hyperfast.plans import gpu
 from tests.support.budget import assert_as_good, close, norm
 from tests.support.cases import (
     FUSED,
@@ -89,7 +89,7 @@ def test_value_of_larger_sizes(variant, sizes, dtype, launched):
 @pytest.mark.parametrize("variant", STORED, ids=str)
 def test_stored_weights(variant, monkeypatch):
     """In one piece, and in blocks of a few tasks."""
-    monkeypatch.setattr(plan, "GPU_BLOCK", 8 * 60)
+    monkeypatch.setattr(gpu, "GPU_BLOCK", 8 * 60)
     args = variant.random(Sizes(7, 3, 3, 4, 6))
     close(variant.op(*args), variant.expected(*args))
 
@@ -183,7 +183,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
     choose(monkeypatch, True)
     weight = apart(3, 2, far=far // 2)  # the product with a row's number leaves 32 bits
     for loop, bias in product(("feature", "input", "output"), (False, True)):
-        monkeypatch.setattr(plan, "loop", lambda layer, first, loop=loop: loop)
+        monkeypatch.setattr(gpu, "loop", lambda layer, first, loop=loop: loop)
         ins = 3 - bias
         args = apart(2, 1, ins), h, weight, None, None, text((ins, 1), "tanh", bias)
         close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
@@ -212,8 +212,8 @@ def choose(monkeypatch, whole):
     """One kernel for a network, or one for each layer, whatever the plan says; and fp64 in blocks
     of rows, as narrower types are."""
     monkeypatch.setitem(stored_networks.TOGETHER, "fp64", (16, 8))
-    monkeypatch.setattr(plan, "one_kernel", lambda *args: whole)
-    monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes: whole)
+    monkeypatch.setattr(gpu, "one_kernel", lambda *args: whole)
+    monkeypatch.setattr(gpu, "fits_one_kernel", lambda sizes: whole)
 
 
 def check_network(size, activations, ragged, *, bias=True, target_bias=True, tolerance=1e-9):
@@ -257,7 +257,7 @@ def test_activations(activation, whole, monkeypatch):
 @pytest.mark.parametrize("later", ["feature", "output"])
 def test_every_way_through_a_layer(first, later, monkeypatch):
     choose(monkeypatch, True)
-    monkeypatch.setattr(plan, "loop", lambda layer, is_first: first if is_first else later)
+    monkeypatch.setattr(gpu, "loop", lambda layer, is_first: first if is_first else later)
     for bias, target_bias in product((False, True), (False, True)):
         size = (3, 5, 4), 3, 2, 18
         check_network(size, "tanh,identity", False, bias=bias, target_bias=target_bias)

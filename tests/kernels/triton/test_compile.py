@@ -139,7 +139,7 @@ def recorded(kind, multiprocessors, work):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "start", record)
         patch.setattr(launching, "multiprocessors", lambda device: multiprocessors)
-        patch.setattr(launching.plans, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
+        patch.setattr(launching.gpu, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
         work()
     return list(found)
 

@@ -14,7 +14,7 @@ from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
 from hyperfast.ops import network as networks
-from hyperfast.plans import gpu as plan
+from hyperfast.plans import gpu
 from tests.support.budget import assert_as_good, close, norm
 from tests.support.cases import FUSED, PAIRED, Sizes, Variant, every_fused, is_float
 from tests.support.networks import expected, random, stored, text
@@ -205,7 +205,7 @@ def test_networks_in_one_kernel_and_by_layers(network, ragged, dtype, monkeypatc
     given = [a.to(dtype) if is_float(a) else a for a in given]
     plain, exact = run(expected, dtype), run(expected, torch.float64)
     for whole in (False, True):
-        monkeypatch.setattr(plan, "one_kernel", lambda *args, whole=whole: whole)
+        monkeypatch.setattr(gpu, "one_kernel", lambda *args, whole=whole: whole)
         ours = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], dtype)
         again = run(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], dtype)
         for a, b, c, d in zip(ours, plain, exact, again, strict=True):
@@ -233,7 +233,7 @@ def test_stored_networks(dtype, rows, monkeypatch):
     exact = [t if t is None or t.dtype == torch.int8 else t.double() for t in (weight, scales)]
     exact = plain_stored(x.double(), *exact, *options)
     for whole in (False, True):
-        monkeypatch.setattr(plan, "fits_one_kernel", lambda sizes, whole=whole: whole)
+        monkeypatch.setattr(gpu, "fits_one_kernel", lambda sizes, whole=whole: whole)
         in_norm(torch.ops.hyperfast.task_mlp(x, weight, scales, *options), plain, exact)
 
 
