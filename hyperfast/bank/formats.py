@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hyperfast.activations import activate
+from hyperfast.activations import activate, run_layers
 from hyperfast.bank.rows import Columns
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.kernels.rows import blocks
@@ -183,11 +183,16 @@ def run_by_layers(
     spec: MLPSpec, activations: Sequence[nn.Module | None], flat: Tensor, x: Tensor, index: Tensor
 ) -> Tensor:
     """The layers of stored networks one by one: row ``r`` of ``x (R, in)`` runs through the network
-    of ``flat[index[r]]``."""
-    for (weight, bias), activation in zip(weight_bias_pairs(spec, flat), activations, strict=True):
-        x = task_linear(x, weight, bias, index)
-        x = activate(activation, x).to(flat.dtype)
-    return x
+    of ``flat[index[r]]``. A function may hold tensors of another dtype: what it returns is cast."""
+    linears = [
+        partial(task_linear, weight=weight, bias=bias, task_ids=index)
+        for weight, bias in weight_bias_pairs(spec, flat)
+    ]
+
+    def cast(activation: nn.Module | None, x: Tensor) -> Tensor:
+        return activate(activation, x).to(flat.dtype)
+
+    return run_layers(x, linears, [partial(cast, activation) for activation in activations])
 
 
 def weight_bias_pairs(spec: MLPSpec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
