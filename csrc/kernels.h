@@ -102,9 +102,9 @@ struct HyperLinear {
   Rows x;  // width in
   TaskVector h;
   HeadMatrix matrix;
-  HeadMatrix
-      vector;  // of one column, features as far apart; of a null weight, at most a shared bias
-  Rows y;      // width out, col == 1
+  // Of one column, features as far apart; of a null weight, at most a shared bias.
+  HeadMatrix vector;
+  Rows y;  // width out, col == 1
 
   bool head_bias() const { return matrix.bias || (vector.weight && vector.bias); }
 };

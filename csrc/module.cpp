@@ -124,17 +124,15 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set whose kernels run in this process."},
     {"isas", isas, METH_NOARGS, "The instruction sets that can run on this machine, best first."},
     {"plan", with_keywords(plan), METH_VARARGS | METH_KEYWORDS,
-     "plan(dtype, ragged, tasks, rows, params, features, gradients): the plan of one layer that "
+     "plan(dtype, ragged, tasks, rows, params, features, gradients): the plan of a layer that "
      "makes "
      "weights, or gradients of weights; `rows` are those of all tasks."},
     {"runs_whole", with_keywords(whole), METH_VARARGS | METH_KEYWORDS,
-     "runs_whole(network, dtype, ragged, tasks, rows, features): whether hyper_mlp runs the "
-     "networks "
+     "runs_whole(network, dtype, ragged, tasks, rows, features): whether hyper_mlp runs networks "
      "one after another, rather than layer by layer."},
     {"keeps", with_keywords(kept), METH_VARARGS | METH_KEYWORDS,
      "keeps(network, dtype, ragged, tasks, rows, features): whether a forward pass in training "
-     "should "
-     "keep its pre-activations."},
+     "should keep its pre-activations."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -145,5 +143,8 @@ PyModuleDef definition = {
 }  // namespace hyperfast
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  return PyModule_Create(&hyperfast::definition);
+  PyObject* module = PyModule_Create(&hyperfast::definition);
+  if (module && PyModule_AddIntConstant(module, "NETWORKS_BYTES", hyperfast::networks_bytes) < 0)
+    Py_CLEAR(module);
+  return module;
 }

@@ -10,6 +10,11 @@ namespace hyperfast {
 // piece.
 constexpr Index given_piece = 512, generated_piece = 2048, whole = INT64_MAX;
 
+// Weights of networks that run whole are made for a block of tasks at a time: the head and its
+// gradient, which lie in memory, are read for many. With twice as many, their own way to and from
+// the caches takes longer.
+constexpr Index networks_bytes = 9 << 20;
+
 // Whether weights are made, or gradients of weights.
 enum class Makes { weights, gradients };
 

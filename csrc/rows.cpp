@@ -11,7 +11,7 @@ namespace hyperfast {
 
 Grouping Grouping::batched(Index tasks, Index rows, Index cut) {
   Grouping g;
-  const Index per_task = std::max<Index>((rows + cut - 1) / cut, 1);
+  const Index per_task = rows > 0 ? (rows - 1) / cut + 1 : 1;  // cut may be the largest number
   g.view_ = {tasks, rows, tasks * per_task, cut, per_task};
   return g;
 }

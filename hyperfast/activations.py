@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,7 +30,7 @@ class Sine(nn.Module):
 
     def __init__(self, w0: float | Tensor = 1.0):
         super().__init__()
-        self.w0 = float(w0) if isinstance(w0, int) else w0
+        self.w0 = float(w0) if isinstance(w0, Real) else w0
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(x if type(self.w0) is float and self.w0 == 1 else self.w0 * x)
@@ -140,6 +141,8 @@ KNOWN: dict[str, Known] = {
 _NAMES: dict[type[nn.Module], list[str]] = {}
 for _name, _known in KNOWN.items():
     _NAMES.setdefault(_known.module, []).append(_name)
+# As they are now: a class that is patched later computes something else.
+_FORWARD = {kind: kind.forward for kind in _NAMES}
 
 # Without parameters, elementwise and deterministic: these may see rows in any shape, and may stand
 # between the layers of a plain stack.
@@ -163,6 +166,9 @@ def resolve(activation: Activation, name: str = "activation") -> nn.Module:
         return KNOWN[activation].make()
     if isinstance(activation, nn.Module):
         return activation
+    module = getattr(activation, "__self__", None)  # of a method
+    if isinstance(module, nn.Module) and activation in (module.forward, module.__call__):
+        return module
     if callable(activation) and not isinstance(activation, type):
         return _Function(activation)
     raise TypeError(f"{name} must be a name, a module or a function, got {activation!r}")
@@ -173,8 +179,10 @@ def named(activation: nn.Module | None) -> tuple[str, float] | None:
     tensors of its own, or does more than its class says."""
     if activation is None:
         return "identity", 1.0
-    own = vars(activation)
-    for name in _NAMES.get(type(activation), ()):
+    own, kind = vars(activation), type(activation)
+    if _FORWARD.get(kind) is not kind.forward:
+        return None
+    for name in _NAMES[kind]:
         known = KNOWN[name]
         if any(own.get(key) != value for key, value in known.fixed.items()):
             continue
@@ -183,7 +191,7 @@ def named(activation: nn.Module | None) -> tuple[str, float] | None:
         if not known.parameter:
             return name, 1.0
         parameter = own.get(known.parameter)
-        if not isinstance(parameter, int | float) or not math.isfinite(parameter):
+        if not isinstance(parameter, Real) or not math.isfinite(parameter):
             return None
         return name, float(parameter)
     return None
@@ -203,6 +211,8 @@ def activate(activation: nn.Module | None, x: Tensor) -> Tensor:
         return activation(x)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y = activation(rows)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{activation} must return a Tensor, got {type(y).__name__}")
     if y.shape != rows.shape:
         raise ValueError(
             f"{activation} must keep the shape of its rows, {checks.shape(rows)}, "

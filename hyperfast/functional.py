@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hyperfast import checks
-from hyperfast.activations import run_layers
+from hyperfast.activations import Activation, resolve, run_layers
 from hyperfast.kernels import reference
 from hyperfast.layout import Generated, MLPSpec
 from hyperfast.ops import backends, layer, network, sharding
@@ -125,7 +125,7 @@ def hyper_mlp(
     weight: Tensor,
     bias: Tensor | None,
     spec: MLPSpec,
-    activations: Sequence[nn.Module | None],
+    activations: Sequence[Activation | None],
     task_ids: Tensor | None = None,
 ) -> Tensor:
     """Generates a whole MLP for every task and applies it: :func:`hyper_linear` layer after layer,
@@ -137,14 +137,14 @@ def hyper_mlp(
         weight: ``(P, H)``, the head's weight; layer by layer as ``spec`` lays them out.
         bias: ``(P,)``, the head's bias, or ``None``.
         spec: the layout of the generated vector.
-        activations: the module after each layer, ``None`` for none.
+        activations: after each layer a name, a module or a function, ``None`` for none.
         task_ids: ``(R,)`` int64, the task of every row, in any order.
 
     Returns:
         ``x`` with its last dimension replaced by the last width.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: shapes or devices that disagree, activations that are not one a layer.
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
         IndexError: a task id outside ``[0, B)``.
 
@@ -155,7 +155,16 @@ def hyper_mlp(
         >>> hyperfast.functional.hyper_mlp(x, h, head.weight, head.bias, spec, acts).shape
         torch.Size([3, 4, 5])
     """
-    return generated_mlp(x, h, weight, bias, spec, activations, task_ids, "h")
+    if not isinstance(spec, MLPSpec):
+        raise TypeError(f"spec must be an MLPSpec, got {type(spec).__name__}")
+    if not isinstance(activations, Sequence) or isinstance(activations, str):
+        raise TypeError(f"activations must be a sequence, one a layer, got {activations!r}")
+    if len(activations) != len(spec.layers):
+        raise ValueError(
+            f"activations must hold {len(spec.layers)}, one a layer, got {len(activations)}"
+        )
+    modules = [None if a is None else resolve(a, "activations") for a in activations]
+    return generated_mlp(x, h, weight, bias, spec, modules, task_ids, "h")
 
 
 def generated_mlp(

@@ -57,10 +57,18 @@ def _backends() -> list[str]:
 def _detail(backend: str) -> str:
     if backend != "cpp" or EXTENSION is None:
         return ""
+    reason = _cannot_run()
+    return f", but cannot run: {reason}" if reason else f", kernels for {EXTENSION.isa()}"
+
+
+def _cannot_run() -> str:
+    """Why the C++ kernels, which are loaded, raise: HYPERFAST_ISA names what is not here."""
     try:
-        return f", kernels for {EXTENSION.isa()}"
-    except ValueError as error:  # HYPERFAST_ISA names what is not here
-        return f", but cannot run: {error}"
+        if EXTENSION is not None:
+            EXTENSION.isa()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _choices() -> list[str]:
@@ -70,5 +78,6 @@ def _choices() -> list[str]:
         cpu, cuda = (
             backend if has_kernel(backend, op) else "plain PyTorch" for backend in ("cpp", "triton")
         )
-        lines.append(f"{op:<26} {cpu:<16} {cuda}")
+        raises = cpu == "cpp" and _cannot_run()
+        lines.append(f"{op:<26} {'raises' if raises else cpu:<16} {cuda}")
     return lines

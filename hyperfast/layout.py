@@ -210,8 +210,11 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "square": torch.square,
 }
 
+_FLOAT = re.compile(r"-?(\d+\.\d*|\.\d+|\d+(?=e))(e[+-]?\d+)?")  # as Python writes them
+_WIDTH = r"[1-9]\d{0,17}"
 _LAYER = re.compile(
-    r"(?P<out>[1-9]\d*)(?: (?P<bias>[bs]))?(?: (?P<name>[a-z_]+)(?::(?P<number>\S+))?)?"
+    rf"(?P<out>{_WIDTH})"
+    r"(?: (?P<bias>[bs]))?(?: (?P<name>[a-z_]+)(?::(?P<number>\S+))?)?"
     rf"(?: (?P<transform>{'|'.join(TRANSFORMS)})\(W\))?"
 )
 
@@ -289,7 +292,7 @@ class Network:
             ValueError: it does not follow the grammar, or names an activation that is not known.
         """
         first, arrow, rest = text.partition(" > ")
-        if not arrow or not re.fullmatch(r"[1-9]\d*", first):
+        if not arrow or not re.fullmatch(_WIDTH, first):
             raise ValueError(f"network must begin with its input width and ' > ', got {text!r}")
         layers: list[Layer] = []
         for entry in rest.split(", "):
@@ -300,15 +303,19 @@ class Network:
                     f"[TRANSFORM(W)]', got {entry!r} in {text!r}"
                 )
             name = found["name"] or "identity"
-            if name not in KNOWN:
+            if name not in KNOWN or found["name"] == "identity":
                 raise ValueError(
                     f"network must have activations among {sorted(KNOWN)}, got {text!r}"
                 )
-            known = KNOWN[name]
-            try:
-                parameter = known.default if found["number"] is None else float(found["number"])
-            except ValueError:
-                raise ValueError(f"network must have numbers behind ':', got {text!r}") from None
+            known, number = KNOWN[name], found["number"]
+            if number is not None and (
+                not known.parameter or not _FLOAT.fullmatch(number) or math.isinf(float(number))
+            ):
+                raise ValueError(
+                    "network must have a number such as 30.0 behind the ':' of activations that "
+                    f"take one, got {text!r}"
+                )
+            parameter = known.default if number is None else float(number)
             before = layers[-1] if layers else None
             layers.append(
                 Layer(
@@ -389,8 +396,8 @@ class Generated(NamedTuple):
         matrix, *vector = weight.split(sizes)
         shared, *constant = [None, None] if bias is None else bias.split(sizes)
         return cls(
-            matrix.unflatten(0, (out, in_features)),
-            None if shared is None else shared.unflatten(0, (out, in_features)),
+            matrix.view(out, in_features, weight.shape[1]),  # needs no copy, whatever its strides
+            None if shared is None else shared.view(out, in_features),
             vector[0] if vector else None,
             constant[0] if constant else None,
         )

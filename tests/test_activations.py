@@ -1,5 +1,6 @@
 """The table of activations: values as their modules have them, slopes as PyTorch differentiates."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,3 +70,28 @@ def test_any_activation_sees_flat_rows():
 def test_moments():
     assert second_moment(nn.ReLU()) == pytest.approx(0.5, abs=1e-6)
     assert second_moment(nn.Identity()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5)])
+def test_numbers_of_other_libraries(number):
+    assert named(Sine(number)) == ("sin", 0.5)
+    assert named(nn.LeakyReLU(number)) == ("leaky_relu", 0.5)
+    assert named(Sine(np.int64(30))) == ("sin", 30.0)
+
+
+def test_a_class_that_is_patched_later_is_not_known(monkeypatch):
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.cos())
+    assert named(nn.ReLU()) is None
+
+
+def test_a_method_of_a_module_is_the_module():
+    """Or nobody could copy it, move it or put it in eval mode."""
+    dropout = nn.Dropout()
+    assert resolve(dropout.forward) is dropout
+    assert resolve(dropout.__call__) is dropout
+    assert resolve(dropout.extra_repr) is not dropout
+
+
+def test_what_returns_no_tensor():
+    with pytest.raises(TypeError, match="must return a Tensor, got NoneType"):
+        activate(resolve(lambda x: None), torch.ones(2, 3))

@@ -181,8 +181,9 @@ TARGETS = [
     bad("activations", ValueError, "activation must be one of", lambda: TargetNet(["relu", "x"])),
     bad("activation None", TypeError, "activation must be a name", lambda: TargetNet(None)),
     bad("activation class", TypeError, "activation must be a name", lambda: TargetNet(nn.ReLU)),
-    bad("transform name", ValueError, r"weight_transform must be one of \['abs', 'exp', 'softplus'"
-        r"\] or a function, got 'square'", lambda: TargetNet(weight_transform="square")),
+    bad("transform name", ValueError, r"weight_transform must be one of \['abs', 'exp', "
+        r"'softplus', 'square'\] or a function, got 'cube'",
+        lambda: TargetNet(weight_transform="cube")),
     bad("transform", TypeError, "weight_transform must be callable, got 2",
         lambda: TargetNet(weight_transform=2)),
     bad("no weights", ValueError, r"weights must be a non-empty sequence of tensors, got \(\)",

@@ -10,6 +10,7 @@ from torch import nn
 from hyperfast import MLPSpec, Sine
 from hyperfast.activations import KNOWN
 from hyperfast.layout import TRANSFORMS, Layer, Network, ParamSpec
+from hyperfast.plans.cpu import EXTENSION
 
 SIZES = [(1, 1), (4, 3), (4, 8, 3), (2, 5, 1, 7, 3)]
 
@@ -95,6 +96,8 @@ def test_a_network_is_its_text():
         network = random_network(generator)
         assert Network.parse(network.text) == network
         assert Network.parse(network.text).text == network.text
+        if EXTENSION is not None:  # whose parser takes it as well
+            EXTENSION.runs_whole(network.text, "float32", False, 1, 1, 1)
 
 
 def test_the_text_of_a_network():
@@ -114,12 +117,17 @@ def test_the_text_of_a_network():
         *("", "3", "3 >", "3 > ", "3 > 0", "0 > 3", "3 > 4  b", "3 > 4 b,2", "3 > 4 b relu,  2"),
         *("3>4", "3 > 4 B", "3 > 4 relu b", "3 > 4 b nope", "3 > 4 b sin:", "3 > 4 b sin:x"),
         *("3 > 4 b\n", "3 > 4 b cube(W)", "3 > 4 b abs(W) relu", "03 > 4", "3 > 4 b s"),
-        *("3 > -4", "3 > 4.0"),
+        *("3 > -4", "3 > 4.0", "3 > 4 relu:3.0", "3 > 4 sin:30", "3 > 4 sin:inf", "3 > 4 sin:nan"),
+        *("3 > 4 sin:1e400", "3 > 4 sin:1_0.0", "3 > 4 sin:+1.0", "3 > 4 b identity"),
+        *("3 > 1234567890123456789", "3 > 4 sin:.", "3 > 4 sin:30e", "3 > 4 tanh:"),
     ],
 )
 def test_what_is_no_network(text):
     with pytest.raises(ValueError, match="network"):
         Network.parse(text)
+    if EXTENSION is not None:
+        with pytest.raises(ValueError, match="network"):
+            EXTENSION.runs_whole(text, "float32", False, 1, 1, 1)
 
 
 def test_modules_of_a_network_describe_it():

@@ -1,6 +1,6 @@
 // Registration, and nothing else: each function checks its arguments, so that the kernels behind it
 // can never read or write out of bounds, and hands raw pointers over. The schemas are in
-// hyperfast/ops.py.
+// hyperfast/ops/layer.py.
 #include <torch/csrc/stable/library.h>
 
 #include "dispatch.h"

@@ -102,6 +102,8 @@ class Contents:
         max_bytes: int | None = None,
     ) -> Contents:
         """Without tasks yet."""
+        if not isinstance(target, TargetNet):
+            raise TypeError(f"target must be a TargetNet, got {type(target).__name__}")
         if target.weight_transform is not None:
             raise ValueError(
                 "target must have no weight_transform: transform the weights, then use from_weights"

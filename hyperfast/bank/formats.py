@@ -120,6 +120,10 @@ class Int8(Format):
             matrices.append(steps.round().clamp(-127, 127).to(torch.int8))
             both = [scale] if bias is None else [scale, bias.to(torch.float32)]
             scales_and_biases.append(torch.stack(both, 1))
+            if not all(bool(t.isfinite().all()) for t in (127 * scale, both[-1])):
+                raise ValueError(
+                    "weights must fit into torch.int8 with scales and biases of float32"
+                )
         return (
             self._matrices.flatten(matrices),
             self._scales_and_biases.flatten(scales_and_biases),

@@ -179,7 +179,8 @@ class TaskBank:
             KeyError: no task has the key.
             TypeError: one key instead of several, or one that is neither str nor int.
         """
-        if isinstance(keys, str):  # which is iterable, too
+        # Text is iterable, too.
+        if keys is not None and (isinstance(keys, str | bytes) or not isinstance(keys, Iterable)):
             raise TypeError(f"keys must hold keys, got the single key {keys!r}")
         return self.contents.table.ids(keys)
 
@@ -298,6 +299,8 @@ class TaskBank:
             TypeError: dtypes that disagree.
             OSError: the log could not be written, or is that of another process.
         """
+        if isinstance(keys, str | bytes):  # text is iterable, too
+            raise TypeError(f"keys must hold a key for each task, got the single key {keys!r}")
         names = None if keys is None else [to_key(key) for key in keys]
         with self.contents.adding(self.contents.given(z, weights), names) as ids:
             pass

@@ -74,13 +74,19 @@ class ShardedTaskBank:
         self._ranks = ranks
         self.rank, self.ranks = ranks.rank, ranks.size
         self._issued = issued  # ids below are spent
-        meta = [local.spec, local.dtype, contents.mark, local.max_bytes, contents.activations]
+        known = local.spec.describe(contents.activations)
+        kinds = known or [
+            type(a).__name__ for a in contents.activations
+        ]  # a repr may hold an address
+        meta = [local.spec, local.dtype, contents.mark, local.max_bytes, kinds]
         with ranks.agreed(2) as told:
             told[self.rank] = torch.tensor(
                 [zlib.crc32(repr(meta).encode()), len(local)], dtype=torch.int64, device="cpu"
             )
         if len(told[:, 0].unique()) > 1:
-            raise ValueError("the ranks must give banks of equal sizes, dtype and hypernetwork")
+            raise ValueError(
+                "the ranks must give banks of equal sizes, dtype, activations and hypernetwork"
+            )
         self._count = int(told[:, 1].sum())
 
     @classmethod
@@ -252,12 +258,17 @@ class ShardedTaskBank:
             rows: random inputs of each task.
 
         Raises, on all ranks:
-            ValueError: a task has no latent, and ``weights`` are not given.
+            ValueError: a task has no latent, and ``weights`` are not given; ranks that disagree.
         """
         local, contents = self.local, self._contents
+        with self._ranks.agreed(2) as told:
+            told[self.rank] = torch.tensor(
+                [weights is None, positive("rows", rows)], dtype=torch.int64, device="cpu"
+            )
+        if len(told.unique(dim=0)) > 1:
+            raise ValueError("the ranks must all give weights, or none, and the same rows")
 
         def asked() -> tuple[Tensor, ...]:
-            positive("rows", rows)
             if weights is None and local.hyper is None:
                 raise ValueError("weights must be given, as the bank has no hypernetwork")
             if ids is None:

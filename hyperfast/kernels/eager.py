@@ -31,6 +31,7 @@ def hyper_linear(
 ) -> Tensor:
     made = matrix, matrix_bias, vector, vector_bias
     out, ins, features = matrix.shape
+    h, task_ids = _touched(h, task_ids)
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
         return reference.hyper_linear(x, h, *made, task_ids)
@@ -56,6 +57,10 @@ def hyper_linear_grad_h(
     plan: str,
 ) -> Tensor:
     out, ins, features = matrix.shape
+    if task_ids is not None and len(task_ids) < tasks:
+        touched, local = task_ids.unique(return_inverse=True)
+        gh = hyper_linear_grad_h(grad, x, matrix, vector, local, len(touched), plan)
+        return gh.new_zeros(tasks, features).index_copy_(0, touched, gh)
     plan = plan or _choose(x, tasks, out, ins, features, task_ids)
     if plan == "materialize":
         return reference.hyper_linear_grad_h(grad, x, matrix, vector, task_ids, tasks)
@@ -67,9 +72,9 @@ def hyper_linear_grad_h(
                 grad[rows], x[rows], matrix, vector, ids, count
             )
         return gh
-    per_row = _trilinear(grad.reshape(-1, out), x.reshape(-1, ins), matrix.permute(2, 0, 1))
+    per_row = _trilinear(_rows(grad), _rows(x), matrix.permute(2, 0, 1))
     if vector is not None:
-        per_row += grad.reshape(-1, out) @ vector
+        per_row += _rows(grad) @ vector
     if task_ids is None:
         per_row = per_row.view(*grad.shape[:-1], features)
     return reference.sum_rows(per_row, task_ids, tasks)
@@ -79,6 +84,7 @@ def hyper_linear_grad_weight(
     grad: Tensor, x: Tensor, h: Tensor, task_ids: Tensor | None, vector: bool, plan: str
 ) -> Tensor:
     out, ins, features = grad.shape[-1], x.shape[-1], h.shape[1]
+    h, task_ids = _touched(h, task_ids)
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
         return reference.hyper_linear_grad_weight(grad, x, h, task_ids, vector)
@@ -91,7 +97,7 @@ def hyper_linear_grad_weight(
             total += reference.hyper_linear_grad_weight(grad[rows], x[rows], h[tasks], ids, vector)
         return total.to(grad.dtype)
     h = _rows_of(h, x, task_ids)
-    grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
+    grad, x = _rows(grad), _rows(x)
     for rows in _blocks(len(x), ins * features):
         pairs = (x[rows].unsqueeze(2) * h[rows].unsqueeze(1)).flatten(1)
         total[:n] += (grad[rows].mT @ pairs).view(n, features)
@@ -104,7 +110,7 @@ def _contract(
     x: Tensor, h: Tensor, v: Tensor, shared: Tensor | None, task_ids: Tensor | None
 ) -> Tensor:
     """``y[r,o] = sum_i x[r,i] (shared[o,i] + sum_k v[o,i,k] h[b(r),k])``."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     y = _trilinear(rows, _rows_of(h, x, task_ids), v)
     if shared is not None:
         y += rows @ shared.mT
@@ -129,8 +135,14 @@ def _trilinear(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
         if width == i * j:
             y[rows] = (a[rows].unsqueeze(2) * b[rows].unsqueeze(1)).flatten(1) @ m
         else:
-            y[rows] = torch.bmm((a[rows] @ m).view(-1, c, j), b[rows].unsqueeze(2)).squeeze(2)
+            made = (a[rows] @ m).view(rows.stop - rows.start, c, j)
+            y[rows] = torch.bmm(made, b[rows].unsqueeze(2)).squeeze(2)
     return y
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``(R, C)``; -1 would not do where there are no columns."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _rows_of(h: Tensor, x: Tensor, task_ids: Tensor | None) -> Tensor:
@@ -140,9 +152,18 @@ def _rows_of(h: Tensor, x: Tensor, task_ids: Tensor | None) -> Tensor:
     return h.unsqueeze(1).expand(-1, x.shape[1], -1).reshape(-1, h.shape[1])
 
 
+def _touched(h: Tensor, task_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The features of the tasks that few mixed rows name, and the rows' ids among them: the cost is
+    that of the rows, however many tasks there are."""
+    if task_ids is None or len(task_ids) >= len(h):
+        return h, task_ids
+    touched, local = task_ids.unique(return_inverse=True)
+    return h.index_select(0, touched), local
+
+
 def _blocks(count: int, width: int) -> Iterator[slice]:
     """Slices of ``range(count)`` of at most ``BLOCK`` elements, ``width`` each."""
-    step = max(1, BLOCK // width)
+    step = max(1, BLOCK // max(width, 1))
     return (slice(n, min(n + step, count)) for n in range(0, count, step))
 
 

@@ -432,7 +432,7 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
     for module in _flat(net):
         if checks.is_hooked(module):
             return None
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module._parameters.keys() <= {"weight", "bias"}:
             linears.append(module)
             activations.append([])
         elif type(module) in ELEMENTWISE and not module._parameters and linears:

@@ -39,7 +39,7 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
     generator, spec = hyper.generator, hyper.spec
     if (
         not isinstance(target, TargetNet)
-        or not isinstance(spec, MLPSpec)
+        or type(spec) is not MLPSpec
         or target.weight_transform is not None
         or type(generator) is not nn.Sequential
         or not generator._modules

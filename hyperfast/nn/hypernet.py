@@ -327,6 +327,13 @@ class HyperNet(nn.Module):
             self.target_activation._apply(fn)
         return self
 
+    def train(self, mode: bool = True) -> HyperNet:
+        """As of nn.Module; the target's activation follows."""
+        super().train(mode)
+        if isinstance(self.target_activation, nn.Module):
+            self.target_activation.train(mode)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As of nn.Module. State dicts once held the target's activation here as well."""
         mine = f"{prefix}target_activation."

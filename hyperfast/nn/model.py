@@ -97,6 +97,11 @@ class HyperMLP(nn.Module):
                 f"got {checks.shape(z)}"
             )
         spec, target, head, trunk = mlp
+        if len(head.weight) != spec.numel:
+            raise ValueError(
+                f"hyper.generator must return {spec.numel} numbers for {spec}, got a last layer of "
+                f"{len(head.weight)}"
+            )
         self.hyper.check_latents(z, head.weight)
         h = z
         for module in trunk:

@@ -16,16 +16,11 @@ from hyperfast import checks
 from hyperfast.activations import Activation, resolve, run_layers
 from hyperfast.checks import Weights
 from hyperfast.functional import task_linear, task_mlp
-from hyperfast.layout import MLPSpec
+from hyperfast.layout import TRANSFORMS, MLPSpec
 from hyperfast.nn.copies import apart
 from hyperfast.ops import backends
 
 Transform: TypeAlias = str | Callable[[Tensor], Tensor]
-TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "softplus": F.softplus,
-}
 
 
 class TargetNet(nn.Module):
@@ -37,8 +32,8 @@ class TargetNet(nn.Module):
             the output, one shorter leaves it linear. Where a module with parameters comes again in
             the sequence, a copy takes its place.
         weight_transform: a function of every weight matrix, not of the biases, before it is used;
-            or its name, ``"abs"``, ``"exp"`` or ``"softplus"``: monotonic mixers (QMIX, Rashid et
-            al. 2018) use ``"abs"``.
+            or its name, ``"abs"``, ``"exp"``, ``"softplus"`` or ``"square"``: monotonic mixers
+            (QMIX, Rashid et al. 2018) use ``"abs"``.
 
     Raises:
         ValueError: an unknown name.
@@ -93,7 +88,7 @@ class TargetNet(nn.Module):
         weights = checks.check_tensors("weights", weights)
         layers = _pairs(weights)
         if self.weight_transform is not None:
-            layers = [(self.weight_transform(w), b) for w, b in layers]
+            layers = [(_transformed(self.weight_transform, w), b) for w, b in layers]
         activations = self.layer_activations(len(layers))
         if layers[0][0].ndim == 2:
             if task_ids is not None:
@@ -200,6 +195,16 @@ def _unbatched(
     activations: list[nn.Module | None],
 ) -> Tensor:
     return run_layers(x, [partial(_linear, w, b) for w, b in layers], activations)
+
+
+def _transformed(transform: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    y = transform(w)
+    if not isinstance(y, Tensor) or y.shape != w.shape:
+        got = checks.shape(y) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"weight_transform must keep the shape of a weight, {checks.shape(w)}, got {got}"
+        )
+    return y
 
 
 def _linear(w: Tensor, b: Tensor | None, x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def _define(
         checks.check_in_range(ids, tasks)
         if plan_count and args[-1] not in ("", *PLANS):
             raise ValueError(f"plan must be one of {['', *PLANS]}, got {args[-1]!r}")
-        return kernel(*args)
+        y = kernel(*args)
+        return y.clone() if y._is_view() else y  # a view could not be changed in place
 
     op = define(
         name, schema, (roles, [returns]), checked, lambda *args: args[0].new_empty(shape(*args))

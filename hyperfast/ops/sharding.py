@@ -4,7 +4,7 @@ it takes about a second.
 Tasks are cut along their first dimension, and with them their rows; or, with ``task_ids``, the rows
 alone. What is shared by all tasks is replicated, and its gradient is a sum over the ranks. An op
 that takes the number of tasks as an argument is not told what is left of it on a rank: tasks are
-not cut there.
+not cut there. First derivatives only.
 """
 
 from __future__ import annotations

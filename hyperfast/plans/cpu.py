@@ -23,9 +23,6 @@ def _load() -> tuple[ModuleType | None, str]:
 
 EXTENSION, EXTENSION_ERROR = _load()
 
-# Weights of so many tasks are made at a time where networks run whole (csrc/plan.h).
-NETWORKS_BYTES = 9 << 20
-
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -114,6 +114,7 @@ def explain(
 
 def _whole(layer: Sizes, params: int, itemsize: int, cost: Cost) -> Cost:
     """One layer of networks of ``params`` numbers that run whole: its weights in one block."""
-    block = min(layer.tasks * params * max(itemsize, 4), cpu.NETWORKS_BYTES)
+    assert cpu.EXTENSION is not None
+    block = min(layer.tasks * params * max(itemsize, 4), cpu.EXTENSION.NETWORKS_BYTES)
     share = block * layer.params // params
     return Cost("whole", cost.flops, cost.bytes, share, cost.seconds)

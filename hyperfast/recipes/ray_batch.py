@@ -25,7 +25,7 @@ class Networks:
         self.bank = TaskBank.open(path)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        x, ids = (torch.tensor(batch[name]) for name in ("x", "task_id"))
+        x, ids = (torch.tensor(batch[name], device=self.bank.device) for name in ("x", "task_id"))
         return batch | {"y": self.bank(x, ids).numpy()}
 
 

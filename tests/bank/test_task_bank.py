@@ -456,3 +456,30 @@ def test_one_key_is_no_list_of_keys():
     assert bank.ids(["12"]).tolist() == [2]
     with pytest.raises(TypeError, match="keys must hold keys, got the single key '12'"):
         bank.ids("12")
+
+
+@pytest.mark.parametrize("value", [1e40, -1e40])
+@pytest.mark.parametrize("place", [0, -1], ids=["weight", "bias"])
+def test_int8_refuses_what_its_scales_and_biases_cannot_hold(value, place):
+    spec = MLPSpec((3, 4))
+    flat = torch.zeros(1, spec.numel, dtype=torch.float64)
+    flat[0, place] = value
+    with pytest.raises(ValueError, match=r"weights must fit into torch\.int8"):
+        TaskBank.from_weights(spec, flat, dtype=torch.int8)
+
+
+def test_a_method_of_a_module_as_activation_is_the_banks_own():
+    hyper = HyperNet(5, 3, 4, 2)
+    dropout = torch.nn.Dropout(0.5)
+    bank = TaskBank.from_latents(hyper, torch.randn(3, 5), target=TargetNet(dropout.forward))
+    x, ids = torch.randn(30, 3), torch.randint(3, (30,))
+    assert torch.equal(bank(x, ids), bank(x, ids))
+    assert dropout.training
+
+
+def test_one_key_for_many_tasks_is_refused():
+    hyper = HyperNet(5, 3, 4, 2)
+    with pytest.raises(TypeError, match="keys must hold a key for each task"):
+        TaskBank.from_latents(hyper, torch.randn(3, 5), keys="abc")
+    with pytest.raises(TypeError, match="keys must hold keys, got the single key 5"):
+        TaskBank.from_latents(hyper, torch.randn(3, 5)).ids(5)

@@ -282,6 +282,10 @@ def check_what_is_asked_of_all(rank, ranks, folder):
     assert abs(given.layers[0].weight_relative / every.layers[0].weight_relative - 1) < 1e-3
     with pytest.raises(ValueError, match="weights must hold"):
         bank.error_report(flat[some][: 1 if rank == 0 else None], ids=some)
+    with pytest.raises(ValueError, match="the ranks must all give weights, or none"):
+        bank.error_report(flat[some] if rank == 0 else None, ids=some)
+    with pytest.raises(ValueError, match="the ranks must all give weights, or none"):
+        bank.error_report(ids=some, rows=3 + rank)
     costs = bank.explain()
     assert costs.tasks == len(bank.local)
     assert costs.keep_bytes == 2 * SPEC.numel

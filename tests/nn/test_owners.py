@@ -92,3 +92,13 @@ def test_old_state_dicts():
     named = make(target_activation="tanh", activation=nn.PReLU())
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"target\.activations\.0\.weight"'):
         named.load_state_dict(old)
+
+
+def test_eval_reaches_the_targets_activation():
+    hyper = HyperNet(5, 4, 8, 3, target_activation=nn.Dropout(0.5))
+    target = TargetNet(hyper.target_activation)
+    hyper.eval()
+    x, weights = torch.randn(6, 7, 4), hyper(torch.randn(6, 5))
+    assert torch.equal(target(x, weights), target(x, weights))
+    hyper.train()
+    assert target.activations[0].training

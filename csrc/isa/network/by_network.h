@@ -5,14 +5,13 @@
 #include "isa/layer/generated_grad.h"
 #include "isa/network/apply.h"
 #include "isa/network/block.h"
+#include "plan.h"
 
 namespace hyperfast::HF_ISA {
 
-// Weights (or their gradients) of a block of networks: 9 MiB, so that the head and its gradient,
-// which lie in memory, are read for many at a time. With twice as many their own way to and from
-// the caches takes longer.
+// Weights (or their gradients) of a block of networks.
 template <class C>
-constexpr Index networks_elements = (9 << 20) / Index(sizeof(C));
+constexpr Index networks_elements = networks_bytes / Index(sizeof(C));
 
 // Networks at a time, of so many: whole tiles of them (36 of the largest fit), and about as many
 // each time.

@@ -44,62 +44,64 @@ _CUBE = tl.constexpr(0.044715)
 
 
 @triton.jit
-def activate(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+def activate(pre, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+    y = pre
     if NAME == "relu":
-        z = tl.where(z <= 0, 0.0, z)
+        y = tl.where(pre <= 0, 0.0, pre)
     elif NAME == "leaky_relu":
-        z = tl.where(z > 0, z, z * PARAMETER)
+        y = tl.where(pre > 0, pre, pre * PARAMETER)
     elif NAME == "elu":
-        z = tl.where(z > 0, z, _expm1(tl.where(z > 0, 0.0, z)))
+        y = tl.where(pre > 0, pre, _expm1(tl.where(pre > 0, 0.0, pre)))
     elif NAME == "sigmoid":
-        z = tl.sigmoid(z)
+        y = tl.sigmoid(pre)
     elif NAME == "silu":
-        z = z * tl.sigmoid(z)
+        y = pre * tl.sigmoid(pre)
     elif NAME == "sin":
-        z = tl.sin(z * PARAMETER)
+        y = tl.sin(pre * PARAMETER)
     elif NAME == "tanh":
-        z = _tanh(z)
+        y = _tanh(pre)
     elif NAME == "gelu":
-        z = 0.5 * z * (1 + tl.erf(z * _HALF_ROOT))
+        y = 0.5 * pre * (1 + tl.erf(pre * _HALF_ROOT))
     elif NAME == "gelu_tanh":
-        z = 0.5 * z * (1 + _tanh((z + z * z * z * _CUBE) * _ROOT))
+        y = 0.5 * pre * (1 + _tanh((pre + pre * pre * pre * _CUBE) * _ROOT))
     elif NAME == "softplus":
-        z = tl.where(z > 20, z, _log1p(tl.exp(tl.where(z > 20, 0.0, z))))
+        y = tl.where(pre > 20, pre, _log1p(tl.exp(tl.where(pre > 20, 0.0, pre))))
     else:
         tl.static_assert(NAME == "identity")
-    return z
+    return y
 
 
 @triton.jit
-def slope(z, NAME: tl.constexpr, PARAMETER: tl.constexpr):
-    """The derivative of :func:`activate` at ``z``."""
+def slope(pre, NAME: tl.constexpr, PARAMETER: tl.constexpr):
+    """The derivative of :func:`activate` at ``pre``."""
+    y = pre
     if NAME == "relu":
-        z = tl.where(z <= 0, 0.0, 1.0).to(z.dtype)
+        y = tl.where(pre <= 0, 0.0, 1.0).to(pre.dtype)
     elif NAME == "leaky_relu":
-        z = tl.where(z > 0, tl.full(z.shape, 1.0, z.dtype), PARAMETER)
+        y = tl.where(pre > 0, tl.full(pre.shape, 1.0, pre.dtype), PARAMETER)
     elif NAME == "elu":
-        z = tl.exp(tl.where(z > 0, 0.0, z))
+        y = tl.exp(tl.where(pre > 0, 0.0, pre))
     elif NAME == "sigmoid":
-        s = tl.sigmoid(z)
-        z = s * (1 - s)
+        s = tl.sigmoid(pre)
+        y = s * (1 - s)
     elif NAME == "silu":
-        s = tl.sigmoid(z)
-        z = s * (1 + z * (1 - s))
+        s = tl.sigmoid(pre)
+        y = s * (1 + pre * (1 - s))
     elif NAME == "sin":
-        z = PARAMETER * tl.cos(z * PARAMETER)
+        y = PARAMETER * tl.cos(pre * PARAMETER)
     elif NAME == "tanh":
-        t = _tanh(z)
-        z = 1 - t * t
+        t = _tanh(pre)
+        y = 1 - t * t
     elif NAME == "gelu":
-        z = 0.5 * (1 + tl.erf(z * _HALF_ROOT)) + z * _DENSITY * tl.exp(-0.5 * z * z)
+        y = 0.5 * (1 + tl.erf(pre * _HALF_ROOT)) + pre * _DENSITY * tl.exp(-0.5 * pre * pre)
     elif NAME == "gelu_tanh":
-        t = _tanh((z + z * z * z * _CUBE) * _ROOT)
-        z = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * (1 + z * z * (3 * _CUBE)) * _ROOT
+        t = _tanh((pre + pre * pre * pre * _CUBE) * _ROOT)
+        y = 0.5 * (1 + t) + 0.5 * pre * (1 - t * t) * (1 + pre * pre * (3 * _CUBE)) * _ROOT
     elif NAME == "softplus":
-        z = tl.where(z > 20, 1.0, tl.sigmoid(z)).to(z.dtype)
+        y = tl.where(pre > 20, 1.0, tl.sigmoid(pre)).to(pre.dtype)
     else:
         tl.static_assert(False)
-    return z
+    return y
 
 
 class Finish(NamedTuple):

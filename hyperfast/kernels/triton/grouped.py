@@ -35,7 +35,7 @@ def owners(p, live, keys, order, per_task, RAGGED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _task_linear(
-    x, w, scale, bias, keys, order, z, y, rows, per_task, I, O,
+    x, w, scale, bias, keys, order, pre, y, rows, per_task, I, O,
     x_r, x_i, w_t, w_o, w_i, scale_t, scale_o, bias_t, bias_o,
     RAGGED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
@@ -85,7 +85,7 @@ def _task_linear(
         total = tl.where(mine[:, None], product, total)
         turn = tl.min(tl.where(task > turn, task, NONE))
     at, mask = r[:, None] * O + o[None, :], live[:, None] & inside[None, :]
-    total = finish(total, z, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
+    total = finish(total, pre, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
     tl.store(y + at, total.to(y.dtype.element_ty), mask)
 
 

@@ -22,7 +22,7 @@ from hyperfast.plans import gpu
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _contract(
-    a, c, v, u, s, bias, keys, z, y, rows, per_task, J, K, N,
+    a, c, v, u, s, bias, keys, pre, y, rows, per_task, J, K, N,
     a_r, a_k, c_r, c_j, v_n, v_j, v_k, u_n, u_k, s_n, s_j, bias_n,
     A_TASK: tl.constexpr, C_TASK: tl.constexpr, RAGGED: tl.constexpr,
     HAS_U: tl.constexpr, HAS_S: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -74,7 +74,7 @@ def _contract(
     if HAS_BIAS:
         total += tl.load(bias + n * bias_n, inside, 0.0).to(SUM)[None, :]
     at, mask = r[:, None] * N + n[None, :], live[:, None] & inside[None, :]
-    total = finish(total, z, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
+    total = finish(total, pre, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
     tl.store(y + at, total.to(y.dtype.element_ty), mask)
 
 
