@@ -97,16 +97,16 @@ class HyperMLP(nn.Module):
                 f"got {checks.shape(z)}"
             )
         spec, target, head, trunk = mlp
-        if len(head.weight) != spec.numel:
+        weight, bias = head.weight, head.bias
+        if len(weight) != spec.numel:
             raise ValueError(
                 f"hyper.generator must return {spec.numel} numbers for {spec}, got a last layer of "
-                f"{len(head.weight)}"
+                f"{len(weight)}"
             )
-        self.hyper.check_latents(z, head.weight)
+        self.hyper.check_latents(z, weight)
         h = z
         for module in trunk:
             h = module(h)
-        weight, bias = head.weight, head.bias
         checks.check_like_weight(weight, x=x)
         activations = target.layer_activations(len(spec.layers))
 
