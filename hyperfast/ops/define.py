@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hyperfast.plans import cpu
@@ -108,9 +107,3 @@ def triton_on_cpu() -> Iterator[None]:
         yield
     finally:
         library._destroy()
-
-
-def views(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Views, so that a gradient with respect to one argument does not run through another that was
-    computed from it: the engine adds that path itself."""
-    return [None if t is None else t.view_as(t) for t in tensors]

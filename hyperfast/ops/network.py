@@ -11,8 +11,9 @@ layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ from hyperfast.ops.define import (
     count_flops,
     define,
     differentiate,
-    views,
 )
 from hyperfast.ops.layer import (
     grad_shared,
@@ -155,6 +155,12 @@ def _hyper_mlp_autograd(ctx, grad, _):
     return *_gradients(ctx, grad), *[None] * 3
 
 
+def _views(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Views, so that a gradient with respect to one argument does not run through another that was
+    computed from it: the engine adds that path itself."""
+    return [None if t is None else t.view_as(t) for t in tensors]
+
+
 def _gradients(ctx, grad):
     """Gradients of x, h, weight and bias."""
     *tensors, preactivations = ctx.saved_tensors
@@ -162,7 +168,7 @@ def _gradients(ctx, grad):
     if grad is None:
         return [None] * 4
     if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-        own = views(tensors)
+        own = _views(tensors)
         y = by_layers(own[0], own[1], own[2], own[3], own[4], ctx.network)
         wanted = [t for t, n in zip(own, need, strict=False) if n]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
@@ -258,7 +264,7 @@ def _task_mlp_autograd(ctx, grad):
     need = ctx.needs_input_grad[:3]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        tensors = views(ctx.saved_tensors)
+        tensors = _views(ctx.saved_tensors)
         y = by_task_layers(tensors[0], tensors[1], tensors[2], tensors[3], ctx.network)
     wanted = [t for t, n in zip(tensors, need, strict=False) if n]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
