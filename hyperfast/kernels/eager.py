@@ -31,7 +31,8 @@ def hyper_linear(
 ) -> Tensor:
     made = matrix, matrix_bias, vector, vector_bias
     out, ins, features = matrix.shape
-    h, task_ids = _touched(h, task_ids)
+    touched, task_ids = _touched(task_ids, len(h))
+    h = h if touched is None else h.index_select(0, touched)
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
         return reference.hyper_linear(x, h, *made, task_ids)
@@ -57,8 +58,8 @@ def hyper_linear_grad_h(
     plan: str,
 ) -> Tensor:
     out, ins, features = matrix.shape
-    if task_ids is not None and len(task_ids) < tasks:
-        touched, local = task_ids.unique(return_inverse=True)
+    touched, local = _touched(task_ids, tasks)
+    if touched is not None:
         gh = hyper_linear_grad_h(grad, x, matrix, vector, local, len(touched), plan)
         return gh.new_zeros(tasks, features).index_copy_(0, touched, gh)
     plan = plan or _choose(x, tasks, out, ins, features, task_ids)
@@ -84,7 +85,8 @@ def hyper_linear_grad_weight(
     grad: Tensor, x: Tensor, h: Tensor, task_ids: Tensor | None, vector: bool, plan: str
 ) -> Tensor:
     out, ins, features = grad.shape[-1], x.shape[-1], h.shape[1]
-    h, task_ids = _touched(h, task_ids)
+    touched, task_ids = _touched(task_ids, len(h))
+    h = h if touched is None else h.index_select(0, touched)
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
         return reference.hyper_linear_grad_weight(grad, x, h, task_ids, vector)
@@ -152,13 +154,12 @@ def _rows_of(h: Tensor, x: Tensor, task_ids: Tensor | None) -> Tensor:
     return h.unsqueeze(1).expand(-1, x.shape[1], -1).reshape(-1, h.shape[1])
 
 
-def _touched(h: Tensor, task_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The features of the tasks that few mixed rows name, and the rows' ids among them: the cost is
-    that of the rows, however many tasks there are."""
-    if task_ids is None or len(task_ids) >= len(h):
-        return h, task_ids
-    touched, local = task_ids.unique(return_inverse=True)
-    return h.index_select(0, touched), local
+def _touched(task_ids: Tensor | None, tasks: int) -> tuple[Tensor | None, Tensor | None]:
+    """The tasks that few mixed rows name, and the rows' ids among them: so the cost is that of the
+    rows, however many tasks there are. ``None`` and the ids as they are where rows are not few."""
+    if task_ids is None or len(task_ids) >= tasks:
+        return None, task_ids
+    return task_ids.unique(return_inverse=True)
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
