@@ -203,11 +203,18 @@ def _call(function: Callable[[Tensor, float], Tensor], parameter: float, pre: Te
     return function(pre, parameter)
 
 
-TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "softplus": nn.functional.softplus,
-    "square": torch.square,
+class Transform(NamedTuple):
+    """What becomes of a generated or stored matrix before it is used, and its derivative."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "abs": Transform(torch.abs, torch.sign),
+    "exp": Transform(torch.exp, torch.exp),
+    "softplus": Transform(nn.functional.softplus, lambda w: torch.sigmoid(w).where(w <= 20, 1.0)),
+    "square": Transform(torch.square, lambda w: 2 * w),
 }
 
 _FLOAT = re.compile(r"-?(\d+\.\d*|\.\d+|\d+(?=e))(e[+-]?\d+)?")  # as Python writes them

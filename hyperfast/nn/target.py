@@ -61,7 +61,7 @@ class TargetNet(nn.Module):
                     f"weight_transform must be one of {sorted(TRANSFORMS)} or a function, "
                     f"got {weight_transform!r}"
                 )
-            weight_transform = TRANSFORMS[weight_transform]
+            weight_transform = TRANSFORMS[weight_transform].value
         if weight_transform is not None and not callable(weight_transform):
             raise TypeError(f"weight_transform must be callable, got {weight_transform!r}")
         self.weight_transform = weight_transform
