@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.layout import MLPSpec
-from hyperfast.nn.heads import Separate
+from hyperfast.nn.generator import Separate
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
