@@ -8,7 +8,7 @@ from hyperfast.ops.layer import (
     task_linear,
     task_linear_grad_weight,
 )
-from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp
+from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp, task_mlp_backward
 
 __all__ = [
     "hyper_linear",
@@ -19,4 +19,5 @@ __all__ = [
     "task_linear",
     "task_linear_grad_weight",
     "task_mlp",
+    "task_mlp_backward",
 ]
