@@ -1,9 +1,6 @@
 """HyperNets of every kind of trunk and head: what they generate, and that the model that does not
 form the weights equals the one that does."""
 
-import math
-from itertools import product
-
 import pytest
 import torch
 from torch import nn
@@ -191,12 +188,12 @@ def test_state_dict_and_copies():
     assert [k for k in make().state_dict() if not k.startswith("generator.")] == []
 
 
-def test_compiles(options=({"rank": 2}, {"separate": True, "bias": "shared"})):
-    for chosen in options:
-        model = HyperMLP(make(**chosen))
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        x, z = draw(B, N, 4), draw(B, Z)
-        close(compiled(x, z), model(x, z))
+@pytest.mark.parametrize("options", [{"rank": 2}, {"separate": True, "bias": "shared"}], ids=str)
+def test_compiles(options):
+    model = HyperMLP(make(**options))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, z = draw(B, N, 4), draw(B, Z)
+    close(compiled(x, z), model(x, z))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +222,6 @@ def test_bad_base():
 
 
 def test_parallel_needs_one_plain_head():
-    for options, mesh in product(OPTIONS[1:], [None]):
+    for options in OPTIONS[1:-2]:
         with pytest.raises(TypeError, match="one head"):
-            hyperfast.distributed.parallelize(HyperMLP(make(**options)), mesh)
-    assert math.prod(SIZES)
+            hyperfast.distributed.parallelize(HyperMLP(make(**options)), None)

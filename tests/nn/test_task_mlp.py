@@ -1,5 +1,7 @@
 """Networks that own their weights and train together."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,11 +164,7 @@ def test_state_dict():
 
 
 def stack(*widths, act=nn.ReLU, **kwargs):
-    layers = [
-        m
-        for i, o in zip(widths, widths[1:], strict=False)
-        for m in (nn.Linear(i, o, **kwargs), act())
-    ]
+    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o, **kwargs), act())]
     return nn.Sequential(*layers[:-1])
 
 
