@@ -51,7 +51,8 @@ class TargetNet(nn.Module):
         several = isinstance(activation, Sequence | nn.ModuleList)
         self.per_layer = several and not isinstance(activation, str)
         activations = activation if self.per_layer else [activation]
-        self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type: ignore[union-attr, arg-type]
+        self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type:
+        ignore[union - attr, arg - type]
         check_transform("weight_transform", weight_transform)
         self.weight_transform = weight_transform
 
@@ -60,7 +61,8 @@ class TargetNet(nn.Module):
 
         Args:
             x: with unbatched weights ``(N, in)`` or ``(in,)``; with batched ones ``(B, N, in)``,
-                ``(B, in)``, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with ``task_ids``.
+                ``(B, in)``, ``(1, N, in)``, the same rows for all, a jagged NestedTensor ``(B, j,
+                in)``, or ``(R, in)`` with ``task_ids``.
             weights: ``(w1, b1, w2, b2, ...)`` or ``(w1, w2, ...)``: ``w (out, in)``, ``b (out,)``,
                 all with a leading ``B`` or none. Also an ``nn.ParameterList``, or a dict with its
                 values in this order, as ``torch.func.stack_module_state`` returns.
