@@ -237,9 +237,8 @@ def _check_stored(
     network: str,
 ) -> Network:
     net, scaled = Network.for_kernels(network), scales_and_biases is not None
-    checks.check_rows_match(
-        rows, [weight, scales_and_biases] if scaled else [weight], len(weight), task_ids
-    )
+    stored = [t for t in (weight, scales_and_biases) if t is not None]
+    checks.check_rows_match(rows, stored, len(weight), task_ids)
     checks.check_in_range(task_ids, len(weight))
     for name, t, width in (
         ("x", rows[-1], net.sizes[0]),
