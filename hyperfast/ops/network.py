@@ -2,8 +2,8 @@
 
 ``hyper_mlp`` generates and applies every layer of the target; ``task_mlp`` applies given weights.
 A backend registers its kernels for its device's key; elsewhere the layers run one by one, through
-the ops of :mod:`hyperfast.ops.layer`. Derivatives beyond the first, and all transforms, go by the
-layers.
+the ops of :mod:`hyperfast.ops.layer`. Derivatives beyond the first, and all function transforms, go
+by the layers.
 
 ``network`` is the text of a network, :class:`hyperfast.layout.Network`.
 """
@@ -33,10 +33,8 @@ from hyperfast.ops.define import (
     differentiate,
 )
 from hyperfast.ops.layer import (
-    grad_shared,
     hyper_linear,
-    hyper_linear_grad_h,
-    hyper_linear_grad_weight,
+    hyper_linear_backward,
     task_linear,
     task_linear_grad_weight,
 )
@@ -79,7 +77,7 @@ def by_layers(
     layers = Network.for_kernels(network).layers
 
     def linear(layer: Layer, x: Tensor) -> Tensor:
-        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, "", "")
+        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, layer.transform, "")
 
     return run_layers(x, (partial(linear, v) for v in layers), (v.activate for v in layers), keep)
 
@@ -112,19 +110,15 @@ def _hyper_mlp_backward(grad, x, h, weight, bias, task_ids, preactivations, netw
     for n, layer in reversed(list(enumerate(layers))):
         if n < len(pres):
             grad = grad * layer.slope(pres[n])
-        made = of_layer(weight, bias, layer)
+        made, transform = of_layer(weight, bias, layer), layer.transform
+        made_of = made.matrix, made.matrix_bias, made.vector, task_ids, transform
+        found = hyper_linear_backward(grad, inputs[n], h, *made_of, output_mask[1:], "")
         if output_mask[1]:
-            grad_h += hyper_linear_grad_h(
-                grad, inputs[n], made.matrix, made.vector, task_ids, len(h), ""
-            )
-        if output_mask[2]:
-            own = layer.bias == "b"
-            weights.append(hyper_linear_grad_weight(grad, inputs[n], h, task_ids, own, ""))
-        if output_mask[3]:
-            biases += [grad.flatten(0, -2).sum(0)] * (layer.bias == "b")
-            biases.append(grad_shared(grad, inputs[n]).flatten())
+            grad_h += found[0]
+        weights.append(found[1])
+        biases.append(found[2])
         if n > 0 or output_mask[0]:
-            grad = hyper_linear(grad, h, *made.transposed, task_ids, "", "")
+            grad = hyper_linear(grad, h, *made.transposed, task_ids, transform, "")
     return (
         grad if output_mask[0] else x.new_empty(0),
         grad_h.to(h.dtype) if output_mask[1] else x.new_empty(0),
@@ -243,9 +237,8 @@ def _check_stored(
     network: str,
 ) -> Network:
     net, scaled = Network.for_kernels(network), scales_and_biases is not None
-    checks.check_rows_match(
-        rows, [weight, scales_and_biases] if scaled else [weight], len(weight), task_ids
-    )
+    stored = [t for t in (weight, scales_and_biases) if t is not None]
+    checks.check_rows_match(rows, stored, len(weight), task_ids)
     checks.check_in_range(task_ids, len(weight))
     for name, t, width in (
         ("x", rows[-1], net.sizes[0]),

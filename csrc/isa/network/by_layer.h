@@ -57,7 +57,7 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
                                    has_matrix_unit);
     hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
                            matrix_of<T>(p.head, layer), vector_of<T>(p.head, layer),
-                           dense_rows(pre, p.groups, layer.out)});
+                           dense_rows(pre, p.groups, layer.out), layer.transform});
     each_stretch(rows * layer.out,
                  [&](Index at, Index n) { activate<T>(layer, n, pre + at, a + at); });
     if (pre != a) kept += rows * layer.out;
@@ -113,7 +113,8 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
                              p.h,
                              matrix.transposed(),
                              {},
-                             dense_rows(next, p.groups, layer.in)});
+                             dense_rows(next, p.groups, layer.in),
+                             layer.transform});
     }
     if (l > 0) back_through(p.net.layers[l - 1], next, inputs);
     const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
@@ -122,7 +123,8 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
     };
     hyper_linear_grad_typed<T>(
         {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, layer.own_bias(), g, x, p.h,
-         matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1)},
+         matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1),
+         layer.transform},
         total, l + 1 < p.net.count);
     grad = next;
   }
