@@ -78,8 +78,8 @@ class HyperMLP(nn.Module):
         Args:
             x: with ``z (B, z_dim)``: ``(B, N, in)``, ``(B, in)``, ``(1, N, in)``, the same rows
                 for all tasks, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with
-                ``task_ids``. With ``z (z_dim,)``: ``(N, in)``
-                or ``(in,)``. A target other than a TargetNet says itself what it takes and returns.
+                ``task_ids``. With ``z (z_dim,)``: ``(N, in)`` or ``(in,)``. A target other than a
+                TargetNet says itself what it takes and returns.
             z: ``(B, z_dim)``, or ``(z_dim,)`` for a single network.
             task_ids: ``(R,)`` int64: row ``r`` runs through the network of ``z[task_ids[r]]``.
 

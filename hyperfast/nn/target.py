@@ -51,8 +51,7 @@ class TargetNet(nn.Module):
         several = isinstance(activation, Sequence | nn.ModuleList)
         self.per_layer = several and not isinstance(activation, str)
         activations = activation if self.per_layer else [activation]
-        self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type:
-        ignore[union - attr, arg - type]
+        self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type: ignore[union-attr, arg-type]
         check_transform("weight_transform", weight_transform)
         self.weight_transform = weight_transform
 
