@@ -328,13 +328,23 @@ class Network:
         """The layout of the parameters.
 
         Raises:
-            ValueError: it is not that of an MLPSpec: shared biases, or transforms.
+            ValueError: it is not that of an MLPSpec: there are shared biases.
         """
-        if any(layer.bias == "s" or layer.transform for layer in self.layers):
-            raise ValueError(
-                f"network must have no shared biases (s) and no transforms, got {self.text!r}"
-            )
+        if any(layer.bias == "s" for layer in self.layers):
+            raise ValueError(f"network must have no shared biases (s), got {self.text!r}")
         return MLPSpec(self.sizes, [layer.bias == "b" for layer in self.layers])
+
+    @property
+    def transform(self) -> str:
+        """Of all matrices, ``""`` for none.
+
+        Raises:
+            ValueError: layers differ.
+        """
+        (first, *others) = {layer.transform for layer in self.layers}
+        if others:
+            raise ValueError(f"network must have one transform, got {self.text!r}")
+        return first
 
     def modules(self) -> list[nn.Module | None]:
         """The activation after each layer, ``None`` for none."""
