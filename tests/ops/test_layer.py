@@ -142,6 +142,7 @@ def test_one_op_makes_first_gradients(transform):
     assert sorted(ours) == ["hyper_linear", "hyper_linear_backward"]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_under_every_other_transformation(transform, dynamo):
     args = Variant("hyper_linear", False, transform=transform).random(SMALL)
