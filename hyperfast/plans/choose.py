@@ -47,7 +47,7 @@ UNKNOWN = Work(products=1e-5, generated=5e-15, applied=5e-15, spilled=7e-13)
 
 def work(layer: Sizes, itemsize: int, device: str) -> dict[str, Work]:
     """What every plan does, by name, where no fused GPU kernels run."""
-    b, r, i, o, k, ragged, _ = layer
+    b, r, i, o, k, ragged, *_ = layer
     p = layer.params
     if device == "cpp":  # blocks of 64 tasks, or of as many rows as name their tasks
         units = r if ragged else b

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hyperfast.kernels import eager
@@ -18,6 +20,7 @@ def hyper_linear(
     vector: Tensor | None,
     vector_bias: Tensor | None,
     task_ids: Tensor | None,
+    transform: str,
     plan: str,
 ) -> Tensor:
     made = Generated(matrix, matrix_bias, vector, vector_bias)
@@ -33,9 +36,35 @@ def hyper_linear(
     out, ins = matrix.shape[:2]
     rows = rows_of([x], [h], task_ids, len(h))
     if plan == "tile" and rows.ragged:
-        return eager.hyper_linear(x, h, *made, task_ids, plan)
-    y = generated.forward(x.reshape(-1, ins), h, made, rows, plan)
+        return eager.hyper_linear(x, h, *made, task_ids, transform, plan)
+    y = generated.forward(x.reshape(-1, ins), h, made, rows, transform, plan)
     return y.view(*x.shape[:-1], out)
+
+
+def hyper_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    matrix_bias: Tensor | None,
+    vector: Tensor | None,
+    task_ids: Tensor | None,
+    transform: str,
+    output_mask: Sequence[bool],
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = Generated(matrix, matrix_bias, vector)
+    agree(grad=grad, x=x, h=h, matrix=matrix, matrix_bias=matrix_bias, vector=vector)
+    made.check(x.shape[-1], h.shape[1])
+    out, ins = matrix.shape[:2]
+    expect(grad, "grad", (*grad.shape[:-1], out))
+    rows = rows_of([grad, x], [h], task_ids, len(h))
+    if plan == "tile" and rows.ragged:
+        return eager.hyper_linear_backward(
+            grad, x, h, matrix, matrix_bias, vector, task_ids, transform, output_mask, plan
+        )
+    grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
+    return generated.backward(grad, x, h, made, rows, output_mask, transform, plan)
 
 
 def hyper_linear_grad_h(
