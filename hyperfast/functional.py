@@ -116,7 +116,7 @@ def hyper_linear(
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     checks.check_rows(x, ins, h.shape[0], task_ids, "h")
     made = Generated.of_head(weight, bias, ins, bool(target_bias))
-    return _run("hyper_linear", x, (h, *made), task_ids, (plan or "",))
+    return _run("hyper_linear", x, (h, *made), task_ids, ("", plan or ""))
 
 
 def hyper_mlp(

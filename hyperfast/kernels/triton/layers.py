@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperfast.kernels import eager
 from hyperfast.kernels.triton import generated, grouped
 from hyperfast.kernels.triton.launch import agree, expect, rows_of
-from hyperfast.layout import Generated
+from hyperfast.layout import TRANSFORMS, Generated
 
 
 def hyper_linear(
@@ -33,6 +33,7 @@ def hyper_linear(
         vector_bias=vector_bias,
     )
     made.check(x.shape[-1], h.shape[1])
+    _known(transform)
     out, ins = matrix.shape[:2]
     rows = rows_of([x], [h], task_ids, len(h))
     if plan == "tile" and rows.ragged:
@@ -56,6 +57,7 @@ def hyper_linear_backward(
     made = Generated(matrix, matrix_bias, vector)
     agree(grad=grad, x=x, h=h, matrix=matrix, matrix_bias=matrix_bias, vector=vector)
     made.check(x.shape[-1], h.shape[1])
+    _known(transform)
     out, ins = matrix.shape[:2]
     expect(grad, "grad", (*grad.shape[:-1], out))
     rows = rows_of([grad, x], [h], task_ids, len(h))
@@ -65,6 +67,11 @@ def hyper_linear_backward(
         )
     grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
     return generated.backward(grad, x, h, made, rows, output_mask, transform, plan)
+
+
+def _known(transform: str) -> None:
+    if transform not in ("", *TRANSFORMS):
+        raise ValueError(f"transform must be one of {['', *TRANSFORMS]}, got {transform!r}")
 
 
 def hyper_linear_grad_h(
