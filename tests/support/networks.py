@@ -43,7 +43,7 @@ def expected(x, h, weight, bias, ids, network):
     """The layers, each by the specification and differentiated by PyTorch itself."""
     for layer in Network.parse(network).layers:
         made = of_layer(weight, bias, layer)
-        x = layer.activate(reference.hyper_linear(x, h, *made, ids))
+        x = layer.activate(reference.hyper_linear(x, h, *made, ids, layer.transform))
     return x
 
 

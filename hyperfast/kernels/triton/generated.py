@@ -18,8 +18,8 @@ from hyperfast.kernels.triton.activation import NOTHING, Finish
 from hyperfast.kernels.triton.launch import Rows
 from hyperfast.kernels.triton.trilinear import sum_outer, trilinear
 from hyperfast.layout import Generated
+from hyperfast.plans import gpu
 from hyperfast.plans.choose import choose
-from hyperfast.plans.gpu import GPU_BLOCK, arithmetic
 from hyperfast.plans.sizes import Sizes
 
 
@@ -30,7 +30,7 @@ def _plan(rows: Rows, matrix: Tensor, transform: str, plan: str) -> str:
     layer = Sizes(
         rows.tasks, rows.total, ins, out, features, rows.ragged, transform=bool(transform)
     )
-    return choose(layer, matrix.dtype, arithmetic(matrix.dtype))
+    return choose(layer, matrix.dtype, gpu.arithmetic(matrix.dtype))
 
 
 def forward(
@@ -208,7 +208,7 @@ def _blocks(rows: Rows, matrix: Tensor, copies: int = 1) -> Iterator[tuple[slice
     """Tasks, so many ``copies`` of whose weights fit half of the cache, their rows, and what these
     are; at least one block."""
     params = max(matrix.shape[0] * (matrix.shape[1] + 1), 1)
-    n, step = rows.per_task, max(1, GPU_BLOCK // (copies * matrix.element_size() * params))
+    n, step = rows.per_task, max(1, gpu.GPU_BLOCK // (copies * matrix.element_size() * params))
     for t in range(0, max(rows.tasks, 1), step):
         end = min(t + step, rows.tasks)
         yield slice(t, end), slice(t * n, end * n), Rows(end - t, (end - t) * n, n)
