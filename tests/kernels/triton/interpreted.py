@@ -138,20 +138,19 @@ def test_transforms_in_fp32(transform, ragged):
 @every_transform
 def test_transforms_of_fewer_rows_than_tasks(transform, monkeypatch):
     """Weights are made for the rows, not for the tasks."""
-    made = []
+    made, whole = [], generated._weights
 
     def weights(h, *rest):
         made.append(len(h))
-        return reference.weights(h, *rest)
+        return whole(h, *rest)
 
-    monkeypatch.setattr(generated.reference, "weights", weights)
+    monkeypatch.setattr(generated, "_weights", weights)
     variant = Variant("hyper_linear", True, transform=transform)
     x, h, *made_of, _, _, plan = variant.random(Sizes(9, 1), grad=True)
     args = [x[:3], h, *made_of, torch.tensor([4, 1, 4]), transform, plan]
     expected = variant.expected(*args)
     weight, leaves = torch.randn_like(expected), [x, *floats(args[1:])]
     gradients = torch.autograd.grad(expected, leaves, weight)
-    made.clear()
     y = variant.op(*args)
     close(y, expected)
     close(torch.autograd.grad(y, leaves, weight), gradients)
@@ -492,7 +491,7 @@ def test_shapes_and_dtypes_of_gradients(name):
 
     with pytest.raises(ValueError, match=f"{name} must have shape"):
         run(good[name].repeat_interleave(2, -1))
-    with pytest.raises(ValueError, match="weight|task"):
+    with pytest.raises(ValueError, match="must"):
         run(good[name][1:])
     with pytest.raises(TypeError, match="dtype"):
         run(good[name].float())
