@@ -250,13 +250,19 @@ class Network:
         return (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
 
     @property
-    def has_bias(self) -> bool:
-        return self.layers[0].bias == "b"
-
-    @property
     def numel(self) -> int:
         """Parameters of one network."""
         return self.layers[-1].end
+
+    @property
+    def weight_numel(self) -> int:
+        """Entries of its matrices."""
+        return sum(layer.weight_numel for layer in self.layers)
+
+    @property
+    def vector_numel(self) -> int:
+        """Scales of its outputs and own biases: what stands beside matrices of int8."""
+        return sum(self.sizes[1:]) + self.numel - self.weight_numel
 
     @cached_property
     def kept(self) -> list[int]:
@@ -267,8 +273,18 @@ class Network:
 
     @cached_property
     def spec(self) -> MLPSpec:
-        """The layout of the parameters."""
-        return MLPSpec(self.sizes, self.has_bias)
+        """The layout of the parameters.
+
+        Raises:
+            ValueError: it is not that of an MLPSpec: biases in some layers only, or transforms.
+        """
+        found = {(layer.bias, layer.transform) for layer in self.layers}
+        if found not in ({("b", "")}, {("", "")}):
+            raise ValueError(
+                "network must have biases (b) in all layers or in none, and no transforms, got "
+                f"{self.text!r}"
+            )
+        return MLPSpec(self.sizes, self.layers[0].bias == "b")
 
     def modules(self) -> list[nn.Module | None]:
         """The activation after each layer, ``None`` for none."""
@@ -343,19 +359,13 @@ class Network:
         """:meth:`parse`, for ops that run a network whole.
 
         Raises:
-            ValueError: also for what they do not know: transforms, shared and mixed biases.
+            ValueError: also for shared biases, which they do not know.
         """
         network = Network.parse(text)
-        for layer in network.layers:
-            wanted = ""
-            if layer.bias == "s":
-                wanted = "no shared biases (s)"
-            elif layer.bias != network.layers[0].bias:
-                wanted = "biases (b) in all layers or in none"
-            elif layer.transform:
-                wanted = "no transforms"
-            if wanted:
-                raise ValueError(f"network must have {wanted} to run as one op, got {text!r}")
+        if any(layer.bias == "s" for layer in network.layers):
+            raise ValueError(
+                f"network must have no shared biases (s) to run as one op, got {text!r}"
+            )
         return network
 
 
