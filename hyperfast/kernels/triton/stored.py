@@ -91,14 +91,12 @@ def task_mlp(
 ) -> Tensor:
     net = Network.for_kernels(network)
     tasks, scaled = len(weight), scales_and_biases is not None
-    matrices = sum(layer.weight_numel for layer in net.layers)
     agree(x=x, **({"scales_and_biases": scales_and_biases} if scaled else {"weight": weight}))
     if weight.device != x.device:
         raise TypeError(f"weight must be on the device of x, {x.device}, got {weight.device}")
     expect(x, "x", (*x.shape[:-1], net.sizes[0]))
-    expect(weight, "weight", (tasks, matrices if scaled else net.numel))
-    vectors = sum(net.sizes[1:]) + net.numel - matrices
-    expect(scales_and_biases, "scales_and_biases", (tasks, vectors))
+    expect(weight, "weight", (tasks, net.weight_numel if scaled else net.numel))
+    expect(scales_and_biases, "scales_and_biases", (tasks, net.vector_numel))
     rows = rows_of([x], [weight], task_ids, tasks)
     flat = x.reshape(-1, net.sizes[0])
     whole = gpu.fits_one_kernel(net.sizes) and (scaled or not grouped.by_library(rows))
@@ -176,8 +174,11 @@ def _whole(
     most, warps = TOGETHER[kind]
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))
-    if block == 1:  # 32 weights a thread, whose loads are on their way together
-        warps = min(max(max(i * o for i, o in pairwise(tiles)) // 1024, 1), 4)
+    transforms = tuple(layer.transform for layer in net.layers)
+    if block == 1:  # 32 weights a thread, whose loads are on their way together; fp64 that are
+        # transformed would spill
+        share, warps = (512, 8) if kind == "fp64" and any(transforms) else (1024, 4)
+        warps = min(max(max(i * o for i, o in pairwise(tiles)) // share, 1), warps)
     keys, order = rows.sorted
     scaled = scales_and_biases is not None
     vectors = weight if scales_and_biases is None else scales_and_biases
@@ -191,7 +192,7 @@ def _whole(
         SCALES=tuple(p.scale for p in places),
         BIASES=tuple(p.bias if v.bias else None for p, v in zip(places, net.layers, strict=True)),
         ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
-        TRANSFORMS=tuple(v.transform for v in net.layers), SCALED=scaled, RAGGED=rows.ragged,
+        TRANSFORMS=transforms, SCALED=scaled, RAGGED=rows.ragged,
         **launch.arithmetic(x.dtype), ALIGNED=math.gcd(weight.stride(0), 16), BM=block,
         num_warps=warps,
     )  # fmt: skip

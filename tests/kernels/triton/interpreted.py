@@ -443,9 +443,8 @@ def test_transforms_of_int8(network, whole, ragged, monkeypatch):
     choose(monkeypatch, whole)
     (x, *_, ids), _ = mixed(network, 3, 5, ragged)
     net = Network.parse(network)
-    matrices = sum(layer.weight_numel for layer in net.layers)
-    steps = torch.randint(-9, 9, (3, matrices), dtype=torch.int8)
-    vectors = draw(3, net.numel - matrices + sum(net.sizes[1:]), scale=0.1)
+    steps = torch.randint(-9, 9, (3, net.weight_numel), dtype=torch.int8)
+    vectors = draw(3, net.vector_numel, scale=0.1)
     given = x.detach(), steps, vectors, ids, network
     close(torch.ops.hyperfast.task_mlp(*given), plain_stored(*given))
 

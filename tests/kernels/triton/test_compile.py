@@ -238,9 +238,8 @@ def run_stored(dtype, rows, network):
     x, ids = empty(rows, net.sizes[0]), torch.zeros(rows, dtype=torch.int64)
     for tasks in (rows, 500):
         kernels.task_mlp(x, empty(1, net.numel).expand(tasks, -1), None, ids, network)
-    matrices = sum(layer.weight_numel for layer in net.layers)
-    steps = empty(1, matrices, dtype=torch.int8).expand(rows, -1)
-    vectors = empty(1, net.numel - matrices + sum(net.sizes[1:])).expand(rows, -1)
+    steps = empty(1, net.weight_numel, dtype=torch.int8).expand(rows, -1)
+    vectors = empty(1, net.vector_numel).expand(rows, -1)
     kernels.task_mlp(x, steps, vectors, ids, network)
 
 
