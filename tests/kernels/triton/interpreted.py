@@ -35,7 +35,17 @@ from tests.support.cases import (
     value_and_gradients,
 )
 from tests.support.draw import draw
-from tests.support.networks import apply_stored, expected, random, stored, text
+from tests.support.networks import (
+    MIXED,
+    apply_stored,
+    expected,
+    expected_stored,
+    random,
+    random_for,
+    stored,
+    stored_for,
+    text,
+)
 
 FP64, FP32 = torch.float64, torch.float32
 LARGE = [
@@ -300,7 +310,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
     w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
     x, net = apart(3, 3), "3 > 2 b relu exp(W), 1 b"
     y = torch.ops.hyperfast.task_mlp(x, w, None, ids, net)
-    close(y, plain_stored(x, w, None, ids, net), 1e-5)
+    close(y.double(), apply_stored(x, w, ids, net), 1e-5)
     given = apart(3, 1), x, w, ids, net, [True, True]
     close(torch.ops.hyperfast.task_mlp_backward(*given), networks._task_mlp_backward(*given), 1e-5)
 
@@ -385,27 +395,14 @@ def test_a_wide_network_runs_by_its_layers(launched):
     assert not launched["_hyper_mlp"]
 
 
-# Transforms, and biases in some layers; the first is a mixing network's.
-MIXED = [
-    "3 > 5 b elu abs(W), 1",
-    "3 > 17 elu exp(W), 4 b tanh, 2 b softplus(W)",
-    "4 > 3 b sigmoid square(W)",
-    "2 > 3 silu, 33 b sigmoid",
-]
 every_mixed = pytest.mark.parametrize("network", MIXED)
-
-
-def mixed(network, tasks, rows, ragged):
-    """Arguments of ``hyper_mlp``, and weights for ``task_mlp``."""
-    net = Network.parse(network)
-    x, h, _, _, ids = random(net.sizes, tasks, rows, 4, ragged=ragged)
-    head = draw(net.numel, 4, scale=0.3, grad=True), draw(net.numel, scale=0.5, grad=True)
-    return [x, h, *head, ids], draw(tasks, net.numel, scale=0.5, grad=True)
 
 
 def check_stored(x, weight, ids, network):
     """The value, both gradients, and each of them alone."""
-    y = plain_stored(x, weight, None, ids, network)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = expected_stored(x, weight, ids, network)
     grad = torch.randn_like(y)
     gradients = torch.autograd.grad(y, (x, weight), grad)
     ours = torch.ops.hyperfast.task_mlp(x, weight, None, ids, network)
@@ -418,19 +415,14 @@ def check_stored(x, weight, ids, network):
         assert not found[1 - n].numel()
 
 
-def plain_stored(*args):
-    return networks.by_task_layers(*args, reference.task_linear)
-
-
 @ragged_or_not
 @one_kernel_or_layers
 @every_mixed
 def test_transforms_and_mixed_biases(network, whole, ragged, monkeypatch, launched):
     choose(monkeypatch, whole)
-    (x, *rest, ids), weight = mixed(network, 3, 5, ragged)
-    check([x, *rest, ids], network)
-    assert bool(launched["_hyper_mlp"]) == (whole and "(W)" not in network)
-    check_stored(x, weight, ids, network)
+    check(random_for(network, 3, 5, 4, ragged=ragged), network)
+    assert not launched["_hyper_mlp"]
+    check_stored(*stored_for(network, 3, 5, ragged=ragged, scale=0.5), network)
     assert bool(launched["_task_mlp"]) == whole
     assert launched["_task_outer"]
 
@@ -441,26 +433,36 @@ def test_transforms_and_mixed_biases(network, whole, ragged, monkeypatch, launch
 def test_transforms_of_int8(network, whole, ragged, monkeypatch):
     """Steps are widened by their scales, then transformed."""
     choose(monkeypatch, whole)
-    (x, *_, ids), _ = mixed(network, 3, 5, ragged)
+    x, _, ids = stored_for(network, 3, 5, ragged=ragged)
     net = Network.parse(network)
     steps = torch.randint(-9, 9, (3, net.weight_numel), dtype=torch.int8)
     vectors = draw(3, net.vector_numel, scale=0.1)
-    given = x.detach(), steps, vectors, ids, network
-    close(torch.ops.hyperfast.task_mlp(*given), plain_stored(*given))
+    given = x, steps, vectors, ids, network
+    plain = networks.by_task_layers(*given, reference.task_linear)
+    close(torch.ops.hyperfast.task_mlp(*given), plain)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 63), (2, 70), (5, 1), (0, 2), (3, 0)], ids=str)
 @ragged_or_not
 def test_gradients_of_stored_networks(size, ragged):
     """Of no rows, of one a task, and of so many that a library multiplies."""
-    (x, *_, ids), weight = mixed(MIXED[1], *size, ragged)
-    check_stored(x, weight, ids, MIXED[1])
+    check_stored(*stored_for(MIXED[0], *size, ragged=ragged), MIXED[0])
+
+
+@ragged_or_not
+def test_mixed_biases_in_one_kernel(ragged, monkeypatch, launched):
+    choose(monkeypatch, True)
+    network = "3 > 17 elu, 4 b tanh, 2"
+    for bias in (False, True):
+        check(random_for(network, 3, 5, 4, ragged=ragged, bias=bias), network)
+    assert launched["_hyper_mlp"]
 
 
 @ragged_or_not
 @every_mixed
 def test_transforms_of_networks_in_fp32(network, ragged):
-    args, weight = mixed(network, 7, 3, ragged)
+    args = random_for(network, 7, 3, 4, ragged=ragged)
+    x, weight, ids = stored_for(network, 7, 3, ragged=ragged, scale=0.5)
 
     def compare(ours, plain, given):
         def run(function, dtype):
@@ -475,14 +477,17 @@ def test_transforms_of_networks_in_fp32(network, ragged):
             assert_as_good(a, b, c, size=norm)
 
     compare(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], expected, args)
-    given = args[0], weight, None, args[4]
-    compare(torch.ops.hyperfast.task_mlp, plain_stored, given)
+    compare(
+        lambda x, w, *rest: torch.ops.hyperfast.task_mlp(x, w, None, *rest),
+        expected_stored,
+        [x, weight, ids],
+    )
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "grad"])
 def test_shapes_and_dtypes_of_gradients(name):
-    (x, *_), weight = mixed(MIXED[0], 3, 2, False)
-    good = {"grad": torch.randn(3, 2, 1, dtype=FP64), "x": x.detach(), "weight": weight.detach()}
+    x, weight, _ = stored_for(MIXED[0], 3, 2, ragged=False)
+    good = {"grad": torch.randn(3, 2, 2, dtype=FP64), "x": x, "weight": weight}
 
     def run(bad):
         args = (good | {name: bad}).values()
