@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperfast.kernels import reference
 from hyperfast.kernels.triton import grouped
 from hyperfast.kernels.triton.activation import NOTHING, Finish
-from hyperfast.kernels.triton.launch import Rows
+from hyperfast.kernels.triton.launch import Rows, up
 from hyperfast.kernels.triton.trilinear import sum_outer, trilinear
 from hyperfast.layout import Generated
 from hyperfast.plans import gpu
@@ -182,7 +182,9 @@ def _grad_flat(
     """``(B, O*I [+ O])``: the gradients of what the head makes for every task."""
     out, ins, _ = made.matrix.shape
     n = out * ins
-    each = grad.new_empty(rows.tasks, n if made.vector is None else n + out)
+    params = n if made.vector is None else n + out
+    # Tasks begin at multiples of 16, which a library reads in wide pieces.
+    each = grad.new_empty(rows.tasks, 16 * up(params, 16))[:, :params]
     again = _weights(h, made.matrix, made.matrix_bias) if transform else None
     grouped.outer(grad, x, rows, each[:, :n].unflatten(1, (out, ins)), again, transform)
     if made.vector is not None:
