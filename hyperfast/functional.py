@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -175,7 +176,7 @@ def generated_linear(
         b = reference.biases(h, made.vector, made.vector_bias)
         y = task_linear(x, w, b, task_ids)
         return y if by is None else by.reduce(y)
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a dynamic one
     bias = made.vector is not None
     sizes = Sizes(tasks, rows, ins, out, features, task_ids is not None, bias, bool(name))
     if plan is None and backends.forced is None:
