@@ -87,13 +87,16 @@ struct HeadMatrix {
   }
 };
 
+// What becomes of a matrix, generated or stored, before it is used.
+enum class Transform { none, abs, softplus, exp, square };
+
 // How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and
 // the head read as it lies (contract); the head packed, and weights made slice by slice for blocks
 // of tasks, in the cache (tile); the head read once as it lies, and weights made whole
 // (materialize).
 enum class Plan { contract, tile, materialize };
 
-// y[r] = M_b x[r] + v_b, both generated.
+// y[r] = f(M_b) x[r] + v_b, both generated.
 struct HyperLinear {
   Dtype dtype;
   Plan plan;
@@ -105,14 +108,15 @@ struct HyperLinear {
   // Of one column, features as far apart; of a null weight, at most a shared bias.
   HeadMatrix vector;
   Rows y;  // width out, col == 1
+  Transform transform = Transform::none;
 
   bool head_bias() const { return matrix.bias || (vector.weight && vector.bias); }
 };
 
 // Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows
-// of task b, they are grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of
-// G_b(p) h_b, grad_bias(p) = sum over b of G_b(p), where p counts the entries of the matrix, then
-// those of the vector. Those that are null are not wanted.
+// of task b, times the transform's slope at M_b, they are grad_h[b] = sum over p of G_b(p)
+// weight(p), grad_weight(p) = sum over b of G_b(p) h_b, grad_bias(p) = sum over b of G_b(p), where
+// p counts the entries of the matrix, then those of the vector. Those that are null are not wanted.
 struct HyperLinearGrad {
   Dtype dtype;
   Plan plan;
@@ -121,19 +125,19 @@ struct HyperLinearGrad {
   bool has_bias;
   Rows grad;                  // width out
   Rows x;                     // width in
-  TaskVector h;               // for grad_weight
-  HeadMatrix matrix, vector;  // for grad_h; the vector's weight follows that of the matrix
+  TaskVector h;               // for grad_weight and the slope
+  HeadMatrix matrix, vector;  // for grad_h and the slope, which takes the matrix's bias, too
   void* grad_h;               // (tasks, features), contiguous like the others
   void* grad_weight;          // (params, features)
   void* grad_bias;            // (params)
+  Transform transform = Transform::none;
 
   Index params() const { return out * (in + has_bias); }
 };
 
-// Whose a layer's bias is, and what becomes of its generated matrix. Kernels of whole networks know
-// but biases of each task, and no transform.
+// Whose a layer's bias is. Kernels of whole networks know but biases of each task, and no
+// transform.
 enum class Bias { none, own, shared };
-enum class Transform { none, abs, softplus, exp, square };
 
 struct Layer {
   Index in, out;
