@@ -135,8 +135,7 @@ struct HyperLinearGrad {
   Index params() const { return out * (in + has_bias); }
 };
 
-// Whose a layer's bias is. Kernels of whole networks know but biases of each task, and no
-// transform.
+// Whose a layer's bias is. Kernels of whole networks know no shared ones.
 enum class Bias { none, own, shared };
 
 struct Layer {
@@ -147,16 +146,18 @@ struct Layer {
   Transform transform = Transform::none;
   Index begin = 0;    // its first parameter
   bool kept = false;  // whether the backward pass needs its pre-activations
+
+  bool own_bias() const { return bias == Bias::own; }
+  Index params() const { return out * (in + own_bias()); }
 };
 
-// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has
-// any.
+// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) of layers
+// that have one.
 struct Net {
   const Layer* layers;
   Index count;
-  bool bias;
-  Index params, outputs, kept,
-      widest;  // outputs of all layers, and of those whose pre-activations are kept
+  Index params, kept, widest;  // kept: outputs of the layers whose pre-activations are
+  bool transforms;             // whether any layer has one
 };
 
 // What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p *
@@ -194,7 +195,7 @@ struct HyperMlpBackward {
 
 // Given parameters, of each task `weight_task` apart. With `scales_and_biases` they are int8,
 // matrices without biases, and of every layer there are scales (out), then biases (out) if it has
-// any, as floats.
+// them, as floats.
 struct TaskMlp {
   Dtype dtype;
   Groups groups;
@@ -205,6 +206,19 @@ struct TaskMlp {
   void* scales_and_biases;
   Index scales_and_biases_task;
   Rows y;  // contiguous
+};
+
+// Gradients of the same, without scales; those that are null are not wanted.
+struct TaskMlpBackward {
+  Dtype dtype;
+  Groups groups;  // with a piece for every task
+  Net net;
+  Rows x;
+  void* weight;
+  Index weight_task;
+  Rows grad;
+  void* grad_x;       // contiguous
+  void* grad_weight;  // (tasks, params)
 };
 
 // One entry per op; each instruction set fills in its own table.
@@ -218,6 +232,7 @@ struct Kernels {
   void (*hyper_mlp)(const HyperMlp&);
   void (*hyper_mlp_backward)(const HyperMlpBackward&);
   void (*task_mlp)(const TaskMlp&);
+  void (*task_mlp_backward)(const TaskMlpBackward&);
 };
 
 }  // namespace hyperfast

@@ -43,7 +43,7 @@ enum class Slot {
   local_b,
   local_c,
   local_d,
-  transposed,
+  plain,
   count
 };
 void* scratch(Slot slot, std::size_t bytes);
