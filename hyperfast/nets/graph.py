@@ -16,8 +16,7 @@ AGGREGATIONS = {"add": "sum", "sum": "sum", "mean": "mean"}
 
 class NNConv(Module):
     """The edge-conditioned convolution (Simonovsky, Komodakis 2017; Gilmer et al. 2017): ``y_i =
-    lin(x_i) + sum over edges j -> i of x_j nn(e_ji) + bias``, as PyTorch Geometric has it, with its
-    names of parameters.
+    lin(x_i) + sum over edges j -> i of x_j nn(e_ji) + bias``, PyTorch Geometric's, with its names.
 
     Where ``nn`` is an ``nn.Sequential`` that ends in an ``nn.Linear``, the matrices of edges are
     not stored, and not even formed if that is less work: features of edges, times those of nodes,
@@ -93,8 +92,8 @@ class NNConv(Module):
         if checks.check_tensor("edge_index", edge_index).ndim != 2 or len(edge_index) != 2:
             raise ValueError(f"edge_index must have shape (2, E), got {checks.shape(edge_index)}")
         edges = checks.check_tensor("edge_attr", edge_attr).shape[:1]
-        to, reduce = edge_index[1], AGGREGATIONS[self.aggr]
-        by = destinations(to, len(own), reduce, source, edges, "edge_index[1]")
+        given = edge_index[1], len(own), AGGREGATIONS[self.aggr], source, edges
+        by = destinations(*given, "edge_index[1]")
         if not torch.compiler.is_compiling():
             checks.check_in_range(edge_index[0], len(source), "edge_index[0]")
         y = self._convolve(source.index_select(0, edge_index[0]), edge_attr, by)
@@ -114,9 +113,7 @@ class NNConv(Module):
             return generated_linear(*given[:2], made, by=by)
         weight = head(h)
         if weight.shape[:1] != x.shape[:1] or weight.shape[1:].numel() != numel:
-            raise ValueError(
-                f"nn must return shape {(len(x), numel)}, in_channels * out_channels numbers an "
-                f"edge, got {checks.shape(weight)}"
-            )
+            wanted = f"{(len(x), numel)}, in_channels * out_channels numbers an edge"
+            raise ValueError(f"nn must return shape {wanted}, got {checks.shape(weight)}")
         weight = weight.reshape(len(x), self.in_channels, self.out_channels)
         return by.reduce(task_linear(x, weight.mT))
