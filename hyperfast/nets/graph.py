@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter, init
@@ -26,7 +28,6 @@ class NNConv(Module):
         in_channels: features of a node, or a pair: of a source and of a destination.
         out_channels: features that come out.
         nn: a module that makes a matrix ``(in, out)`` of every edge, ``(E, D) -> (E, in * out)``.
-            It stays as it is; ``reset_parameters()`` initialises it too.
         aggr: ``"add"`` or ``"sum"``; or ``"mean"``, which is 0 for a node without edges.
         root_weight: whether a node's own features, times ``lin.weight``, are added.
         bias: whether there is one.
@@ -65,8 +66,7 @@ class NNConv(Module):
     def reset_parameters(self) -> None:
         """Initialises all layers anew, those of ``nn`` too; the bias is zero."""
         for module in [*self.modules()][1:]:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            getattr(module, "reset_parameters", lambda: None)()
         if self.bias is not None:
             init.zeros_(self.bias)
 
@@ -103,14 +103,15 @@ class NNConv(Module):
 
     def _convolve(self, x: Tensor, h: Tensor, by: Destinations) -> Tensor:
         """``x (E, in)`` of sources, times the matrices of edges, added up."""
-        trunk, head = trunk_and_head(self.nn) or ([], self.nn)
+        parts: tuple[list[Any], Any] = trunk_and_head(self.nn) or ([], self.nn)
+        trunk, head = parts
         for module in trunk:
             h = module(h)
         numel, plain = self.in_channels * self.out_channels, is_plain_linear(head)
         if plain and (*h.shape, head.out_features) == (len(x), head.in_features, numel):
-            given = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
-            made = Generated.of_head(*given[2:], self.in_channels, False, "io")
-            return generated_linear(*given[:2], made, by=by)
+            x, h, w, b = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
+            made = Generated.of_head(w, b, self.in_channels, False, "io")
+            return generated_linear(x, h, made, by=by)
         weight = head(h)
         if weight.shape[:1] != x.shape[:1] or weight.shape[1:].numel() != numel:
             wanted = f"{(len(x), numel)}, in_channels * out_channels numbers an edge"
