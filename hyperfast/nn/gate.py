@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.layout import MLPSpec
-from hyperfast.nn.heads import Separate
+from hyperfast.nn.generator import Separate
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
@@ -59,33 +59,38 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
         transform = target.weight_transform
     if transform is not None and not isinstance(transform, str):
         return None
-    chains = list(generator) if separate else [generator]
-    # Pruning and adapters are hooks or other types, parametrised and quantised layers are other
-    # types, quantised tensors are subclasses from elsewhere.
-    for chain in chains:
-        if (
-            type(chain) is not nn.Sequential
-            or not chain._modules
-            or not _runs(chain, nn.Sequential)
-        ):
-            return None
+    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]  # type: ignore[union-attr]
     if (
         not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)
-        or checks.is_hooked(hyper, generator, target, *chains)
+        or checks.is_hooked(hyper, generator, target)
     ):
         return None
-    trunks: list[list[Any]] = []
-    heads = []
-    for chain in chains:
-        *trunk, head = chain._modules.values()
-        if not is_plain_linear(head):
+    trunks, heads = [], []
+    for part in parts:
+        if part is None:
             return None
-        trunks.append(trunk)
-        heads.append(head)
+        trunks.append(part[0])
+        heads.append(part[1])
     added = hyper.base is not None and transform is not None
     whole = not separate and not added and hyper.rank is None and hyper.biases is None
     return Fused(spec, target, trunks, heads, transform or "", whole)
+
+
+def trunk_and_head(module: nn.Module) -> tuple[list[Any], nn.Linear] | None:
+    """What a plain ``nn.Sequential`` calls one after the other, if it ends in a plain
+    ``nn.Linear``."""
+    # Pruning and adapters are hooks or other types, parametrised and quantised layers are other
+    # types, quantised tensors are subclasses from elsewhere.
+    if (
+        type(module) is not nn.Sequential
+        or not module._modules
+        or not _runs(module, nn.Sequential)
+        or checks.is_hooked(module)
+    ):
+        return None
+    *trunk, head = module._modules.values()
+    return (trunk, head) if is_plain_linear(head) else None
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:

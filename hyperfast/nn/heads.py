@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperfast.functional import Destinations, generated_linear
 from hyperfast.layout import (
@@ -23,14 +22,6 @@ from hyperfast.layout import (
 )
 
 BIASES = ("generated", "shared", None)
-
-
-class Separate(nn.ModuleList):
-    """A generator of its own, trunk and head, for every generated tensor; what they return, one
-    behind another, is the flat vector."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.cat([generator(z) for generator in self], -1)
 
 
 class Rows(NamedTuple):

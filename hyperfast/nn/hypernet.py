@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -16,9 +16,20 @@ from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
 from hyperfast.layout import MLPSpec, ParamSpec, Transform, one_each, positive
 from hyperfast.nn.any_module import ModuleTarget, Params, as_mlp, select
-from hyperfast.nn.copies import apart, clone
-from hyperfast.nn.heads import LayerHead, Rows, Separate, cut
-from hyperfast.nn.init import fill_head, fill_rows
+from hyperfast.nn.copies import apart
+from hyperfast.nn.generator import (
+    Separate,
+    anew,
+    chain,
+    features_of,
+    first_parameter,
+    given_trunk,
+    modules_of,
+    reset_all,
+    start_trunk,
+)
+from hyperfast.nn.heads import LayerHead, Rows, cut
+from hyperfast.nn.init import HeadRows, start_at, start_layers, starts
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
@@ -116,7 +127,8 @@ class HyperNet(nn.Module):
             layers[0].check_base()
         self._build(
             *(z_dim, hidden, activation, target_activation, trunk, separate, bool(base)),
-            *(device, dtype),
+            device=device,
+            dtype=dtype,
         )
 
     @classmethod
@@ -191,10 +203,11 @@ class HyperNet(nn.Module):
         dtype = first.dtype if dtype is None else dtype
         hyper = cls.__new__(cls)
         nn.Module.__init__(hyper)
-        hyper._describe(spec, init, layers, tuple(_starts(net, names, whole=base is not None)))
+        hyper._describe(spec, init, layers, tuple(starts(net, names, whole=base is not None)))
         hyper._build(
             *(z_dim, hidden, activation, gain, trunk, separate, base is not None),
-            *(device, dtype),
+            device=device,
+            dtype=dtype,
         )
         return hyper, target.to(device=device, dtype=dtype)
 
@@ -227,45 +240,38 @@ class HyperNet(nn.Module):
         trunk: nn.Module | None,
         separate: bool,
         base: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        **kind: Any,
     ) -> None:
         self.z_dim = positive("z_dim", z_dim)
         self.given_trunk = trunk is not None
-        numels = self.generated.numels if separate else [self.generated.numel]
-        if trunk is None:
-            widths = self.z_dim, *_widths("hidden", hidden)
-            activations = [resolve(activation) for _ in widths[1:] for _ in numels]
-        else:
-            widths, activations = (self.z_dim, _features(trunk, self.z_dim)), []
+        numels = self.generated.numels if separate else (self.generated.numel,)
+        widths = self.z_dim, *_widths("hidden", hidden)
+        depth = 0 if trunk is not None else len(widths) - 1
         *activations, of_target = apart(
-            [*activations, resolve(target_activation, "target_activation")]
+            [
+                *(resolve(activation) for _ in range(depth * len(numels))),
+                resolve(target_activation, "target_activation"),
+            ]
         )
         given = isinstance(target_activation, nn.Module)
         self.target_activation = of_target if given else target_activation
-        chains, several = [], iter(activations)
-        for n, numel in enumerate(numels):
-            layers: list[nn.Module] = []
-            if trunk is not None:
-                layers.append(trunk if n == 0 else _anew(trunk))
-            else:
-                for i, o in pairwise(widths):
-                    layers += [nn.Linear(i, o, device=device, dtype=dtype), next(several)]
-            head = nn.Linear(widths[-1], numel, device=device, dtype=dtype)
-            chains.append(nn.Sequential(*layers, head))
+        if trunk is None:
+            chains = [
+                chain(widths, activations[n * depth : (n + 1) * depth], numel, **kind)
+                for n, numel in enumerate(numels)
+            ]
+        else:
+            features = features_of(trunk, self.z_dim)
+            trunks = [trunk, *(anew(trunk) for _ in numels[1:])]
+            chains = [
+                nn.Sequential(own, nn.Linear(features, numel, **kind))
+                for own, numel in zip(trunks, numels, strict=True)
+            ]
         self.generator = Separate(chains) if separate else chains[0]
-
-        def parameter(numel: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(numel, device=device, dtype=dtype))
-
-        kinds = [(v.bias == "shared", v.out_features) for v in self.layers or ()]
-        shared = any(is_shared for is_shared, _ in kinds)
-        self.biases = (
-            nn.ParameterList(parameter(out if is_shared else 0) for is_shared, out in kinds)
-            if shared
-            else None
-        )
-        self.base = parameter(self.spec.numel) if base else None
+        zeros = partial(torch.zeros, **kind)
+        shared = [v.out_features * (v.bias == "shared") for v in self.layers or ()]
+        self.biases = nn.ParameterList(map(zeros, shared)) if any(shared) else None
+        self.base = nn.Parameter(zeros(self.spec.numel)) if base else None
         self._reset()
 
     @property
@@ -279,35 +285,25 @@ class HyperNet(nn.Module):
         Raises:
             TypeError: the generator is no ``nn.Sequential`` any more.
         """
-        return self._in_a_row()[-1]  # type: ignore[return-value]
+        return modules_of(self.generator)[-1]  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the generator's first floating-point parameter; PyTorch's default where it has none,
         as a quantised one may."""
-        parameter = _first_parameter(self.generator)
+        parameter = first_parameter(self.generator)
         return torch.get_default_dtype() if parameter is None else parameter.dtype
 
     @property
     def device(self) -> torch.device:
         """Of that parameter; the CPU where there is none."""
-        parameter = _first_parameter(self.generator)
+        parameter = first_parameter(self.generator)
         return torch.device("cpu") if parameter is None else parameter.device
-
-    def _in_a_row(self) -> list[nn.Module]:
-        """The modules that the generator calls one after the other."""
-        if type(self.generator).forward is not nn.Sequential.forward or not self.generator._modules:
-            raise TypeError(
-                "hyper.generator must be an nn.Sequential of a trunk and a head, "
-                f"got {type(self.generator).__name__}"
-            )
-        return list(self.generator._modules.values())
 
     def _chains(self) -> list[list[nn.Module]]:
         """The modules of the generator, or of each."""
-        if type(self.generator) is not Separate:
-            return [self._in_a_row()]
-        return [list(chain) for chain in self.generator]  # type: ignore[call-overload]
+        several = type(self.generator) is Separate
+        return [modules_of(g) for g in (self.generator if several else [self.generator])]
 
     def reset_parameters(self) -> None:
         """Initialises trunks and heads; see ``init``. So are the activations that have a
@@ -318,92 +314,32 @@ class HyperNet(nn.Module):
             TypeError: the generator is not as it was built: linear layers with weights of their own
                 and activations between them.
         """
-        between = [m for *trunk, _ in self._chains() for m in trunk[1::2]]
-        for activation in [*([] if self.given_trunk else between), self.target_activation]:
+        chains = [] if self.given_trunk else self._chains()
+        for activation in [*(m for c in chains for m in c[1:-1:2]), self.target_activation]:
             if isinstance(activation, nn.Module):
-                _reset_all(activation)
+                reset_all(activation)
         self._reset()
 
     @torch.no_grad()
     def _reset(self) -> None:
-        chains = [self._start_chain(chain) for chain in self._chains()]
-        rows: list[tuple[Tensor, Tensor | None, float]] = []
-        rows += [(head.weight, head.bias, moment) for head, moment in chains]
+        rows = []
+        for modules in self._chains():
+            head, moment = (
+                given_trunk(modules, self.z_dim) if self.given_trunk else start_trunk(modules)
+            )
+            rows.append(HeadRows(head.weight, head.bias, moment))
         if type(self.generator) is not Separate:
-            ((weight, bias, moment),) = rows
-            pieces = cut(weight, weight, bias, self.generated)
-            rows = [(w, b, moment) for _, w, b in pieces]
+            rows = rows[0].split(self.generated)
         width = self.spec.sizes[1] if isinstance(self.spec, MLPSpec) else 1
         gain2 = 1 / second_moment(resolve(self.target_activation), width)
+        base = None if self.base is None else self.spec.split(self.base.data)
+        out_fan = self.init == "hyperfan_out"
         if self.layers is None or any(start is not None for start in self._start):
-            self._start_at(rows, gain2)
+            start_at(self._start, self.spec, rows, base, gain2, out_fan)
         else:
-            self._start_layers(rows, gain2)
+            start_layers(self.layers, rows, base, gain2, out_fan)
         for bias in self.biases or ():
             nn.init.zeros_(bias)
-
-    def _start_chain(self, modules: list[nn.Module]) -> tuple[nn.Linear, float]:
-        """Initialises a trunk; returns the head, and the second moment of what enters it. Latents
-        are taken to have variance 1."""
-        *trunk, last = modules
-        linears = [
-            m
-            for m in ((last,) if self.given_trunk else (*trunk[::2], last))
-            if isinstance(m, nn.Linear) and "weight" in m._parameters
-        ]
-        if self.given_trunk and len(linears) == 1:
-            return linears[0], _moment(nn.Sequential(*trunk), self.z_dim)
-        if len(linears) != len(trunk) // 2 + 1 or len(trunk) % 2:
-            raise TypeError(
-                "hyper.generator must be linear layers with weights of their own, and activations "
-                f"between them, to be initialised, got {self.generator}"
-            )
-        head = linears.pop()
-        moment = 1.0
-        for linear, activation in zip(linears, trunk[1::2], strict=True):
-            nn.init.normal_(linear.weight, std=(moment * linear.in_features) ** -0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-            moment = second_moment(activation, linear.out_features)
-        return head, moment
-
-    def _start_at(self, rows: list[tuple[Tensor, Tensor | None, float]], gain2: float) -> None:
-        """Starts the head's rows, and the base, of parameters that start at values of a net."""
-        bases = [None] * len(rows) if self.base is None else self.base.split(self.spec.numels)
-        pieces = zip(rows, bases, self.spec.shapes, self._start, strict=True)
-        for (weight, bias, moment), base, shape, start in pieces:
-            deviation = 0.0
-            if start is None and len(shape) > 1:
-                receptive = weight.shape[0] // (shape[0] * shape[1])
-                fan = receptive * shape[1 if self.init == "hyperfan_in" else 0]
-                deviation = math.sqrt(gain2 / fan)
-            target = bias if base is None else base
-            if base is not None:
-                fill_rows(weight, bias, 0.0, 0.0, moment)
-                if deviation:
-                    nn.init.normal_(base, std=deviation)
-            else:
-                fill_rows(weight, bias, 0.0, deviation, moment)
-            if start is not None and target is not None:
-                target.copy_(start.flatten())
-
-    def _start_layers(
-        self, rows: Sequence[tuple[Tensor, Tensor | None, float]], gain2: float
-    ) -> None:
-        """Starts the heads' rows, and the base, of an MLP."""
-        assert self.layers is not None
-        each = iter(rows)
-        out_fan = self.init == "hyperfan_out"
-        for layer in self.layers:
-            own = [next(each) for _ in layer.spec.shapes]
-            fill_head(layer, own, zero=self.base is not None, gain2=gain2, out_fan=out_fan)
-        if self.base is None:
-            return
-        for piece, shape in zip(self.spec.split(self.base), self.spec.shapes, strict=True):
-            if len(shape) < 2:
-                nn.init.zeros_(piece)
-            else:
-                nn.init.normal_(piece, std=math.sqrt(gain2 / shape[0 if out_fan else 1]))
 
     def features(self, z: Tensor) -> Tensor:
         """``h``: the trunk's output, ``(..., H)``.
@@ -412,7 +348,7 @@ class HyperNet(nn.Module):
             TypeError: the generator is no ``nn.Sequential``, which has one trunk.
         """
         self.check_latents(z)
-        for module in self._in_a_row()[:-1]:
+        for module in modules_of(self.generator)[:-1]:
             z = module(z)
         return z
 
@@ -506,7 +442,7 @@ class HyperNet(nn.Module):
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
         if parameter is None:
-            parameter = _first_parameter(self.generator)
+            parameter = first_parameter(self.generator)
         if parameter is None:
             checks.check_same_kind(z=z)
         else:
@@ -548,104 +484,9 @@ class HyperNet(nn.Module):
         return f"spec={self.spec}, init={self.init!r}"
 
 
-@torch.no_grad()
-def _features(trunk: nn.Module, z_dim: int) -> int:
-    """How many features a trunk makes of latents; lazy layers get their sizes."""
-    if not isinstance(trunk, nn.Module):
-        raise TypeError(f"trunk must be a module, got {type(trunk).__name__}")
-    h = _quietly(trunk, _like(trunk, 2, z_dim))
-    if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2:
-        got = checks.shape(h) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"trunk must map (2, {z_dim}) to (2, H), got {got}")
-    return h.shape[1]
-
-
-def _like(trunk: nn.Module, rows: int, z_dim: int) -> Tensor:
-    """Standard normal latents, of the trunk's dtype and device."""
-    first = _first_parameter(trunk)
-    z = torch.randn(rows, z_dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    return z if first is None else z.to(first.device, first.dtype)
-
-
-def _quietly(trunk: nn.Module, z: Tensor) -> Tensor:
-    """``trunk(z)`` as in evaluation: statistics of batches stay as they are."""
-    modes = [(module, module.training) for module in trunk.modules()]
-    try:
-        return trunk.eval()(z)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _moment(trunk: nn.Module, z_dim: int) -> float:
-    """The second moment of a trunk's features, over a sample of latents; 1 where there is none to
-    be had."""
-    moment = float("nan")
-    z = _like(trunk, 1024, z_dim)
-    if not z.is_meta:
-        moment = float(_quietly(trunk, z).double().square().mean())
-    return moment if 0 < moment < math.inf else 1.0
-
-
-def _anew(trunk: nn.Module) -> nn.Module:
-    """A copy, initialised anew."""
-    copy = clone(trunk)
-    _reset_all(copy)
-    return copy
-
-
-def _reset_all(module: nn.Module) -> None:
-    for part in module.modules():
-        if callable(reset := getattr(part, "reset_parameters", None)):
-            reset()
-
-
-def _first_parameter(module: nn.Module) -> Tensor | None:
-    """The first floating-point parameter that is stored; none is computed."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.is_floating_point():
-            return parameter
-    for child in module._modules.values():
-        found = None if child is None else _first_parameter(child)
-        if found is not None:
-            return found
-    return None
-
-
-def _starts(net: nn.Module, names: Sequence[str], whole: bool = False) -> Iterator[Tensor | None]:
-    """The value at which each parameter starts for every latent, ``None`` for a random one; with
-    ``whole``, the net's own for all."""
-    again: dict[str, nn.Module] = {}
-    for name in names:
-        value = net.get_parameter(name).detach()
-        if value.is_meta:
-            path, _, own = name.rpartition(".")
-            if path not in again:
-                again[path] = _initialised(net.get_submodule(path))
-            value = again[path].get_parameter(own).detach()
-        known = not value.isnan().any()
-        fixed = whole or value.ndim < 2 or _constant(value)
-        yield value.clone() if known and fixed else None
-
-
-@torch.no_grad()
-def _initialised(module: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device with values, NaN where it does not set them itself."""
-    module = clone(module).to_empty(device="cpu")
-    for parameter in module.parameters():
-        parameter.fill_(math.nan)
-    if callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
-    return module
-
-
-def _constant(value: Tensor) -> bool:
-    return value.numel() > 1 and bool(value.min() == value.max())
-
-
 def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:
     # An array of rank 0 is one int.
     one = isinstance(widths, str) or not isinstance(widths, Iterable)
     if one or getattr(widths, "ndim", None) == 0:
-        return (positive(name, widths),)  # type: ignore[call-overload]
+        return (positive(name, widths),)  # type: ignore[arg-type]
     return tuple(positive(name, w) for w in widths)  # type: ignore[union-attr]

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hyperfast.layout import Transform
-from hyperfast.nn.heads import LayerHead
+from hyperfast.layout import ParamSpec, Transform
+from hyperfast.nn.copies import clone
+from hyperfast.nn.heads import LayerHead, cut
 
 # Of what enters "exp" and "softplus", in whose image means count: W is e^(mean + SPREAD g).
 SPREAD = 0.5
@@ -28,30 +30,42 @@ def before(transform: Transform | None, moment: float) -> tuple[float, float]:
     return 0.0, math.sqrt(moment)
 
 
-def next_to_zero(dtype: torch.dtype) -> float:
-    """An entry of head rows that generate zero. The sum of squares of a row must not vanish in
-    float32, or weight normalisation divides zero by zero; 2**-24 is the least that float16 has."""
-    limits = torch.finfo(dtype)
-    return max(2**-60, limits.tiny * limits.eps)
+class HeadRows(NamedTuple):
+    """A head's rows ``(n, K)`` and biases ``(n,)``, and the second moment of its features."""
 
+    weight: Tensor
+    bias: Tensor | None
+    moment: float = 1.0
 
-def fill_rows(
-    rows: Tensor, bias: Tensor | None, mean: float, deviation: float, moment: float
-) -> None:
-    """Rows ``(n, K)`` and biases ``(n,)`` of a head that generate numbers of this mean and
-    deviation from features of second moment ``moment``. Without a bias there is no mean."""
-    if deviation == 0:
-        nn.init.constant_(rows, next_to_zero(rows.dtype))
-    else:
-        nn.init.normal_(rows, std=deviation / math.sqrt(moment * rows.shape[1]))
-    if bias is not None:
-        nn.init.constant_(bias, mean)
+    def split(self, spec: ParamSpec) -> list[HeadRows]:
+        """Those of every tensor of ``spec``."""
+        pieces = cut(self.weight, self.weight, self.bias, spec)
+        return [HeadRows(weight, bias, self.moment) for _, weight, bias in pieces]
+
+    def fill(self, mean: float, deviation: float) -> None:
+        """They generate numbers of this mean and deviation; without a bias there is no mean.
+        Zeros are but next to zero: the sum of squares of a row must not vanish in float32, or
+        weight normalisation divides zero by zero; 2**-24 is the least that float16 has."""
+        if deviation == 0:
+            limits = torch.finfo(self.weight.dtype)
+            nn.init.constant_(self.weight, max(2**-60, limits.tiny * limits.eps))
+        else:
+            spread = math.sqrt(self.moment * self.weight.shape[1])
+            nn.init.normal_(self.weight, std=deviation / spread)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, mean)
+
+    def zero(self) -> None:
+        """They generate zeros, exactly."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 @torch.no_grad()
-def fill_head(
+def start_layer(
     layer: LayerHead,
-    rows: Sequence[tuple[Tensor, Tensor | None, float]],
+    rows: Sequence[HeadRows],
     *,
     zero: bool = False,
     gain2: float = 1.0,
@@ -60,22 +74,96 @@ def fill_head(
     """Starts the rows of a layer's head.
 
     Args:
-        rows: of every generated tensor the head's rows ``(numel, K)`` and bias ``(numel,)``, and
-            the second moment of its features.
-        zero: generate a matrix of zeros: exactly, and with a rank by a ``B`` of zeros.
+        rows: of every generated tensor.
+        zero: generate a matrix of zeros: with a rank, by a ``B`` of zeros.
         gain2: the generated matrix has entries of second moment ``gain2 / fan``.
         out_fan: take the outputs for the fan.
     """
     matrices = 1 if layer.rank is None else 2
     wanted = gain2 / (layer.out_features if out_fan else layer.in_features)
-    for n, (weight, bias, moment) in enumerate(rows):
-        if n >= matrices:
-            fill_rows(weight, bias, 0.0, 0.0, moment)
-        elif zero and n == matrices - 1:
-            nn.init.zeros_(weight)
-            if bias is not None:
-                nn.init.zeros_(bias)
+    for n, own in enumerate(rows):
+        if zero and n >= matrices - 1:
+            own.zero()
+        elif n >= matrices:
+            own.fill(0.0, 0.0)
         elif layer.rank is None:
-            fill_rows(weight, bias, *before(layer.transform, wanted), moment)
+            own.fill(*before(layer.transform, wanted))
         else:  # an entry of B A is a sum of `rank` products
-            fill_rows(weight, bias, 0.0, math.sqrt(1 / layer.rank if n else wanted), moment)
+            own.fill(0.0, math.sqrt(1 / layer.rank if n else wanted))
+
+
+def start_layers(
+    layers: Sequence[LayerHead],
+    rows: Sequence[HeadRows],
+    base: Sequence[Tensor] | None,
+    gain2: float,
+    out_fan: bool,
+) -> None:
+    """Starts the heads of an MLP, and its base: it starts as a network of its own would."""
+    each = iter(rows)
+    for layer in layers:
+        own = [next(each) for _ in layer.spec.shapes]
+        start_layer(layer, own, zero=base is not None, gain2=gain2, out_fan=out_fan)
+    for piece in base or ():
+        if piece.ndim < 2:
+            nn.init.zeros_(piece)
+        else:
+            nn.init.normal_(piece, std=math.sqrt(gain2 / piece.shape[0 if out_fan else 1]))
+
+
+def start_at(
+    values: Sequence[Tensor | None],
+    spec: ParamSpec,
+    rows: Sequence[HeadRows],
+    base: Sequence[Tensor] | None,
+    gain2: float,
+    out_fan: bool,
+) -> None:
+    """Starts the heads of any parameters, and their base, at these values; at random ones, by
+    fan, where there is none."""
+    for n, (own, shape, value) in enumerate(zip(rows, spec.shapes, values, strict=True)):
+        deviation = 0.0
+        if value is None and len(shape) > 1:
+            receptive = math.prod(shape[2:])
+            deviation = math.sqrt(gain2 / (receptive * shape[0 if out_fan else 1]))
+        if base is not None:
+            own.zero()
+            if value is None:
+                nn.init.normal_(base[n], std=deviation)
+            else:
+                base[n].copy_(value)
+            continue
+        own.fill(0.0, deviation)
+        if value is not None and own.bias is not None:
+            own.bias.copy_(value.flatten())
+
+
+def starts(net: nn.Module, names: Sequence[str], whole: bool = False) -> Iterator[Tensor | None]:
+    """The value at which each parameter starts for every latent, ``None`` for a random one; with
+    ``whole``, the net's own for all."""
+    again: dict[str, nn.Module] = {}
+    for name in names:
+        value = net.get_parameter(name).detach()
+        if value.is_meta:
+            path, _, own = name.rpartition(".")
+            if path not in again:
+                again[path] = _initialised(net.get_submodule(path))
+            value = again[path].get_parameter(own).detach()
+        known = not value.isnan().any()
+        fixed = whole or value.ndim < 2 or _constant(value)
+        yield value.clone() if known and fixed else None
+
+
+@torch.no_grad()
+def _initialised(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device with values, NaN where it does not set them itself."""
+    module = clone(module).to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.fill_(math.nan)
+    if callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+    return module
+
+
+def _constant(value: Tensor) -> bool:
+    return value.numel() > 1 and bool(value.min() == value.max())

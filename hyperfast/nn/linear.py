@@ -10,7 +10,7 @@ from hyperfast.functional import destinations, task_linear
 from hyperfast.layout import Transform, positive
 from hyperfast.nn.gate import is_plain_linear
 from hyperfast.nn.heads import LayerHead, cut
-from hyperfast.nn.init import fill_head
+from hyperfast.nn.init import HeadRows, start_layer
 
 
 class HyperLinear(nn.Module):
@@ -92,9 +92,8 @@ class HyperLinear(nn.Module):
 
     @torch.no_grad()
     def _fill(self) -> None:
-        made = cut(self.head.weight, self.head.weight, self.head.bias, self.layer.spec)
-        rows = [(weight, bias, 1.0) for _, weight, bias in made]
-        fill_head(self.layer, rows, zero=self.base is not None)
+        rows = HeadRows(self.head.weight, self.head.bias).split(self.layer.spec)
+        start_layer(self.layer, rows, zero=self.base is not None)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
