@@ -1,6 +1,6 @@
 """Thousands of small neural networks at once: hypernetworks, batched, at the machine's speed."""
 
-from hyperfast import functional
+from hyperfast import functional, nets
 from hyperfast.activations import Sine
 from hyperfast.bank import TaskBank
 from hyperfast.distributed.sharded_bank import ShardedTaskBank
@@ -30,6 +30,7 @@ __all__ = [
     "TaskServer",
     "explain",
     "functional",
+    "nets",
     "use_backend",
 ]
 __version__ = "0.1.0"

@@ -212,28 +212,33 @@ class Destinations:
 
 
 def destinations(
-    index: Tensor, dim_size: int | None, reduce: str, x: Tensor, rows: torch.Size | None = None
+    index: Tensor,
+    dim_size: int | None,
+    reduce: str,
+    x: Tensor,
+    rows: torch.Size | None = None,
+    name: str = "index",
 ) -> Destinations:
     """The destinations of the rows of ``x``, checked; ``rows`` is their shape, by default that of
-    ``x`` without its last dimension."""
+    ``x`` without its last dimension. ``name`` is that of the argument."""
     rows = x.shape[:-1] if rows is None else rows
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {list(REDUCTIONS)}, got {reduce!r}")
-    if checks.check_tensor("index", index).dtype != torch.int64:
-        raise TypeError(f"index must have dtype torch.int64, got {index.dtype}")
+    if checks.check_tensor(name, index).dtype != torch.int64:
+        raise TypeError(f"{name} must have dtype torch.int64, got {index.dtype}")
     if index.shape != rows:
         raise ValueError(
-            f"index must have shape {tuple(rows)}, one destination a row of x, "
+            f"{name} must have shape {tuple(rows)}, one destination a row of x, "
             f"got {checks.shape(index)}"
         )
     if index.device != x.device:
-        raise ValueError(f"index must be on the device of x, {x.device}, got {index.device}")
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {index.device}")
     flat = index.reshape(-1)
     if dim_size is None:
         dim_size = int(flat.max()) + 1 if flat.numel() else 0
     count = at_least("dim_size", dim_size, 0)
     if not torch.compiler.is_compiling():
-        checks.check_in_range(flat, count, "index")
+        checks.check_in_range(flat, count, name)
     return Destinations(flat, count, reduce == "mean")
 
 

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,19 +24,20 @@ class ParamSpec:
 
     Args:
         shapes: shape of each parameter, in the order in which they are laid out, row-major.
+
+    Attributes:
+        numels: number of elements of each parameter.
+        numel: length ``P`` of the flat vector.
     """
 
     shapes: tuple[tuple[int, ...], ...]
+    # No cached properties: Dynamo sees through none.
+    numels: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    numel: int = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def numels(self) -> tuple[int, ...]:
-        """Number of elements of each parameter."""
-        return tuple(math.prod(shape) for shape in self.shapes)
-
-    @cached_property
-    def numel(self) -> int:
-        """Length ``P`` of the flat vector."""
-        return sum(self.numels)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numels", tuple(math.prod(shape) for shape in self.shapes))
+        object.__setattr__(self, "numel", sum(self.numels))
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Views of ``flat (..., P)``, one a parameter, each of shape ``(..., *shape)``.

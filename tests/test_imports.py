@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 # Rooms, the highest first; those of one line do not look down on each other. A dot is the package's
 # face, its __init__. It shows what is below it; recipes use it as any user does, and are above.
 ORDER = {
-    "hyperfast": "__main__ | recipes | . info | server | distributed | bank | nn | functional | ops"
-    "| kernels | plans | layout activations checks",
+    "hyperfast": "__main__ | recipes | . info | server | distributed | nets | bank | nn"
+    "| functional | ops | kernels | plans | layout activations checks",
     "bench": "run | conftest test_speed serve gpu | show | measure | rivals | problem | workloads"
     "| .",
 }

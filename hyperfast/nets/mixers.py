@@ -13,29 +13,23 @@ from hyperfast.functional import hyper_linear
 from hyperfast.layout import positive
 from hyperfast.nn.gate import is_plain_linear, trunk_and_head
 
-# pymarl2's names (its hyper_b1 is a Sequential of one), and ours, which are pymarl's and torchrl's.
-NAMES = {
-    "hyper_w1.": "hyper_w_1.",
-    "hyper_b1.0.": "hyper_b_1.",
-    "hyper_w2.": "hyper_w_final.",
-    "hyper_b2.": "V.",
-}
+# pymarl2's names (its hyper_b1 is a Sequential of one), and those of pymarl.
+NAMES = {"hyper_w1.": "hyper_w_1.", "hyper_b1.0.": "hyper_b_1."}
+NAMES |= {"hyper_w2.": "hyper_w_final.", "hyper_b2.": "V."}
 
 
 class QMixer(nn.Module):
     """QMIX's monotonic mixing network (Rashid et al. 2018): ``q_tot = |W2(s)| elu(|W1(s)| q +
     b1(s)) + V(s)``, whose weights are made of the state.
 
-    Its state_dict is pymarl's and torchrl's (there ``hypernet_layers=1``); that of pymarl2's
-    ``nmix`` loads as well.
+    Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
 
     Args:
         n_agents: how many values are mixed.
         state_dim: size of the state; a state of several dimensions is flattened before.
         embed_dim: width of the mixing network.
-        hypernet_layers: of the networks that make ``W1`` and ``W2``, 1 or 2.
-        hypernet_embed: their width, where they have two layers.
-        device, dtype: of the parameters.
+        hypernet_layers: 1 or 2, of the networks that make ``W1`` and ``W2``.
+        hypernet_embed: width of these, where they have two.
 
     Raises:
         TypeError: a size that is not an int.
@@ -55,8 +49,6 @@ class QMixer(nn.Module):
         *,
         hypernet_layers: int = 2,
         hypernet_embed: int = 64,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ):
         if hypernet_layers not in (1, 2):
             raise ValueError(f"hypernet_layers must be 1 or 2, got {hypernet_layers!r}")
@@ -67,10 +59,7 @@ class QMixer(nn.Module):
         positive("hypernet_embed", hypernet_embed)
 
         def net(*widths: int) -> nn.Module:
-            *first, last = (
-                nn.Linear(i, o, device=device, dtype=dtype)
-                for i, o in zip((self.state_dim, *widths), widths, strict=False)
-            )
+            *first, last = map(nn.Linear, (self.state_dim, *widths), widths)
             return nn.Sequential(*first, nn.ReLU(), last) if first else last
 
         through = [hypernet_embed] * (hypernet_layers - 1)
@@ -80,25 +69,58 @@ class QMixer(nn.Module):
         self.V = net(self.embed_dim, 1)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in [key for key in state_dict if key.startswith(prefix)]:
-            for theirs, ours in NAMES.items():
-                if name.startswith(prefix + theirs):
-                    moved = prefix + ours + name[len(prefix + theirs) :]
-                    state_dict[moved] = state_dict.pop(name)
+        for theirs, ours in NAMES.items():
+            for key in [key for key in state_dict if key.startswith(prefix + theirs)]:
+                state_dict[prefix + ours + key[len(prefix + theirs) :]] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """Mixes the values of agents.
-
-        Args:
-            agent_qs: ``(..., n_agents)``: ``(batch, T, n_agents)``, or flat.
-            states: ``(..., state_dim)``, with the same leading dimensions.
-
-        Returns:
-            ``(..., 1)``.
+        """``(..., 1)`` of ``agent_qs (..., n_agents)``, as ``(batch, T, n_agents)``, and of
+        ``states (..., state_dim)``.
 
         Raises:
             ValueError: shapes or devices that disagree.
             TypeError: dtypes that disagree.
         """
-        ...
+        checks.check_operands(agent_qs=agent_qs, states=states)
+        *lead, agents = agent_qs.shape or (0,)
+        if agents != self.n_agents or states.shape != (*lead, self.state_dim):
+            raise ValueError(
+                f"agent_qs and states must have shapes (..., {self.n_agents}) and (..., "
+                f"{self.state_dim}), got {checks.shape(agent_qs)} and {checks.shape(states)}"
+            )
+        q, s = agent_qs.reshape(-1, self.n_agents), states.reshape(-1, self.state_dim)
+        nets = [_layers(n) for n in (self.hyper_w_1, self.hyper_w_final, self.V, self.hyper_b_1)]
+        if all(nets):
+            hidden, w2, v = _fused(q, s, nets)
+        else:
+            w1 = self.hyper_w_1(s).abs().unflatten(1, (self.n_agents, self.embed_dim))
+            hidden = torch.bmm(q.unsqueeze(1), w1).squeeze(1) + self.hyper_b_1(s)
+            w2, v = self.hyper_w_final(s), self.V(s)
+        return ((F.elu(hidden) * w2.abs()).sum(1, keepdim=True) + v).reshape(*lead, 1)
+
+
+def _fused(q: Tensor, s: Tensor, nets: list[list[Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The pre-activation ``|W1| q + b1``, ``W2`` and ``V``. The layers that read the state are one
+    product; ``W1``, the largest of what is generated, need not be stored."""
+    (*before, head), *others = nets
+    checks.check_same_kind(**{"states": s, "the mixer's weight": head.weight})
+    reading = [*before, *(net[0] for net in others)]
+    weight, bias = (torch.cat([getattr(m, name) for m in reading]) for name in ("weight", "bias"))
+    outs = F.linear(s, weight, bias).split([m.out_features for m in reading], 1)
+    h = outs[0].relu() if before else s
+    w2, v, b1 = (
+        net[1](out.relu()) if len(net) == 2 else out
+        for out, net in zip(outs[len(before) :], others, strict=True)
+    )
+    made = q, h, head.weight, head.bias
+    return hyper_linear(*made, target_bias=False, layout="io", transform="abs") + b1, w2, v
+
+
+def _layers(net: nn.Module) -> list[Any]:
+    """The layers of a plain ``Linear`` or ``Linear, ReLU, Linear``, all with biases; else none."""
+    trunk, head = trunk_and_head(net) or ([], net)
+    if checks.is_hooked(*trunk) or [*map(type, trunk)] not in ([], [nn.Linear, nn.ReLU]):
+        return []
+    layers = [*trunk[:1], head]
+    return layers if all(is_plain_linear(m) and m.bias is not None for m in layers) else []

@@ -59,7 +59,7 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
         transform = target.weight_transform
     if transform is not None and not isinstance(transform, str):
         return None
-    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]  # type: ignore[union-attr]
+    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]
     if (
         not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)

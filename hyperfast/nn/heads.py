@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -52,6 +51,7 @@ class LayerHead:
     transform: Transform | None = None
     rank: int | None = None
     layout: str = "oi"
+    spec: ParamSpec = field(init=False, repr=False, compare=False)  # of what is generated
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", *(() if self.rank is None else ("rank",))):
@@ -66,15 +66,12 @@ class LayerHead:
                 f"transform must be None for a matrix of rank {self.rank}, whose entries are never "
                 f"formed, got {self.transform!r}"
             )
-
-    @cached_property
-    def spec(self) -> ParamSpec:
-        """The layout of what is generated."""
         out, ins = self.out_features, self.in_features
         matrices = [(out, ins)] if self.rank is None else [(self.rank, ins), (out, self.rank)]
         if self.layout == "io":
             matrices = [shape[::-1] for shape in matrices]
-        return ParamSpec((*matrices, *([(out,)] if self.bias == "generated" else [])))
+        spec = ParamSpec((*matrices, *([(out,)] if self.bias == "generated" else [])))
+        object.__setattr__(self, "spec", spec)
 
     @property
     def plain(self) -> bool:
