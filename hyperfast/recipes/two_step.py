@@ -26,7 +26,6 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,16 +80,11 @@ class Team(nn.Module):
         return float(PAYOFFS[second, actions[0], actions[1]])
 
 
-class Learned(NamedTuple):
-    team: Team
-    losses: list[float]
-
-
 def train(
     mixer: Callable[[], nn.Module],
     *,
     steps: int,
-    episodes: int = 32,
+    episodes: int = 64,
     lr: float = 3e-3,
     sync: int = 50,
     seed: int = 0,
@@ -140,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Learns twice, prints all tables; returns the exit status."""
     start = time.perf_counter()
     args = parse(argv, "two_step", __doc__, {"tqdm": "tqdm"})
-    steps = 1000 if args.quick else 5000
+    steps = 600 if args.quick else 2000
     for name, mixer, fit, what in (
         ("VDN", Sum, additive, "best sum"),
         ("QMIX", lambda: hyperfast.nets.QMixer(2, len(STATES), 8), lambda p: p, "game, paper"),
