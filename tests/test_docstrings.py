@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 import hyperfast
-from hyperfast import distributed, functional
+from hyperfast import distributed, functional, nets
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in (hyperfast, functional)
+    for module in (hyperfast, functional, nets)
     for name in module.__all__
     if not inspect.ismodule(getattr(module, name))
 } | {"hyperfast.distributed.parallelize": distributed.parallelize}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter, init
@@ -16,8 +18,7 @@ AGGREGATIONS = {"add": "sum", "sum": "sum", "mean": "mean"}
 
 class NNConv(Module):
     """The edge-conditioned convolution (Simonovsky, Komodakis 2017; Gilmer et al. 2017): ``y_i =
-    lin(x_i) + sum over edges j -> i of x_j nn(e_ji) + bias``, as PyTorch Geometric has it, with its
-    names of parameters.
+    lin(x_i) + sum over edges j -> i of x_j nn(e_ji) + bias``, PyTorch Geometric's, with its names.
 
     Where ``nn`` is an ``nn.Sequential`` that ends in an ``nn.Linear``, the matrices of edges are
     not stored, and not even formed if that is less work: features of edges, times those of nodes,
@@ -27,7 +28,6 @@ class NNConv(Module):
         in_channels: features of a node, or a pair: of a source and of a destination.
         out_channels: features that come out.
         nn: a module that makes a matrix ``(in, out)`` of every edge, ``(E, D) -> (E, in * out)``.
-            It stays as it is; ``reset_parameters()`` initialises it too.
         aggr: ``"add"`` or ``"sum"``; or ``"mean"``, which is 0 for a node without edges.
         root_weight: whether a node's own features, times ``lin.weight``, are added.
         bias: whether there is one.
@@ -66,8 +66,7 @@ class NNConv(Module):
     def reset_parameters(self) -> None:
         """Initialises all layers anew, those of ``nn`` too; the bias is zero."""
         for module in [*self.modules()][1:]:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            getattr(module, "reset_parameters", lambda: None)()
         if self.bias is not None:
             init.zeros_(self.bias)
 
@@ -93,8 +92,8 @@ class NNConv(Module):
         if checks.check_tensor("edge_index", edge_index).ndim != 2 or len(edge_index) != 2:
             raise ValueError(f"edge_index must have shape (2, E), got {checks.shape(edge_index)}")
         edges = checks.check_tensor("edge_attr", edge_attr).shape[:1]
-        to, reduce = edge_index[1], AGGREGATIONS[self.aggr]
-        by = destinations(to, len(own), reduce, source, edges, "edge_index[1]")
+        given = edge_index[1], len(own), AGGREGATIONS[self.aggr], source, edges
+        by = destinations(*given, "edge_index[1]")
         if not torch.compiler.is_compiling():
             checks.check_in_range(edge_index[0], len(source), "edge_index[0]")
         y = self._convolve(source.index_select(0, edge_index[0]), edge_attr, by)
@@ -104,19 +103,18 @@ class NNConv(Module):
 
     def _convolve(self, x: Tensor, h: Tensor, by: Destinations) -> Tensor:
         """``x (E, in)`` of sources, times the matrices of edges, added up."""
-        trunk, head = trunk_and_head(self.nn) or ([], self.nn)
+        parts: tuple[list[Any], Any] = trunk_and_head(self.nn) or ([], self.nn)
+        trunk, head = parts
         for module in trunk:
             h = module(h)
         numel, plain = self.in_channels * self.out_channels, is_plain_linear(head)
         if plain and (*h.shape, head.out_features) == (len(x), head.in_features, numel):
-            given = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
-            made = Generated.of_head(*given[2:], self.in_channels, False, "io")
-            return generated_linear(*given[:2], made, by=by)
+            x, h, w, b = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
+            made = Generated.of_head(w, b, self.in_channels, False, "io")
+            return generated_linear(x, h, made, by=by)
         weight = head(h)
         if weight.shape[:1] != x.shape[:1] or weight.shape[1:].numel() != numel:
-            raise ValueError(
-                f"nn must return shape {(len(x), numel)}, in_channels * out_channels numbers an "
-                f"edge, got {checks.shape(weight)}"
-            )
+            wanted = f"{(len(x), numel)}, in_channels * out_channels numbers an edge"
+            raise ValueError(f"nn must return shape {wanted}, got {checks.shape(weight)}")
         weight = weight.reshape(len(x), self.in_channels, self.out_channels)
         return by.reduce(task_linear(x, weight.mT))

@@ -23,7 +23,6 @@ class QMixer(nn.Module):
     b1(s)) + V(s)``, whose weights are made of the state.
 
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
-
     Args:
         n_agents: how many values are mixed.
         state_dim: size of the state; a state of several dimensions is flattened before.
@@ -56,13 +55,12 @@ class QMixer(nn.Module):
         self.n_agents = positive("n_agents", n_agents)
         self.state_dim = positive("state_dim", state_dim)
         self.embed_dim = positive("embed_dim", embed_dim)
-        positive("hypernet_embed", hypernet_embed)
 
         def net(*widths: int) -> nn.Module:
             *first, last = map(nn.Linear, (self.state_dim, *widths), widths)
             return nn.Sequential(*first, nn.ReLU(), last) if first else last
 
-        through = [hypernet_embed] * (hypernet_layers - 1)
+        through = [positive("hypernet_embed", hypernet_embed)] * (hypernet_layers - 1)
         self.hyper_w_1 = net(*through, self.n_agents * self.embed_dim)
         self.hyper_w_final = net(*through, self.embed_dim)
         self.hyper_b_1 = net(self.embed_dim)
@@ -76,12 +74,7 @@ class QMixer(nn.Module):
 
     def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
         """``(..., 1)`` of ``agent_qs (..., n_agents)``, as ``(batch, T, n_agents)``, and of
-        ``states (..., state_dim)``.
-
-        Raises:
-            ValueError: shapes or devices that disagree.
-            TypeError: dtypes that disagree.
-        """
+        ``states (..., state_dim)``; raises ValueError or TypeError where these disagree."""
         checks.check_operands(agent_qs=agent_qs, states=states)
         *lead, agents = agent_qs.shape or (0,)
         if agents != self.n_agents or states.shape != (*lead, self.state_dim):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -145,7 +147,7 @@ class HyperLinear(nn.Module):
                 f"h must have shape (..., {self.hyper_features}), got {checks.shape(h)}"
             )
         lead, ins = h.shape[:-1], self.in_features
-        flat = h.reshape(lead.numel(), self.hyper_features)
+        flat = h.reshape(math.prod(lead), self.hyper_features)
         rows = rows_of_tasks(x, lead, ins, task_ids)
         by = None
         if index is not None:
@@ -328,10 +330,10 @@ def rows_of_tasks(x: Tensor, lead: torch.Size, ins: int, task_ids: Tensor | None
     n, own = len(lead), x.shape[:-1]
     if x.ndim and x.shape[-1] == ins:
         if own == lead:
-            return x.reshape(lead.numel(), ins)
+            return x.reshape(math.prod(lead), ins)
         if len(own) == n + 1 and own[:n] == lead:
-            return x.reshape(lead.numel(), own[n], ins)
-        if len(own) == n + 1 and own[:n].numel() == 1:
+            return x.reshape(math.prod(lead), own[n], ins)
+        if len(own) == n + 1 and math.prod(own[:n]) == 1:
             return x.reshape(1, own[n], ins)
     tasks = ", ".join(map(str, lead))
     tasks = f"{tasks}, " if tasks else ""
