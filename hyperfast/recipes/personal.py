@@ -15,8 +15,6 @@ on 500 images that nothing was learned from.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import sys
 import threading
 import time
@@ -26,22 +24,11 @@ import torch
 from torch import Tensor
 
 import hyperfast
+from hyperfast.recipes.options import parse
 from hyperfast.recipes.personal_model import FEW, Data, Sorters, Users, accuracy, adapt, load, train
 from hyperfast.recipes.personal_rivals import HEAD, SPEC, best_fit, ceiling, fresh, run
 from hyperfast.recipes.personal_rivals import train as train_rival
 from hyperfast.server.stats import ServerStats
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; what cannot work ends here, before anything is learned."""
-    parser = argparse.ArgumentParser(
-        "python -m hyperfast.recipes.personal", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--quick", action="store_true", help="learn for a shorter time")
-    args = parser.parse_args(argv)
-    if not importlib.util.find_spec("sklearn"):
-        parser.error("scikit-learn not found; try: pip install 'hyperfast[demo]'")
-    return args
 
 
 def serve_new(sorters: Sorters, data: Data, clients: int = 4) -> tuple[Tensor, ServerStats]:
@@ -109,7 +96,7 @@ def compare(data: Data, steps: int, fit_steps: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Learns, adapts, serves, compares; returns the exit status."""
     start = time.perf_counter()
-    args = parse(argv)
+    args = parse(argv, "personal", __doc__, {"scikit-learn": "sklearn"})
     known = 400
     new, steps, fit_steps = (20, 400, 100) if args.quick else (50, 2000, 200)
     data = load(known, new)

@@ -11,14 +11,7 @@ from hyperfast.recipes import personal, personal_model, personal_rivals
 from hyperfast.recipes.personal_model import FEW, FOLDERS, accuracy, adapt
 from hyperfast.recipes.personal_rivals import HEAD, SPEC
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Ops this small gain nothing from more, and on a busy machine wait long for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
