@@ -39,6 +39,7 @@ def made_up(workload: str = "mlp8_1024", date: str = "2026-01-01", **ratios: flo
                 "commit": "0" * 40,
                 "threads": 2,
                 "scale": 1,
+                "small": False,
                 "rounds": 7,
                 "machine": {"cpu": "a cpu", "cores": 2, "isa": ["avx2"], "system": "Linux"},
                 "versions": {"torch": "2.13.0"},
