@@ -200,7 +200,7 @@ def check_rows_match(
         )
 
 
-def check_in_range(ids: Tensor | None, tasks: int) -> None:
+def check_in_range(ids: Tensor | None, tasks: int, name: str = "task_ids") -> None:
     """Every id lies in ``[0, tasks)``. Reads the values: for kernels, not for traced code.
 
     Raises:
@@ -210,4 +210,4 @@ def check_in_range(ids: Tensor | None, tasks: int) -> None:
         return
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or high >= tasks:
-        raise IndexError(f"task_ids must be in [0, {tasks}), got {low if low < 0 else high}")
+        raise IndexError(f"{name} must be in [0, {tasks}), got {low if low < 0 else high}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,9 +13,21 @@ from torch.autograd import forward_ad
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, run_layers
 from hyperfast.kernels import reference
-from hyperfast.layout import Generated, MLPSpec
+from hyperfast.layout import (
+    LAYOUTS,
+    Generated,
+    MLPSpec,
+    Transform,
+    at_least,
+    check_transform,
+    transformed,
+)
 from hyperfast.ops import backends, layer, network, sharding
-from hyperfast.plans.sizes import PLANS
+from hyperfast.ops.orders import degrees, project, sum_by_destination, sum_rows
+from hyperfast.plans import orders
+from hyperfast.plans.sizes import PLANS, Sizes
+
+REDUCTIONS = ("sum", "mean")
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -27,13 +40,14 @@ def task_linear(
     ``y[r] = weight[b(r)] @ x[r] + bias[b(r)]``, where ``b(r)`` is the task of row ``r``.
 
     Args:
-        x: ``(B, N, in)``, ``(B, in)``, or ``(R, in)`` with ``task_ids``; any strides.
+        x: ``(B, N, in)``, ``(B, in)``, ``(R, in)`` with ``task_ids``, or ``(1, N, in)``, the same
+            rows for all tasks; any strides.
         weight: ``(B, out, in)``.
         bias: ``(B, out)`` or ``None``.
         task_ids: ``(R,)`` int64, the task of every row, in any order.
 
     Returns:
-        ``x`` with its last dimension replaced by ``out``.
+        ``x`` with its last dimension replaced by ``out``; ``(B, N, out)`` of shared rows.
 
     Raises:
         ValueError: shapes or devices that disagree.
@@ -51,8 +65,9 @@ def task_linear(
     tasks, out, ins = weight.shape
     if bias is not None and bias.shape != (tasks, out):
         raise ValueError(f"bias must have shape {(tasks, out)}, got {checks.shape(bias)}")
+    x = _for_all(x, tasks, task_ids)
     checks.check_rows(x, ins, tasks, task_ids, "weight")
-    return _run("task_linear", x, (weight, bias), task_ids, ())
+    return _run("task_linear", x, (weight, bias), task_ids)
 
 
 def hyper_linear(
@@ -63,30 +78,47 @@ def hyper_linear(
     task_ids: Tensor | None = None,
     *,
     target_bias: bool = True,
+    layout: str = "oi",
+    transform: Transform | None = None,
+    index: Tensor | None = None,
+    dim_size: int | None = None,
+    reduce: str = "sum",
     plan: str | None = None,
 ) -> Tensor:
     """Generates a linear layer for every task and applies it, storing its weights only if it pays.
 
     Equals ``task_linear(x, w, b, task_ids)`` where ``w (B, out, in)`` and then ``b (B, out)`` are
     the consecutive pieces of ``F.linear(h, weight, bias)``: the last layer of a hypernetwork
-    (Ha, Dai, Le 2016) fused with the first of its target.
+    (Ha, Dai, Le 2016) fused with the first of its target. With ``index``, the rows of ``y`` are
+    then added up by destination, as in a graph convolution whose edges have weights of their own
+    (Gilmer et al. 2017); where that is less work, they are added up before they meet the head.
 
     Args:
-        x: ``(B, N, in)``, ``(B, in)``, or ``(R, in)`` with ``task_ids``; any strides.
+        x: ``(B, N, in)``, ``(B, in)``, ``(R, in)`` with ``task_ids``, or ``(1, N, in)``, the same
+            rows for all tasks; any strides.
         h: ``(B, H)`` features of every task.
         weight: ``(out*in + out, H)``, the head's weight; ``(out*in, H)`` without ``target_bias``.
         bias: ``(out*in + out,)``, the head's bias, or ``None``; ``(out*in,)`` likewise.
         task_ids: ``(R,)`` int64, the task of every row, in any order.
         target_bias: whether the generated layer has a bias.
+        layout: ``"oi"``, or ``"io"``: the head's rows of the matrix are ordered ``(in, out)``.
+        transform: of the matrix before it is used: ``"abs"``, ``"exp"``, ``"softplus"``,
+            ``"square"``, or a function, for which the weights are stored.
+        index: int64, the destination of every row, of the shape of ``x`` without its last
+            dimension.
+        dim_size: how many destinations there are; by default one more than the largest, which
+            reads ``index`` back and cannot be compiled.
+        reduce: ``"sum"`` or ``"mean"``, which is 0 for a destination without rows.
         plan: ``"contract"``, ``"tile"`` or ``"materialize"``; ``None`` leaves it to the library.
 
     Returns:
-        ``x`` with its last dimension replaced by ``out``.
+        ``x`` with its last dimension replaced by ``out``; ``(B, N, out)`` of shared rows;
+        ``(dim_size, out)`` with ``index``.
 
     Raises:
-        ValueError: shapes or devices that disagree, an unknown plan.
+        ValueError: shapes or devices that disagree, an unknown plan, layout, transform or reduce.
         TypeError: a tensor that is not floating-point, dtypes that disagree, ids not int64.
-        IndexError: a task id outside ``[0, B)``.
+        IndexError: a task id outside ``[0, B)``, a destination outside ``[0, dim_size)``.
 
     Example:
         >>> x, h, head = torch.randn(3, 4, 8), torch.randn(3, 6), torch.nn.Linear(6, 5 * 8 + 5)
@@ -96,8 +128,8 @@ def hyper_linear(
     x, h, weight, bias = checks.check_and_cast(x=x, h=h, weight=weight, bias=bias)
     if x.ndim == 0:
         raise ValueError("x must have shape (B, N, in), (B, in) or (R, in), got ()")
-    if plan is not None and plan not in PLANS:
-        raise ValueError(f"plan must be one of {list(PLANS)} or None, got {plan!r}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {list(LAYOUTS)}, got {layout!r}")
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
     if weight.ndim != 2 or weight.shape[1] != h.shape[1]:
@@ -114,9 +146,95 @@ def hyper_linear(
         )
     if bias is not None and bias.shape != (params,):
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
-    checks.check_rows(x, ins, h.shape[0], task_ids, "h")
-    made = Generated.of_head(weight, bias, ins, bool(target_bias))
-    return _run("hyper_linear", x, (h, *made), task_ids, (plan or "",))
+    made = Generated.of_head(weight, bias, ins, bool(target_bias), layout)
+    by = None if index is None else destinations(index, dim_size, reduce, x)
+    return generated_linear(x, h, made, task_ids, transform, by, plan)
+
+
+def generated_linear(
+    x: Tensor,
+    h: Tensor,
+    made: Generated,
+    task_ids: Tensor | None = None,
+    transform: Transform | None = None,
+    by: Destinations | None = None,
+    plan: str | None = None,
+) -> Tensor:
+    """:func:`hyper_linear` of the tensors that make a layer; their dtypes, and the shapes of all
+    but ``x`` and ``task_ids``, have been checked."""
+    if plan is not None and plan not in PLANS:
+        raise ValueError(f"plan must be one of {list(PLANS)} or None, got {plan!r}")
+    (tasks, features), (out, ins, _) = h.shape, made.matrix.shape
+    shared = task_ids is None and x.ndim == 3 and x.shape[0] == 1 != tasks
+    x = _for_all(x, tasks, task_ids)
+    checks.check_rows(x, ins, tasks, task_ids, "h")
+    name = check_transform("transform", transform)
+    if name is None:
+        weights = reference.weights(h, made.matrix, made.matrix_bias)
+        w = transformed(transform, weights)
+        b = reference.biases(h, made.vector, made.vector_bias)
+        y = task_linear(x, w, b, task_ids)
+        return y if by is None else by.reduce(y)
+    rows = x.shape[:-1].numel()
+    bias = made.vector is not None
+    sizes = Sizes(tasks, rows, ins, out, features, task_ids is not None, bias, bool(name))
+    if plan is None and backends.forced is None:
+        if by is not None and orders.destinations(sizes, by.count, x.dtype.itemsize):
+            if task_ids is not None:
+                h = h.index_select(0, task_ids)
+            elif x.ndim == 3:
+                h = h.unsqueeze(1).expand(-1, x.shape[1], -1)
+            rows_of = x.reshape(-1, ins), h.reshape(-1, features)
+            return by.scale(sum_by_destination(*rows_of, made, by.index, by.count))
+        if shared and orders.project(sizes, x.dtype.itemsize):
+            y = project(x[0], h, made)
+            return y if by is None else by.reduce(y)
+    y = _run("hyper_linear", x, (h, *made), task_ids, (name,), plan or "")
+    return y if by is None else by.reduce(y)
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """Where rows are added up: ``index (R,)`` in ``[0, count)``."""
+
+    index: Tensor
+    count: int
+    mean: bool
+
+    def reduce(self, y: Tensor) -> Tensor:
+        """``(count, O)``, of rows ``y (..., O)``."""
+        return self.scale(sum_rows(y.reshape(-1, y.shape[-1]), self.index, self.count))
+
+    def scale(self, sums: Tensor) -> Tensor:
+        if not self.mean:
+            return sums
+        return sums / degrees(self.index, self.count).clamp(min=1).unsqueeze(1)
+
+
+def destinations(
+    index: Tensor, dim_size: int | None, reduce: str, x: Tensor, rows: torch.Size | None = None
+) -> Destinations:
+    """The destinations of the rows of ``x``, checked; ``rows`` is their shape, by default that of
+    ``x`` without its last dimension."""
+    rows = x.shape[:-1] if rows is None else rows
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {list(REDUCTIONS)}, got {reduce!r}")
+    if checks.check_tensor("index", index).dtype != torch.int64:
+        raise TypeError(f"index must have dtype torch.int64, got {index.dtype}")
+    if index.shape != rows:
+        raise ValueError(
+            f"index must have shape {tuple(rows)}, one destination a row of x, "
+            f"got {checks.shape(index)}"
+        )
+    if index.device != x.device:
+        raise ValueError(f"index must be on the device of x, {x.device}, got {index.device}")
+    flat = index.reshape(-1)
+    if dim_size is None:
+        dim_size = int(flat.max()) + 1 if flat.numel() else 0
+    count = at_least("dim_size", dim_size, 0)
+    if not torch.compiler.is_compiling():
+        checks.check_in_range(flat, count, "index")
+    return Destinations(flat, count, reduce == "mean")
 
 
 def hyper_mlp(
@@ -176,6 +294,7 @@ def generated_mlp(
     activations: Sequence[nn.Module | None],
     task_ids: Tensor | None,
     source: str,
+    transform: str = "",
 ) -> Tensor:
     """:func:`hyper_mlp`; ``source`` names the argument that says how many tasks there are."""
     wanted = None
@@ -191,14 +310,22 @@ def generated_mlp(
     if bias is not None and bias.shape != (spec.numel,):
         raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
     checks.check_rows(x, spec.sizes[0], tasks, task_ids, source)
-    text = spec.describe(activations)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if text is None or transformed or backends.forced == "reference":
+    text = spec.describe(activations, transform)
+    in_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if text is None or in_transform or backends.forced == "reference":
         numels = [v.numel for v in spec.layers]
         biases = [None] * len(numels) if bias is None else bias.split(numels)
         linears = [
-            partial(hyper_linear, h=h, weight=w, bias=b, task_ids=task_ids, target_bias=spec.bias)
-            for w, b in zip(weight.split(numels), biases, strict=True)
+            partial(
+                hyper_linear,
+                h=h,
+                weight=w,
+                bias=b,
+                task_ids=task_ids,
+                target_bias=v.bias == "b",
+                transform=transform or None,
+            )
+            for v, w, b in zip(spec.layers, weight.split(numels), biases, strict=True)
         ]
         return run_layers(x, linears, activations)
     x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
@@ -208,6 +335,39 @@ def generated_mlp(
         sharding.prepare(x)
     single = task_ids is None and x.ndim == 2
     y = network.run(x.unsqueeze(1) if single else x, h, weight, bias, task_ids, text)
+    return y.squeeze(1) if single else y
+
+
+def stored_mlp(
+    x: Tensor,
+    flat: Tensor,
+    spec: MLPSpec,
+    activations: Sequence[nn.Module | None],
+    task_ids: Tensor | None,
+    transform: Transform | None = None,
+) -> Tensor:
+    """Networks whose weights are given as ``flat (B, P)``, in one op where its kernels know all
+    activations and the transform; else, and under transforms of ``torch.func``, layer by layer."""
+    name = check_transform("weight_transform", transform)
+    text = None if name is None else spec.describe(activations, name)
+    x = _for_all(x, len(flat), task_ids)
+    in_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if text is None or in_transform:
+        views = iter(spec.split(flat))
+        linears = [
+            partial(
+                task_linear,
+                weight=transformed(transform, next(views)),
+                bias=next(views) if has_bias else None,
+                task_ids=task_ids,
+            )
+            for has_bias in spec.biases
+        ]
+        return run_layers(x, linears, activations)
+    x, flat = checks.check_and_cast(x=x, weight=flat)
+    checks.check_rows(x, spec.sizes[0], len(flat), task_ids, "weight")
+    single = task_ids is None and x.ndim == 2
+    y = task_mlp(x.unsqueeze(1) if single else x, flat, None, task_ids, text)
     return y.squeeze(1) if single else y
 
 
@@ -229,7 +389,20 @@ def task_mlp(
     return network.task_mlp(x, weight, scales_and_biases, task_ids, text)
 
 
-def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options: tuple) -> Tensor:
+def _for_all(x: Tensor, tasks: int, task_ids: Tensor | None) -> Tensor:
+    """Rows ``(1, N, in)`` for each of the tasks; others as they are."""
+    shared = task_ids is None and x.ndim == 3 and x.shape[0] == 1
+    return x.expand(tasks, -1, -1) if shared else x
+
+
+def _run(
+    name: str,
+    x: Tensor,
+    tensors: tuple,
+    task_ids: Tensor | None,
+    options: tuple = (),
+    *plan: str,
+) -> Tensor:
     """Calls the op, or what :func:`hyperfast.use_backend` insists on; ``(B, in)`` is one row."""
     single = task_ids is None and x.ndim == 2
     if type(x) is not Tensor:
@@ -239,9 +412,9 @@ def _run(name: str, x: Tensor, tensors: tuple, task_ids: Tensor | None, options:
     if backends.forced == "reference":
         if not torch.compiler.is_compiling():
             checks.check_in_range(task_ids, tensors[0].shape[0])
-        y = getattr(reference, name)(x, *tensors, task_ids)
+        y = getattr(reference, name)(x, *tensors, task_ids, *options)
     else:
         if backends.forced is not None:
             backends.insist(backends.forced, name, x.device.type)
-        y = getattr(layer, name)(x, *tensors, task_ids, *options)
+        y = getattr(layer, name)(x, *tensors, task_ids, *options, *plan)
     return y.squeeze(1) if single else y

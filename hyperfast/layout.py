@@ -6,10 +6,9 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +24,20 @@ class ParamSpec:
 
     Args:
         shapes: shape of each parameter, in the order in which they are laid out, row-major.
+
+    Attributes:
+        numels: number of elements of each parameter.
+        numel: length ``P`` of the flat vector.
     """
 
     shapes: tuple[tuple[int, ...], ...]
+    # No cached properties: Dynamo sees through none.
+    numels: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    numel: int = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def numels(self) -> tuple[int, ...]:
-        """Number of elements of each parameter."""
-        return tuple(math.prod(shape) for shape in self.shapes)
-
-    @cached_property
-    def numel(self) -> int:
-        """Length ``P`` of the flat vector."""
-        return sum(self.numels)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numels", tuple(math.prod(shape) for shape in self.shapes))
+        object.__setattr__(self, "numel", sum(self.numels))
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Views of ``flat (..., P)``, one a parameter, each of shape ``(..., *shape)``.
@@ -80,11 +80,16 @@ class MLPSpec(ParamSpec):
 
     Args:
         sizes: widths ``(in, hidden, ..., out)``, at least two.
-        bias: whether every layer has a bias.
+        bias: whether every layer has a bias; or a sequence of that, one a layer.
+
+    Attributes:
+        sizes: the widths.
+        bias: one bool, or a tuple of them where layers differ.
+        biases: a tuple of them, one a layer.
 
     Raises:
         TypeError: a width is not an int.
-        ValueError: fewer than two widths, or a width below one.
+        ValueError: fewer than two widths, a width below one, biases that are not one a layer.
 
     Example:
         >>> spec = hyperfast.MLPSpec((64, 64, 10))
@@ -93,21 +98,24 @@ class MLPSpec(ParamSpec):
     """
 
     sizes: tuple[int, ...]
-    bias: bool
+    bias: bool | tuple[bool, ...]
+    biases: tuple[bool, ...]
 
-    def __init__(self, sizes: Sequence[int], bias: bool = True):
+    def __init__(self, sizes: Sequence[int], bias: bool | Sequence[bool] = True):
         if not isinstance(sizes, Iterable) or getattr(sizes, "ndim", None) == 0:
             raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}")
         sizes = tuple(sizes)
         if len(sizes) < 2:
             raise ValueError(f"sizes must hold at least an input and an output width, got {sizes}")
         sizes = tuple(positive("sizes", s) for s in sizes)
+        biases = tuple(map(bool, one_each("bias", bias, len(sizes) - 1)))
         shapes: list[tuple[int, ...]] = []
-        for i, o in pairwise(sizes):
-            shapes += [(o, i), (o,)] if bias else [(o, i)]
+        for i, o, has_bias in zip(sizes, sizes[1:], biases, strict=False):
+            shapes += [(o, i), (o,)] if has_bias else [(o, i)]
         super().__init__(tuple(shapes))
         object.__setattr__(self, "sizes", sizes)
-        object.__setattr__(self, "bias", bool(bias))
+        object.__setattr__(self, "biases", biases)
+        object.__setattr__(self, "bias", biases[0] if len({*biases}) == 1 else biases)
 
     def __repr__(self) -> str:
         return f"MLPSpec(sizes={self.sizes}, bias={self.bias})"
@@ -119,11 +127,11 @@ class MLPSpec(ParamSpec):
 
     def network(self, activations: tuple[tuple[str, float], ...]) -> Network:
         """The network of these parameters, with the name and parameter of each activation."""
-        return _network(self.sizes, self.bias, activations)
+        return _network(self.sizes, self.biases, activations)
 
-    def describe(self, activations: Sequence[nn.Module | None]) -> str | None:
-        """The text of the network with these modules as activations; ``None`` where kernels do not
-        know one."""
+    def describe(self, activations: Sequence[nn.Module | None], transform: str = "") -> str | None:
+        """The text of the network with these modules as activations, and a transform of every
+        matrix; ``None`` where kernels do not know an activation."""
         names = []
         for activation in activations:
             name = named(activation)
@@ -131,8 +139,8 @@ class MLPSpec(ParamSpec):
                 return None
             names.append(name)
         if torch.compiler.is_compiling():  # Dynamo sees no cache
-            return _text(self.sizes, self.bias, names)
-        return _known_text(self.sizes, self.bias, tuple(names))
+            return _text(self.sizes, self.biases, names, transform)
+        return _known_text(self.sizes, self.biases, tuple(names), transform)
 
 
 class Place(NamedTuple):
@@ -203,19 +211,63 @@ def _call(function: Callable[[Tensor, float], Tensor], parameter: float, pre: Te
     return function(pre, parameter)
 
 
-class Transform(NamedTuple):
-    """What becomes of a generated or stored matrix before it is used, and its derivative."""
+class Known(NamedTuple):
+    """A transform that kernels know, and its derivative."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
 
 
-TRANSFORMS: dict[str, Transform] = {
-    "abs": Transform(torch.abs, torch.sign),
-    "exp": Transform(torch.exp, torch.exp),
-    "softplus": Transform(nn.functional.softplus, lambda w: torch.sigmoid(w).where(w <= 20, 1.0)),
-    "square": Transform(torch.square, lambda w: 2 * w),
+# What becomes of a generated or stored matrix before it is used.
+Transform: TypeAlias = str | Callable[[Tensor], Tensor]
+
+TRANSFORMS: dict[str, Known] = {
+    "abs": Known(torch.abs, torch.sign),
+    "exp": Known(torch.exp, torch.exp),
+    "softplus": Known(nn.functional.softplus, lambda w: torch.sigmoid(w).where(w <= 20, 1.0)),
+    "square": Known(torch.square, lambda w: 2 * w),
 }
+
+
+def check_transform(name: str, transform: Transform | None) -> str | None:
+    """How kernels are told of a transform: a key of :data:`TRANSFORMS`, ``""`` for none; ``None``
+    for a function, which they cannot run.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor callable.
+    """
+    if transform is None:
+        return ""
+    if isinstance(transform, str):
+        if transform and transform not in TRANSFORMS:
+            raise ValueError(
+                f"{name} must be one of {sorted(TRANSFORMS)} or a function, got {transform!r}"
+            )
+        return transform
+    if not callable(transform):
+        raise TypeError(f"{name} must be callable, got {transform!r}")
+    return None
+
+
+def transformed(transform: Transform | None, w: Tensor) -> Tensor:
+    """``transform`` of matrices.
+
+    Raises:
+        ValueError: it is a function that does not keep their shape.
+    """
+    if not transform:
+        return w
+    if isinstance(transform, str):
+        return TRANSFORMS[transform].value(w)
+    y = transform(w)
+    if not isinstance(y, Tensor) or y.shape != w.shape:
+        got = checks.shape(y) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"weight_transform must keep the shape of a weight, {checks.shape(w)}, got {got}"
+        )
+    return y
+
 
 _FLOAT = re.compile(r"-?(\d+\.\d*|\.\d+|\d+(?=e))(e[+-]?\d+)?")  # as Python writes them
 _WIDTH = r"[1-9]\d{0,17}"
@@ -268,7 +320,7 @@ class Network:
     @cached_property
     def spec(self) -> MLPSpec:
         """The layout of the parameters."""
-        return MLPSpec(self.sizes, self.has_bias)
+        return MLPSpec(self.sizes, [v.bias == "b" for v in self.layers])
 
     def modules(self) -> list[nn.Module | None]:
         """The activation after each layer, ``None`` for none."""
@@ -359,9 +411,16 @@ class Network:
         return network
 
 
-def _text(sizes: Sequence[int], has_bias: bool, names: Sequence[tuple[str, float]]) -> str:
-    bias = "b" if has_bias else ""
-    layers = [_layer_text(o, bias, name) for o, name in zip(sizes[1:], names, strict=True)]
+def _text(
+    sizes: Sequence[int],
+    biases: Sequence[bool],
+    names: Sequence[tuple[str, float]],
+    transform: str,
+) -> str:
+    layers = [
+        _layer_text(o, "b" if has_bias else "", name, transform)
+        for o, has_bias, name in zip(sizes[1:], biases, names, strict=True)
+    ]
     return f"{sizes[0]} > {', '.join(layers)}"
 
 
@@ -370,13 +429,16 @@ _known_text = lru_cache(maxsize=4096)(_text)
 
 @lru_cache(maxsize=4096)
 def _network(
-    sizes: tuple[int, ...], has_bias: bool, activations: tuple[tuple[str, float], ...]
+    sizes: tuple[int, ...], biases: tuple[bool, ...], activations: tuple[tuple[str, float], ...]
 ) -> Network:
     layers: list[Layer] = []
-    for (i, o), (name, parameter) in zip(pairwise(sizes), activations, strict=True):
-        begin = layers[-1].end if layers else 0
-        layers.append(Layer(i, o, "b" if has_bias else "", name, parameter, begin=begin))
+    for n, (name, parameter) in enumerate(activations):
+        begin, bias = layers[-1].end if layers else 0, "b" if biases[n] else ""
+        layers.append(Layer(sizes[n], sizes[n + 1], bias, name, parameter, begin=begin))
     return Network(tuple(layers))
+
+
+LAYOUTS = ("oi", "io")
 
 
 class Generated(NamedTuple):
@@ -394,20 +456,26 @@ class Generated(NamedTuple):
 
     @classmethod
     def of_head(
-        cls, weight: Tensor, bias: Tensor | None, in_features: int, has_bias: bool
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        has_bias: bool,
+        layout: str = "oi",
     ) -> Generated:
-        """Views of the rows ``weight (P, K)`` and ``bias (P,)`` of a head that make one layer."""
+        """Views of the rows ``weight (P, K)`` and ``bias (P,)`` of a head that make one layer; the
+        matrix lies ``(out, in)`` in them, or ``(in, out)`` in layout ``"io"``."""
         per_output = in_features + int(has_bias)  # a trace adds no bool
         out = weight.shape[0] // per_output if per_output else 0
         sizes = [out * in_features, out] if has_bias else [out * in_features]
         matrix, *vector = weight.split(sizes)
         shared, *constant = [None, None] if bias is None else bias.split(sizes)
-        return cls(
-            matrix.view(out, in_features, weight.shape[1]),  # needs no copy, whatever its strides
-            None if shared is None else shared.view(out, in_features),
-            vector[0] if vector else None,
-            constant[0] if constant else None,
-        )
+        lies = (out, in_features) if layout == "oi" else (in_features, out)
+        matrix = matrix.view(*lies, weight.shape[1])  # needs no copy, whatever its strides
+        shared = None if shared is None else shared.view(lies)
+        if layout == "io":
+            matrix, shared = matrix.transpose(0, 1), None if shared is None else shared.mT
+        return cls(matrix, shared, vector[0] if vector else None, constant[0] if constant else None)
 
     def check(self, in_features: int, features: int) -> None:
         """Raises ValueError unless all shapes agree, with these numbers of inputs and features."""
@@ -431,14 +499,30 @@ def of_layer(weight: Tensor, bias: Tensor | None, layer: Layer) -> Generated:
     return Generated.of_head(weight[part], shared, layer.in_features, layer.bias == "b")
 
 
+def one_each(name: str, value: Any, count: int) -> tuple:
+    """``value`` for each of ``count`` layers: itself where it is no sequence, else its entries;
+    raises ValueError naming ``name`` where they are not as many."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return (value,) * count
+    entries = tuple(value)
+    if len(entries) != count:
+        raise ValueError(f"{name} must hold {count} entries, one a layer, got {len(entries)}")
+    return entries
+
+
 def positive(name: str, value: int) -> int:
     """``value`` as an int, of at least 1; raises TypeError or ValueError naming ``name``."""
+    return at_least(name, value, 1)
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """``value`` as an int, not below ``least``; raises as :func:`positive`."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

@@ -323,7 +323,10 @@ G, GROWS = torch.zeros(2, 3, 5), torch.zeros(6, 5)
 DIRECT = {
     "task_linear": lambda ids: OP.task_linear(ROWS, W, B, ids),
     "task_linear_grad_weight": lambda ids: OP.task_linear_grad_weight(GROWS, ROWS, ids, 2),
-    "hyper_linear": lambda ids, plan: OP.hyper_linear(ROWS, H, *MADE, ids, plan),
+    "hyper_linear": lambda ids, plan: OP.hyper_linear(ROWS, H, *MADE, ids, "", plan),
+    "hyper_linear_backward": lambda ids, plan: torch.cat([
+        t.flatten() for t in OP.hyper_linear_backward(
+            GROWS, ROWS, H, *MADE[:3], ids, "", [True] * 3, plan)]),
     "hyper_linear_grad_h": lambda ids, plan: OP.hyper_linear_grad_h(
         GROWS, ROWS, MADE.matrix, MADE.vector, ids, 2, plan),
     "hyper_linear_grad_weight": lambda ids, plan: OP.hyper_linear_grad_weight(
@@ -333,6 +336,10 @@ DIRECT = {
 
 def made(**change):
     return MADE._replace(**change)
+
+
+def backward(plan, h=H, **change):
+    return OP.hyper_linear_backward(G, X, h, *made(**change)[:3], None, "", [True] * 3, plan)
 
 
 NAMED = ("", *PLANS)
@@ -366,15 +373,20 @@ GARBAGE = [
         lambda plan=plan, make=make: make(plan)
         for plan in NAMED
         for make in (
-            lambda p: OP.hyper_linear(X, H[:1], *MADE, None, p),
-            lambda p: OP.hyper_linear(X, H[:, :3], *MADE, None, p),
-            lambda p: OP.hyper_linear(X[..., :3], H, *MADE, None, p),
-            lambda p: OP.hyper_linear(X, H, *made(matrix=MADE.matrix[:3]), None, p),
-            lambda p: OP.hyper_linear(X, H, *made(matrix=MADE.matrix[0]), None, p),
-            lambda p: OP.hyper_linear(X, H, *made(matrix_bias=MADE.matrix_bias.mT), None, p),
-            lambda p: OP.hyper_linear(X, H, *made(vector=MADE.vector[:3]), None, p),
-            lambda p: OP.hyper_linear(X, H, *made(vector_bias=MADE.vector_bias[:3]), None, p),
-            lambda p: OP.hyper_linear(ROWS, H, *MADE, IDS[:5], p),
+            lambda p: OP.hyper_linear(X, H[:1], *MADE, None, "", p),
+            lambda p: OP.hyper_linear(X, H[:, :3], *MADE, None, "", p),
+            lambda p: OP.hyper_linear(X[..., :3], H, *MADE, None, "", p),
+            lambda p: OP.hyper_linear(X, H, *made(matrix=MADE.matrix[:3]), None, "", p),
+            lambda p: OP.hyper_linear(X, H, *made(matrix=MADE.matrix[0]), None, "", p),
+            lambda p: OP.hyper_linear(X, H, *made(matrix_bias=MADE.matrix_bias.mT), None, "", p),
+            lambda p: OP.hyper_linear(X, H, *made(vector=MADE.vector[:3]), None, "", p),
+            lambda p: OP.hyper_linear(X, H, *made(vector_bias=MADE.vector_bias[:3]), None, "", p),
+            lambda p: OP.hyper_linear(ROWS, H, *MADE, IDS[:5], "", p),
+            lambda p: backward(p, H[:1]),
+            lambda p: backward(p, H[:, :3]),
+            lambda p: backward(p, matrix=MADE.matrix[:3]),
+            lambda p: backward(p, matrix_bias=MADE.matrix_bias.mT),
+            lambda p: backward(p, vector=MADE.vector[:3]),
             lambda p: OP.hyper_linear_grad_h(G, X[:, :2], MADE.matrix, None, None, 2, p),
             lambda p: OP.hyper_linear_grad_h(G, X, MADE.matrix[:3], None, None, 2, p),
             lambda p: OP.hyper_linear_grad_h(G, X, MADE.matrix, MADE.vector[:3], None, 2, p),
@@ -392,6 +404,15 @@ def test_the_registered_ops_refuse_garbage(call):
     """Shapes that the checked functions never let through end in an exception, not in a crash."""
     with pytest.raises(Exception):  # noqa: B017, PT011
         call()
+
+
+@pytest.mark.parametrize("transform", ["relu", "Abs", "abs "])
+def test_unknown_transform(transform):
+    message = f"transform must be .*abs.*, got .{transform}.$"
+    with pytest.raises(ValueError, match=message):
+        OP.hyper_linear(X, H, *MADE, None, transform, "")
+    with pytest.raises(ValueError, match=message):
+        OP.hyper_linear_backward(G, X, H, *MADE[:3], None, transform, [True] * 3, "")
 
 
 def test_wrong_width_is_refused_layer_by_layer_too():

@@ -61,7 +61,7 @@ def calls(layer: Sizes, device: str) -> dict[str, Callable[[], Tensor]]:
     flops = {name: cost.flops for name, cost in choose.costs(layer, DTYPE, device).items()}
     names = [name for name in flops if flops[name] <= HOPELESS * min(flops.values())]
     made = Generated.of_head(weight, bias, i, True)
-    return {name: partial(op, x, h, *made, None, name) for name in names}
+    return {name: partial(op, x, h, *made, None, "", name) for name in names}
 
 
 def time_all(layers: Sequence[Sizes], device: str) -> list[Row]:

@@ -101,8 +101,9 @@ class Int8(Format):
     def __init__(self, spec: MLPSpec):
         self.spec = spec
         sizes = [(layer.out_features, layer.in_features) for layer in spec.layers]
+        vectors = [(1 + bias, out) for (out, _), bias in zip(sizes, spec.biases, strict=True)]
         self._matrices = ParamSpec(tuple(sizes))
-        self._scales_and_biases = ParamSpec(tuple((1 + spec.bias, out) for out, _ in sizes))
+        self._scales_and_biases = ParamSpec(tuple(vectors))
         self.columns = {
             "weights": (self._matrices.numel, torch.int8),
             "affine": (self._scales_and_biases.numel, torch.float32),
@@ -201,7 +202,5 @@ def run_by_layers(
 
 def weight_bias_pairs(spec: MLPSpec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
     """Weight and bias of every layer, views of ``flat (n, P)``."""
-    views = spec.split(flat)
-    if not spec.bias:
-        return [(weight, None) for weight in views]
-    return list(zip(views[::2], views[1::2], strict=True))
+    views = iter(spec.split(flat))
+    return [(next(views), next(views) if has_bias else None) for has_bias in spec.biases]

@@ -90,7 +90,7 @@ def measure(contents: Contents, ids: Tensor, weights: Tensor | None, rows: int) 
             spec.layers, activations, exactly, errors, strict=True
         ):
             piece = slice(layer.begin, layer.end)
-            one = MLPSpec((layer.in_features, layer.out_features), spec.bias)
+            one = MLPSpec((layer.in_features, layer.out_features), layer.bias == "b")
             x = run_by_layers(one, [activation], stored[:, piece], x, tasks)
             right = run_by_layers(one, [in_double], exact[:, piece], right, tasks)
             _add(of_layer[0], stored[:, piece], exact[:, piece])

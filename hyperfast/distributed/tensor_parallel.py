@@ -47,10 +47,11 @@ def parallelize(model: HyperMLP, mesh: DeviceMesh) -> ColwiseHyperMLP:
         >>> model(torch.rand(9, 64), torch.randn(9, 16)).shape
         torch.Size([9, 10])
     """
-    if not isinstance(model, HyperMLP) or model.mlp is None:
+    mlp = model.mlp if isinstance(model, HyperMLP) else None
+    if mlp is None or not mlp.whole or mlp.transform or model.hyper.base is not None:
         raise TypeError(
             "model must be a HyperMLP whose target is a TargetNet without transform, and whose "
-            "hypernetwork is as it was built, without hooks"
+            "hypernetwork has one head, neither rank nor base nor shared biases, and no hooks"
         )
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: name one, as mesh['tp']")
@@ -79,7 +80,8 @@ class ColwiseHyperMLP(nn.Module):
     def __init__(self, model: HyperMLP, mesh: DeviceMesh):
         super().__init__()
         assert model.mlp is not None
-        self.spec, self.target, head, trunk = model.mlp
+        self.spec, self.target = model.mlp.spec, model.mlp.target
+        (trunk,), (head,) = model.mlp.trunks, model.mlp.heads
         self.z_dim = model.hyper.z_dim
         self.mesh = mesh
         self.trunk = nn.Sequential(*trunk)

@@ -2,14 +2,15 @@
 
 ``materialize`` is the specification itself. ``tile`` is the same, one block of tasks at a time, so
 that the generated weights stay in cache. ``contract`` never forms the weights: a layer is the
-trilinear form ``y[r,o] = sum_ik V[o,i,k] x[r,i] h[r,k]``, and so is each of its derivatives.
+trilinear form ``y[r,o] = sum_ik V[o,i,k] x[r,i] h[r,k]``, and so is each of its derivatives. With a
+transform of the weights it is none: then ``tile`` runs instead.
 
 Signatures are those of the registered ops; shapes are those of :mod:`hyperfast.kernels.reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def hyper_linear(
     vector: Tensor | None,
     vector_bias: Tensor | None,
     task_ids: Tensor | None,
+    transform: str,
     plan: str,
 ) -> Tensor:
     made = matrix, matrix_bias, vector, vector_bias
@@ -35,17 +37,70 @@ def hyper_linear(
     h = h if touched is None else h.index_select(0, touched)
     plan = plan or _choose(x, len(h), out, ins, features, task_ids)
     if plan == "materialize":
-        return reference.hyper_linear(x, h, *made, task_ids)
-    if plan == "tile":
+        return reference.hyper_linear(x, h, *made, task_ids, transform)
+    if plan == "tile" or transform:
         y = x.new_empty(*x.shape[:-1], out)
         for tasks, rows, ids in _task_blocks(task_ids, len(h), out * (ins + 1)):
-            y[rows] = reference.hyper_linear(x[rows], h[tasks], *made, ids)
+            y[rows] = reference.hyper_linear(x[rows], h[tasks], *made, ids, transform)
         return y
     y = _contract(x, h, matrix, matrix_bias, task_ids)
     b = reference.biases(h, vector, vector_bias)
     if b is not None:
         y += b.unsqueeze(1) if task_ids is None else b.index_select(0, task_ids)
     return y
+
+
+def hyper_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    matrix_bias: Tensor | None,
+    vector: Tensor | None,
+    task_ids: Tensor | None,
+    transform: str,
+    output_mask: Sequence[bool],
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (out, ins, features), tasks = matrix.shape, len(h)
+    touched, task_ids = _touched(task_ids, tasks)
+    h = h if touched is None else h.index_select(0, touched)
+    plan = plan or _choose(x, len(h), out, ins, features, task_ids)
+    made, has_vector = (matrix, matrix_bias, vector), vector is not None
+    if plan == "materialize":
+        grads = reference.hyper_linear_backward(grad, x, h, *made, task_ids, transform, output_mask)
+    elif plan == "tile" or transform:
+        params, wide = out * (ins + has_vector), torch.promote_types(x.dtype, torch.float32)
+        shapes = h.shape, (params, features), (params,)
+        totals = [
+            x.new_zeros(s if wanted else 0, dtype=wide)
+            for s, wanted in zip(shapes, output_mask, strict=True)
+        ]
+        for block, rows, ids in _task_blocks(task_ids, len(h), out * (ins + 1)):
+            part = reference.hyper_linear_backward(
+                grad[rows], x[rows], h[block], *made, ids, transform, output_mask
+            )
+            totals[0][block] += part[0]
+            totals[1] += part[1]
+            totals[2] += part[2]
+        of_h, of_weight, of_bias = (t.to(x.dtype) for t in totals)
+        grads = of_h, of_weight, of_bias
+    else:
+        none, whole, one = x.new_empty(0), _rows(grad).unsqueeze(0), _rows(x).unsqueeze(0)
+        grads = (
+            hyper_linear_grad_h(grad, x, matrix, vector, task_ids, len(h), plan)
+            if output_mask[0]
+            else none,
+            hyper_linear_grad_weight(grad, x, h, task_ids, has_vector, plan)
+            if output_mask[1]
+            else none,
+            reference.grad_flat(whole, one, None, 1, has_vector).squeeze(0)
+            if output_mask[2]
+            else none,
+        )
+    if touched is None or not output_mask[0]:
+        return grads
+    return h.new_zeros(tasks, features).index_copy_(0, touched, grads[0]), *grads[1:]
 
 
 def hyper_linear_grad_h(

@@ -4,14 +4,19 @@ Every backend and every plan must equal these functions, in value and in every g
 
 Shapes: ``x (B, N, I)``, or ``(R, I)`` with ``task_ids (R,)``; features ``h (B, K)``; what makes a
 generated layer of them, ``matrix (O, I, K)``, ``matrix_bias (O, I)``, ``vector (O, K)`` and
-``vector_bias (O,)``, see :class:`hyperfast.layout.Generated`.
+``vector_bias (O,)``, see :class:`hyperfast.layout.Generated`. A ``transform`` of the generated
+matrix is a key of :data:`hyperfast.layout.TRANSFORMS`, or ``""``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hyperfast.layout import TRANSFORMS
 
 
 def task_linear(
@@ -41,10 +46,11 @@ def sum_rows(rows: Tensor, task_ids: Tensor | None, tasks: int) -> Tensor:
     return rows.new_zeros(tasks, rows.shape[1]).index_add(0, task_ids, rows)
 
 
-def weights(h: Tensor, matrix: Tensor, matrix_bias: Tensor | None) -> Tensor:
-    """``W (B, O, I)``: ``W_b = matrix . h_b + matrix_bias``."""
+def weights(h: Tensor, matrix: Tensor, matrix_bias: Tensor | None, transform: str = "") -> Tensor:
+    """``W (B, O, I)``: ``W_b = f(matrix . h_b + matrix_bias)``, where ``f`` is the transform."""
     shared = None if matrix_bias is None else matrix_bias.flatten()
-    return F.linear(h, matrix.flatten(0, 1), shared).unflatten(1, matrix.shape[:2])
+    w = F.linear(h, matrix.flatten(0, 1), shared).unflatten(1, matrix.shape[:2])
+    return TRANSFORMS[transform].value(w) if transform else w
 
 
 def biases(h: Tensor, vector: Tensor | None, vector_bias: Tensor | None) -> Tensor | None:
@@ -62,9 +68,40 @@ def hyper_linear(
     vector: Tensor | None = None,
     vector_bias: Tensor | None = None,
     task_ids: Tensor | None = None,
+    transform: str = "",
 ) -> Tensor:
     """:func:`task_linear` with the :func:`weights` and :func:`biases` that are generated."""
-    return task_linear(x, weights(h, matrix, matrix_bias), biases(h, vector, vector_bias), task_ids)
+    w = weights(h, matrix, matrix_bias, transform)
+    return task_linear(x, w, biases(h, vector, vector_bias), task_ids)
+
+
+def hyper_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    matrix_bias: Tensor | None,
+    vector: Tensor | None,
+    task_ids: Tensor | None,
+    transform: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`hyper_linear` with respect to ``h (B, K)``, to ``matrix`` and
+    ``vector (O*I [+ O], K)``, and to their biases ``(O*I [+ O],)``, back to back; ``(0,)`` for
+    those that are not wanted. All are made of the gradients of ``W_b`` before it is transformed
+    and of ``c_b``."""
+    flat = grad_flat(grad, x, task_ids, len(h), vector is not None)
+    if transform:
+        slope = TRANSFORMS[transform].slope(weights(h, matrix, matrix_bias)).flatten(1)
+        n = slope.shape[1]
+        flat = torch.cat([flat[:, :n] * slope, flat[:, n:]], 1)
+    rows = matrix.flatten(0, 1)
+    rows = rows if vector is None else torch.cat([rows, vector])
+    return (
+        flat @ rows if output_mask[0] else x.new_empty(0),
+        flat.mT @ h if output_mask[1] else x.new_empty(0),
+        flat.sum(0) if output_mask[2] else x.new_empty(0),
+    )
 
 
 def hyper_linear_grad_h(

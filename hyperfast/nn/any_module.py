@@ -425,8 +425,8 @@ def parameter_names(net: nn.Module) -> list[tuple[str, ...]]:
 
 
 def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
-    """Layout and target of a plain stack of linear layers, all with biases or all without, and
-    elementwise activations after them; ``None`` for a net that may be anything else."""
+    """Layout and target of a plain stack of linear layers, and elementwise activations after them;
+    ``None`` for a net that may be anything else."""
     linears: list[nn.Linear] = []
     activations: list[list[nn.Module]] = []
     for module in _flat(net):
@@ -440,10 +440,9 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
         elif type(module) is not nn.Sequential:
             return None
     sizes = [m.in_features for m in linears[:1]] + [m.out_features for m in linears]
-    biases = {m.bias is not None for m in linears}
     tensors = [p for m in linears for p in (m.weight, m.bias) if p is not None]
     chained = [m.in_features for m in linears] == sizes[:-1]
-    if len(biases) != 1 or not chained or len(set(tensors)) < len(tensors):
+    if not linears or not chained or len(set(tensors)) < len(tensors):
         return None
     for module in (m for after in activations for m in after if hasattr(m, "inplace")):
         # its input may be a view that an op returned, which cannot be changed in place
@@ -452,7 +451,7 @@ def as_mlp(net: nn.Module) -> tuple[MLPSpec, TargetNet] | None:
         nn.Identity() if not after else after[0] if len(after) == 1 else nn.Sequential(*after)
         for after in activations
     ]
-    return MLPSpec(sizes, biases.pop()), TargetNet(per_layer)
+    return MLPSpec(sizes, [m.bias is not None for m in linears]), TargetNet(per_layer)
 
 
 def _flat(module: nn.Module) -> list[nn.Module]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.layout import MLPSpec
+from hyperfast.nn.generator import Separate
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
 
@@ -19,46 +20,83 @@ FORWARD: dict[type[nn.Module], Callable] = {
 
 
 class Fused(NamedTuple):
-    """What is generated and applied without forming the weights."""
+    """What is generated and applied without forming the weights.
+
+    Attributes:
+        spec, target: of the model.
+        trunks, heads: one of each, or one for every generated tensor. A trunk is a chain of
+            modules.
+        transform: of all matrices, ``""`` for none.
+        whole: whether the network may run as one op: one head makes the weights, one after another,
+            or what becomes them by the transform.
+    """
 
     spec: MLPSpec
     target: TargetNet
-    head: nn.Linear
-    trunk: list[nn.Module]
+    trunks: list[list[nn.Module]]
+    heads: list[nn.Linear]
+    transform: str
+    whole: bool
 
 
 def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
     """The parts of ``target(x, hyper(z))`` where layers may be generated and applied at once, else
     ``None``: then it runs as it is written.
 
-    The hypernetwork must be a plain ``nn.Sequential`` that ends in a plain ``nn.Linear``. Its
-    trunk is called, module by module, and may hold anything. The target must be a
-    :class:`TargetNet` without transform; of its activations, those that kernels know run inside
-    the op, and any other is called between layers.
+    The hypernetwork must be a plain ``nn.Sequential`` that ends in a plain ``nn.Linear``, or one of
+    these for every generated tensor. Its trunk is called, module by module, and may hold anything.
+    The target must be a :class:`TargetNet`; of its activations, those that kernels know run inside
+    the op, and any other is called between layers. A transform must be known by name, and be that
+    of what is generated.
     """
-    generator, spec = hyper.generator, hyper.spec
-    if (
-        not isinstance(target, TargetNet)
-        or type(spec) is not MLPSpec
-        or target.weight_transform is not None
-        or type(generator) is not nn.Sequential
-        or not generator._modules
-    ):
+    spec, generator = hyper.spec, hyper.generator
+    if not isinstance(target, TargetNet) or type(spec) is not MLPSpec:
         return None
-    *trunk, head = generator._modules.values()
+    transform, separate = hyper.transform, type(generator) is Separate
+    if target.weight_transform is not None:
+        if transform is not None or hyper.rank is not None or hyper.base is not None:
+            return None
+        transform = target.weight_transform
+    if transform is not None and not isinstance(transform, str):
+        return None
+    chains = list(generator) if separate else [generator]
     # Pruning and adapters are hooks or other types, parametrised and quantised layers are other
     # types, quantised tensors are subclasses from elsewhere.
+    for chain in chains:
+        if (
+            type(chain) is not nn.Sequential
+            or not chain._modules
+            or not _runs(chain, nn.Sequential)
+        ):
+            return None
     if (
-        type(head) is not nn.Linear
-        or not _runs(head, nn.Linear)
-        or not _runs(generator, nn.Sequential)
-        or not _runs(hyper, HyperNet)
+        not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)
-        or checks.is_hooked(hyper, generator, head, target)
-        or not all(map(_is_torch, head._parameters.values()))
+        or checks.is_hooked(hyper, generator, target, *chains)
     ):
         return None
-    return Fused(spec, target, head, trunk)
+    trunks: list[list[Any]] = []
+    heads = []
+    for chain in chains:
+        *trunk, head = chain._modules.values()
+        if not is_plain_linear(head):
+            return None
+        trunks.append(trunk)
+        heads.append(head)
+    added = hyper.base is not None and transform is not None
+    whole = not separate and not added and hyper.rank is None and hyper.biases is None
+    return Fused(spec, target, trunks, heads, transform or "", whole)
+
+
+def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a call of ``module`` is ``F.linear`` with its weight and bias, and no more."""
+    return (
+        module is not None
+        and type(module) is nn.Linear
+        and _runs(module, nn.Linear)
+        and not checks.is_hooked(module)
+        and all(map(_is_torch, module._parameters.values()))
+    )
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
-from hyperfast.layout import MLPSpec, ParamSpec, positive
+from hyperfast.layout import MLPSpec, ParamSpec, Transform, one_each, positive
 from hyperfast.nn.any_module import ModuleTarget, Params, as_mlp, select
-from hyperfast.nn.copies import apart, clone
+from hyperfast.nn.copies import apart
+from hyperfast.nn.generator import (
+    Separate,
+    anew,
+    chain,
+    features_of,
+    first_parameter,
+    given_trunk,
+    modules_of,
+    reset_all,
+    start_trunk,
+)
+from hyperfast.nn.heads import LayerHead, Rows, cut
+from hyperfast.nn.init import HeadRows, start_at, start_layers, starts
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
+BASES = (None, "net")
+Bias: TypeAlias = bool | str | None
+_KINDS = {True: "generated", False: None}
 
 
 class HyperNet(nn.Module):
@@ -37,7 +55,19 @@ class HyperNet(nn.Module):
         target_activation: activation of the target. It sets the gain of the initialisation, and is
             what a :class:`hyperfast.HyperMLP` without an explicit target applies. Its parameters
             are the target's: no part of ``parameters()`` and ``state_dict()`` of the hypernetwork.
-        bias: whether the target's layers have biases.
+        trunk: a module ``(B, z_dim) -> (B, H)`` in place of the MLP of ``hidden`` and
+            ``activation``. It is not initialised.
+        separate: a generator of its own, trunk and head, for every generated tensor; of a given
+            trunk they have copies, initialised anew where its modules have a
+            ``reset_parameters``.
+        bias: ``True`` or ``"generated"``; ``"shared"``, one parameter for all tasks; ``False`` or
+            ``None``: or a sequence of these, one a layer.
+        transform: of the generated matrices: ``"abs"``, ``"softplus"``, ``"exp"``, ``"square"``,
+            or a function.
+        rank: generated matrices are products ``B A`` with this many columns of ``B``.
+        base: whether generated numbers are added to weights that all tasks share; then all tasks
+            start as one network, initialised as one of its own would be (bias-HyperInit, Beck et
+            al. 2023). ``hyper.base`` may be frozen.
         init: ``"hyperfan_in"`` or ``"hyperfan_out"`` (Chang, Flokas, Lipson 2020), the case in
             which generated biases start at zero: the generated weights start with the variance
             ``gain**2 / fan`` of a directly initialised MLP, for latents of unit variance. (Zero is
@@ -46,13 +76,17 @@ class HyperNet(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        generator: ``nn.Sequential``, trunk and head; ``generator(z)`` is the flat vector.
-        spec: the layout of that vector.
-        total_target_params: its length ``P``.
+        generator: ``nn.Sequential``, trunk and head, or with ``separate`` one of these for every
+            tensor; ``generator(z)`` is the flat vector of what is generated.
+        spec: the layout of the weights; that vector's too, unless there are ranks, shared biases.
+        total_target_params: the number ``P`` of a target's weights.
+        base: ``(P,)``, laid out as ``spec`` says, or ``None``.
+        biases: of every layer its shared bias ``(out,)``, empty where it has none; or ``None``.
 
     Raises:
-        ValueError: a size below one, an unknown activation or initialisation.
-        TypeError: a size that is not an int.
+        ValueError: a size below one, an unknown activation, bias, transform or initialisation, a
+            transform with a rank, or one that is nowhere zero with a base.
+        TypeError: a size that is not an int, a trunk that is not a module.
 
     Example:
         >>> hyper = hyperfast.HyperNet(16, 2, (32, 32), 1)  # z of size 16 -> a 2-32-32-1 MLP
@@ -70,14 +104,32 @@ class HyperNet(nn.Module):
         hidden: int | Sequence[int] = (64,),
         activation: Activation = "relu",
         target_activation: Activation = "relu",
-        bias: bool = True,
+        trunk: nn.Module | None = None,
+        separate: bool = False,
+        bias: Bias | Sequence[Bias] = True,
+        transform: Transform | None = None,
+        rank: int | None = None,
+        base: bool | None = None,
         init: str = "hyperfan_in",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         sizes = positive("target_in", target_in), *_widths("target_hidden", target_hidden)
-        spec = MLPSpec((*sizes, positive("target_out", target_out)), bias)
-        self._build(spec, z_dim, hidden, activation, target_activation, init, device, dtype)
+        sizes = *sizes, positive("target_out", target_out)
+        kinds = [_KINDS.get(kind, kind) for kind in one_each("bias", bias, len(sizes) - 1)]
+        layers = [
+            LayerHead(i, o, kind, transform, rank)
+            for (i, o), kind in zip(pairwise(sizes), kinds, strict=True)
+        ]
+        super().__init__()
+        self._describe(MLPSpec(sizes, [kind is not None for kind in kinds]), init, layers)
+        if base:
+            layers[0].check_base()
+        self._build(
+            *(z_dim, hidden, activation, target_activation, trunk, separate, bool(base)),
+            device=device,
+            dtype=dtype,
+        )
 
     @classmethod
     def for_module(
@@ -88,6 +140,9 @@ class HyperNet(nn.Module):
         params: Params = None,
         hidden: int | Sequence[int] = (64,),
         activation: Activation = "relu",
+        trunk: nn.Module | None = None,
+        separate: bool = False,
+        base: str | None = None,
         init: str = "hyperfan_in",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -111,13 +166,15 @@ class HyperNet(nn.Module):
             params: which parameters are generated: ``None`` for all; a name, a glob pattern or a
                 sequence of them; or a predicate ``(name, parameter) -> bool``. The others are
                 trained with the target and shared by all tasks.
-            hidden, activation, init: as of the constructor.
+            hidden, activation, trunk, separate, init: as of the constructor.
+            base: ``"net"``: generated numbers are added to the parameters of ``net``, from which
+                all tasks start.
             device, dtype: of the hypernetwork and of the target, by default those of the first
                 generated parameter of ``net``.
 
         Raises:
             TypeError: ``net`` is not a module, or a chosen parameter is not floating-point.
-            ValueError: ``params`` that match nothing, or lazy parameters.
+            ValueError: ``params`` that match nothing, lazy parameters, an unknown base.
 
         Example:
             >>> net = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3), torch.nn.Flatten())
@@ -125,55 +182,96 @@ class HyperNet(nn.Module):
             >>> model(torch.rand(5, 7, 1, 8), torch.randn(5, 16)).shape  # 7 rows a task
             torch.Size([5, 7, 24])
         """
+        if base not in BASES:
+            raise ValueError(f"base must be one of {list(BASES)}, got {base!r}")
         names = select(net, params)
         first = net.get_parameter(names[0])
         mlp = as_mlp(net) if len(names) == len(list(net.parameters())) else None
         target: TargetNet | ModuleTarget
+        layers = None
         if mlp is None:
             target = ModuleTarget(net, names)
             spec, gain = target.spec, resolve("identity")
         else:
             spec, target = mlp
             gain = target.activations[0]
+            layers = [
+                LayerHead(v.in_features, v.out_features, "generated" if v.bias else None)
+                for v in spec.layers
+            ]
+        device = first.device if device is None else device
+        dtype = first.dtype if dtype is None else dtype
         hyper = cls.__new__(cls)
+        nn.Module.__init__(hyper)
+        hyper._describe(spec, init, layers, tuple(starts(net, names, whole=base is not None)))
         hyper._build(
-            *(spec, z_dim, hidden, activation, gain, init),
-            first.device if device is None else device,
-            first.dtype if dtype is None else dtype,
-            tuple(_starts(net, names)),
+            *(z_dim, hidden, activation, gain, trunk, separate, base is not None),
+            device=device,
+            dtype=dtype,
         )
         return hyper, target.to(device=device, dtype=dtype)
 
-    def _build(
+    def _describe(
         self,
         spec: ParamSpec,
+        init: str,
+        layers: Sequence[LayerHead] | None,
+        start: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """What is generated, and what becomes of it: the weights themselves without ``layers``."""
+        if init not in INITS:
+            raise ValueError(f"init must be one of {list(INITS)}, got {init!r}")
+        self.spec = spec
+        self.init = init
+        self.layers = None if layers is None else tuple(layers)
+        shapes = spec.shapes if layers is None else sum((v.spec.shapes for v in layers), ())
+        self.generated = ParamSpec(shapes)
+        self.transform = layers[0].transform if layers else None
+        self.rank = layers[0].rank if layers else None
+        # What a generated parameter starts as, where it does not start as random weights.
+        self._start = start or [None] * len(spec.shapes)
+
+    def _build(
+        self,
         z_dim: int,
         hidden: int | Sequence[int],
         activation: Activation,
         target_activation: Activation,
-        init: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        start: Sequence[Tensor | None] | None = None,
+        trunk: nn.Module | None,
+        separate: bool,
+        base: bool,
+        **kind: Any,
     ) -> None:
-        if init not in INITS:
-            raise ValueError(f"init must be one of {list(INITS)}, got {init!r}")
-        widths = (positive("z_dim", z_dim), *_widths("hidden", hidden))
-        of_target = resolve(target_activation, "target_activation")
-        super().__init__()
-        self.spec = spec
-        self.z_dim = widths[0]
-        self.init = init
-        # What a generated parameter starts as, where it does not start as random weights.
-        self._start = start or [None] * len(spec.shapes)
-        *activations, of_target = apart([*(resolve(activation) for _ in widths[1:]), of_target])
+        self.z_dim = positive("z_dim", z_dim)
+        self.given_trunk = trunk is not None
+        numels = self.generated.numels if separate else (self.generated.numel,)
+        widths = self.z_dim, *_widths("hidden", hidden)
+        depth = 0 if trunk is not None else len(widths) - 1
+        *activations, of_target = apart(
+            [
+                *(resolve(activation) for _ in range(depth * len(numels))),
+                resolve(target_activation, "target_activation"),
+            ]
+        )
         given = isinstance(target_activation, nn.Module)
         self.target_activation = of_target if given else target_activation
-        layers: list[nn.Module] = []
-        for (i, o), module in zip(pairwise(widths), activations, strict=True):
-            layers += [nn.Linear(i, o, device=device, dtype=dtype), module]
-        head = nn.Linear(widths[-1], spec.numel, device=device, dtype=dtype)
-        self.generator = nn.Sequential(*layers, head)
+        if trunk is None:
+            chains = [
+                chain(widths, activations[n * depth : (n + 1) * depth], numel, **kind)
+                for n, numel in enumerate(numels)
+            ]
+        else:
+            features = features_of(trunk, self.z_dim)
+            trunks = [trunk, *(anew(trunk) for _ in numels[1:])]
+            chains = [
+                nn.Sequential(own, nn.Linear(features, numel, **kind))
+                for own, numel in zip(trunks, numels, strict=True)
+            ]
+        self.generator = Separate(chains) if separate else chains[0]
+        zeros = partial(torch.zeros, **kind)
+        shared = [v.out_features * (v.bias == "shared") for v in self.layers or ()]
+        self.biases = nn.ParameterList(map(zeros, shared)) if any(shared) else None
+        self.base = nn.Parameter(zeros(self.spec.numel)) if base else None
         self._reset()
 
     @property
@@ -187,92 +285,70 @@ class HyperNet(nn.Module):
         Raises:
             TypeError: the generator is no ``nn.Sequential`` any more.
         """
-        return self._in_a_row()[-1]  # type: ignore[return-value]
+        return modules_of(self.generator)[-1]  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the generator's first floating-point parameter; PyTorch's default where it has none,
         as a quantised one may."""
-        parameter = _first_parameter(self.generator)
+        parameter = first_parameter(self.generator)
         return torch.get_default_dtype() if parameter is None else parameter.dtype
 
     @property
     def device(self) -> torch.device:
         """Of that parameter; the CPU where there is none."""
-        parameter = _first_parameter(self.generator)
+        parameter = first_parameter(self.generator)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _in_a_row(self) -> list[nn.Module]:
-        """The modules that the generator calls one after the other."""
-        if type(self.generator).forward is not nn.Sequential.forward or not self.generator._modules:
-            raise TypeError(
-                "hyper.generator must be an nn.Sequential of a trunk and a head, "
-                f"got {type(self.generator).__name__}"
-            )
-        return list(self.generator._modules.values())
+    def _chains(self) -> list[list[nn.Module]]:
+        """The modules of the generator, or of each."""
+        several = type(self.generator) is Separate
+        return [modules_of(g) for g in (self.generator if several else [self.generator])]
 
     def reset_parameters(self) -> None:
-        """Initialises trunk and head; see ``init``. So are the activations that have a
-        ``reset_parameters`` themselves, that of the target included.
+        """Initialises trunks and heads; see ``init``. So are the activations that have a
+        ``reset_parameters`` themselves, that of the target included. A trunk that was given stays
+        as it is.
 
         Raises:
             TypeError: the generator is not as it was built: linear layers with weights of their own
                 and activations between them.
         """
-        *trunk, _ = self._in_a_row()
-        for activation in [*trunk[1::2], self.target_activation]:
-            for module in activation.modules() if isinstance(activation, nn.Module) else ():
-                if callable(reset := getattr(module, "reset_parameters", None)):
-                    reset()
+        chains = [] if self.given_trunk else self._chains()
+        for activation in [*(m for c in chains for m in c[1:-1:2]), self.target_activation]:
+            if isinstance(activation, nn.Module):
+                reset_all(activation)
         self._reset()
 
     @torch.no_grad()
     def _reset(self) -> None:
-        moment = 1.0  # of the features that enter a layer; latents are taken to have variance 1
-        *trunk, last = self._in_a_row()
-        linears = [
-            m for m in (*trunk[::2], last) if isinstance(m, nn.Linear) and "weight" in m._parameters
-        ]
-        if len(linears) != len(trunk) // 2 + 1 or len(trunk) % 2:
-            raise TypeError(
-                "hyper.generator must be linear layers with weights of their own, and activations "
-                f"between them, to be initialised, got {self.generator}"
+        rows = []
+        for modules in self._chains():
+            head, moment = (
+                given_trunk(modules, self.z_dim) if self.given_trunk else start_trunk(modules)
             )
-        head = linears.pop()
-        for linear, activation in zip(linears, trunk[1::2], strict=True):
-            nn.init.normal_(linear.weight, std=(moment * linear.in_features) ** -0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-            moment = second_moment(activation, linear.out_features)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+            rows.append(HeadRows(head.weight, head.bias, moment))
+        if type(self.generator) is not Separate:
+            rows = rows[0].split(self.generated)
         width = self.spec.sizes[1] if isinstance(self.spec, MLPSpec) else 1
         gain2 = 1 / second_moment(resolve(self.target_activation), width)
-        pieces = zip(
-            head.weight.split(self.spec.numels),
-            [None] * len(self._start) if head.bias is None else head.bias.split(self.spec.numels),
-            self.spec.shapes,
-            self._start,
-            strict=True,
-        )
-        for rows, bias, shape, start in pieces:
-            if len(shape) < 2 or start is not None:
-                nn.init.constant_(rows, _next_to_zero(rows.dtype))
-                if start is not None and bias is not None:
-                    bias.copy_(start.flatten())
-                continue
-            receptive = rows.shape[0] // (shape[0] * shape[1])
-            fan = receptive * shape[1 if self.init == "hyperfan_in" else 0]
-            nn.init.normal_(rows, std=(gain2 / (fan * moment * head.in_features)) ** 0.5)
+        base = None if self.base is None else self.spec.split(self.base.data)
+        out_fan = self.init == "hyperfan_out"
+        if self.layers is None or any(start is not None for start in self._start):
+            start_at(self._start, self.spec, rows, base, gain2, out_fan)
+        else:
+            start_layers(self.layers, rows, base, gain2, out_fan)
+        for bias in self.biases or ():
+            nn.init.zeros_(bias)
 
     def features(self, z: Tensor) -> Tensor:
         """``h``: the trunk's output, ``(..., H)``.
 
         Raises:
-            TypeError: the generator is no ``nn.Sequential`` any more, which has no trunk.
+            TypeError: the generator is no ``nn.Sequential``, which has one trunk.
         """
         self.check_latents(z)
-        for module in self._in_a_row()[:-1]:
+        for module in modules_of(self.generator)[:-1]:
             z = module(z)
         return z
 
@@ -292,8 +368,66 @@ class HyperNet(nn.Module):
         """
         self.check_latents(z)
         if z.ndim == 1:  # layers of one's own may want a batch: quantised ones do, and norms
-            return self.spec.split(self.generator(z.unsqueeze(0)).squeeze(0))
-        return self.spec.split(self.generator(z))
+            return self._weights(self.generator(z.unsqueeze(0)).squeeze(0))
+        return self._weights(self.generator(z))
+
+    def _weights(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The target's weights, of what the generator returns."""
+        base = None if self.base is None else self.spec.split(self.base)
+        if self.layers is None or all(v.plain for v in self.layers):
+            made = self.spec.split(flat)
+        else:
+            numels = [v.spec.numel for v in self.layers]
+            if flat.shape[-1] != self.generated.numel:
+                self.generated.split(flat)  # raises
+            made = ()
+            for n, (v, piece) in enumerate(
+                zip(self.layers, flat.split(numels, dim=-1), strict=True)
+            ):
+                w, b = v.weights(piece)
+                if v.bias == "shared":
+                    assert self.biases is not None
+                    b = self.biases[n].expand(*flat.shape[:-1], -1)
+                made += (w,) if b is None else (w, b)
+        return made if base is None else tuple(w + b for w, b in zip(made, base, strict=True))
+
+    def linears(
+        self,
+        features: Sequence[Tensor],
+        heads: Sequence[nn.Linear],
+        transform: str,
+        task_ids: Tensor | None,
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The linear part of every layer as a function of its rows, which does not form the
+        weights; of the features that enter the one head, or the head of every tensor."""
+        assert self.layers is not None
+        if type(self.generator) is not Separate:
+            (h,), (head,) = features, heads
+            made = cut(h, head.weight, head.bias, self.generated)
+        else:
+            made = [Rows(h, m.weight, m.bias) for h, m in zip(features, heads, strict=True)]
+        base = iter(() if self.base is None else self.spec.split(self.base))
+        at = 0
+        for n, v in enumerate(self.layers):
+            own = made[at : at + len(v.spec.shapes)]
+            at += len(own)
+            layer = replace(v, transform=transform or None)
+            shared = None if self.biases is None or v.bias != "shared" else self.biases[n]
+            own_base = (
+                (next(base), next(base) if v.bias else None) if self.base is not None else None
+            )
+
+            def linear(
+                x: Tensor,
+                layer: LayerHead = layer,
+                own: Sequence[Rows] = own,
+                shared: Tensor | None = shared,
+                base: tuple[Tensor, Tensor | None] | None = own_base,
+            ) -> Tensor:
+                y = layer.apply(x, own, shared, task_ids)
+                return y if base is None else y + F.linear(x, *base)
+
+            yield linear
 
     def check_latents(self, z: Tensor, parameter: Tensor | None = None) -> None:
         """``z`` has the right shape, and the dtype and device of ``parameter``, by default of the
@@ -308,7 +442,7 @@ class HyperNet(nn.Module):
                 f"z must have shape ({self.z_dim},) or (B, {self.z_dim}), got {checks.shape(z)}"
             )
         if parameter is None:
-            parameter = _first_parameter(self.generator)
+            parameter = first_parameter(self.generator)
         if parameter is None:
             checks.check_same_kind(z=z)
         else:
@@ -348,54 +482,6 @@ class HyperNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"
-
-
-def _next_to_zero(dtype: torch.dtype) -> float:
-    """An entry of head rows that generate zero. The sum of squares of a row must not vanish in
-    float32, or weight normalisation divides zero by zero; 2**-24 is the least that float16 has."""
-    limits = torch.finfo(dtype)
-    return max(2**-60, limits.tiny * limits.eps)
-
-
-def _first_parameter(module: nn.Module) -> Tensor | None:
-    """The first floating-point parameter that is stored; none is computed."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.is_floating_point():
-            return parameter
-    for child in module._modules.values():
-        found = None if child is None else _first_parameter(child)
-        if found is not None:
-            return found
-    return None
-
-
-def _starts(net: nn.Module, names: Sequence[str]) -> Iterator[Tensor | None]:
-    """The value at which each parameter starts for every latent, ``None`` for a random one."""
-    again: dict[str, nn.Module] = {}
-    for name in names:
-        value = net.get_parameter(name).detach()
-        if value.is_meta:
-            path, _, own = name.rpartition(".")
-            if path not in again:
-                again[path] = _initialised(net.get_submodule(path))
-            value = again[path].get_parameter(own).detach()
-        known = not value.isnan().any()
-        yield value.clone() if known and (value.ndim < 2 or _constant(value)) else None
-
-
-@torch.no_grad()
-def _initialised(module: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device with values, NaN where it does not set them itself."""
-    module = clone(module).to_empty(device="cpu")
-    for parameter in module.parameters():
-        parameter.fill_(math.nan)
-    if callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
-    return module
-
-
-def _constant(value: Tensor) -> bool:
-    return value.numel() > 1 and bool(value.min() == value.max())
 
 
 def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hyperfast import checks
+from hyperfast.activations import run_layers
 from hyperfast.functional import generated_mlp
 from hyperfast.layout import MLPSpec
 from hyperfast.nn.copies import apart
@@ -19,10 +20,11 @@ class HyperMLP(nn.Module):
     """``model(x, z)`` equals ``target(x, hyper(z))``, fused.
 
     Every layer of the target is generated and applied in one op, by the plan that
-    :func:`hyperfast.explain` shows. A target with a ``weight_transform``, or one that is not an
-    MLP, is not linear in the generated weights; for these the weights are formed. They are, too,
-    where the hypernetwork is another than was built: a generator of one's own, a head that is
-    pruned, normalised, quantised or adapted, hooks.
+    :func:`hyperfast.explain` shows; layer by layer where they have a rank, shared biases or trunks
+    of their own. A target that is not an MLP, or a transform that is a function, is not linear in
+    the generated weights; for these the weights are formed. They are, too, where the hypernetwork
+    is another than was built: a generator of one's own, a head that is pruned, normalised,
+    quantised or adapted, hooks.
 
     Args:
         hyper: generates the weights.
@@ -96,21 +98,33 @@ class HyperMLP(nn.Module):
                 f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
                 f"got {checks.shape(z)}"
             )
-        spec, target, head, trunk = mlp
-        weight, bias = head.weight, head.bias
-        if len(weight) != spec.numel:
-            raise ValueError(
-                f"hyper.generator must return {spec.numel} numbers for {spec}, got a last layer of "
-                f"{len(weight)}"
-            )
+        spec, numels = mlp.spec, self.hyper.generated.numels
+        wanted = numels if len(mlp.heads) > 1 else [sum(numels)]
+        for head, numel in zip(mlp.heads, wanted, strict=True):
+            if len(head.weight) != numel:
+                raise ValueError(
+                    f"hyper.generator must return {numel} numbers for {spec}, got a last layer of "
+                    f"{len(head.weight)}"
+                )
+        weight, bias = mlp.heads[0].weight, mlp.heads[0].bias
         self.hyper.check_latents(z, weight)
-        h = z
-        for module in trunk:
-            h = module(h)
+        features = []
+        for trunk in mlp.trunks:
+            h = z
+            for module in trunk:
+                h = module(h)
+            features.append(h)
         checks.check_like_weight(weight, x=x)
-        activations = target.layer_activations(len(spec.layers))
+        activations = mlp.target.layer_activations(len(spec.layers))
+        base = self.hyper.base
+        start = bias if base is None else base if bias is None else bias + base
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:
-            return generated_mlp(rows, h, weight, bias, spec, activations, ids, "z")
+            if mlp.whole:
+                return generated_mlp(
+                    rows, features[0], weight, start, spec, activations, ids, "z", mlp.transform
+                )
+            linears = self.hyper.linears(features, mlp.heads, mlp.transform, ids)
+            return run_layers(rows, linears, activations)
 
-        return from_jagged(x, task_ids, h.shape[0], run) if x.is_nested else run(x, task_ids)
+        return from_jagged(x, task_ids, len(z), run) if x.is_nested else run(x, task_ids)

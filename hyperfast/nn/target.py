@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,10 @@ from torch.autograd import forward_ad
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, run_layers
 from hyperfast.checks import Weights
-from hyperfast.functional import task_linear, task_mlp
-from hyperfast.layout import TRANSFORMS, MLPSpec
+from hyperfast.functional import stored_mlp, task_linear
+from hyperfast.layout import MLPSpec, Transform, check_transform, transformed
 from hyperfast.nn.copies import apart
 from hyperfast.ops import backends
-
-Transform: TypeAlias = str | Callable[[Tensor], Tensor]
 
 
 class TargetNet(nn.Module):
@@ -55,15 +52,7 @@ class TargetNet(nn.Module):
         self.per_layer = several and not isinstance(activation, str)
         activations = activation if self.per_layer else [activation]
         self.activations = nn.ModuleList(apart(resolve(a) for a in activations))  # type: ignore[union-attr, arg-type]
-        if isinstance(weight_transform, str):
-            if weight_transform not in TRANSFORMS:
-                raise ValueError(
-                    f"weight_transform must be one of {sorted(TRANSFORMS)} or a function, "
-                    f"got {weight_transform!r}"
-                )
-            weight_transform = TRANSFORMS[weight_transform].value
-        if weight_transform is not None and not callable(weight_transform):
-            raise TypeError(f"weight_transform must be callable, got {weight_transform!r}")
+        check_transform("weight_transform", weight_transform)
         self.weight_transform = weight_transform
 
     def forward(self, x: Tensor, weights: Weights, task_ids: Tensor | None = None) -> Tensor:
@@ -87,8 +76,6 @@ class TargetNet(nn.Module):
         """
         weights = checks.check_tensors("weights", weights)
         layers = _pairs(weights)
-        if self.weight_transform is not None:
-            layers = [(_transformed(self.weight_transform, w), b) for w, b in layers]
         activations = self.layer_activations(len(layers))
         if layers[0][0].ndim == 2:
             if task_ids is not None:
@@ -96,20 +83,25 @@ class TargetNet(nn.Module):
                     "task_ids needs weights with a leading task dimension, "
                     f"got weights[0] of shape {checks.shape(weights[0])}"
                 )
-            return _unbatched(x, layers, activations)
+            return _unbatched(x, self._transformed(layers), activations)
         if checks.check_tensor("x", x).is_nested:
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
-        flat = None if self.weight_transform is not None else _flat(layers)
-        if flat is not None and x.ndim == (3 if task_ids is None else 2):
+        flat = _flat(layers)
+        if flat is not None:
             sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
-            text = MLPSpec(sizes, layers[0][1] is not None).describe(activations)
-            if text is not None:
-                x, flat = checks.check_and_cast(x=x, weight=flat)
-                checks.check_rows(x, sizes[0], len(flat), task_ids, "weight")
-                return task_mlp(x, flat, None, task_ids, text)
-        linears = [partial(task_linear, weight=w, bias=b, task_ids=task_ids) for w, b in layers]
+            spec = MLPSpec(sizes, [b is not None for _, b in layers])
+            return stored_mlp(x, flat, spec, activations, task_ids, self.weight_transform)
+        linears = [
+            partial(task_linear, weight=w, bias=b, task_ids=task_ids)
+            for w, b in self._transformed(layers)
+        ]
         return run_layers(x, linears, activations)
+
+    def _transformed(
+        self, layers: list[tuple[Tensor, Tensor | None]]
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        return [(transformed(self.weight_transform, w), b) for w, b in layers]
 
     def layer_activations(self, layers: int) -> list[nn.Module | None]:
         """The activation after each of ``layers`` layers, ``None`` after a linear output.
@@ -158,19 +150,20 @@ def from_jagged(
 
 
 def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
-    them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
-    must see each of them."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.forced == "reference":
+    """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as ``MLPSpec.split``
+    and a HyperNet make them and a bank keeps them; ``None`` where they are not, or where a
+    gradient or a transform must see each of them: with a gradient, all must be views of one
+    ``(B, P)`` tensor, which then gets it."""
+    if torch.compiler.is_compiling() or backends.forced == "reference":
         return None
     first = layers[0][0]
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if type(first) is not Tensor or transformed:
         return None
-    storage, step, biases = first.untyped_storage().data_ptr(), first.stride(0), 0
-    place = first.storage_offset()
+    storage, step = first.untyped_storage().data_ptr(), first.stride(0)
+    place, root = first.storage_offset(), first._base
+    trained = False
     for w, b in layers:
-        biases += b is not None
         for t in (w, b):
             if t is None:
                 continue
@@ -183,10 +176,15 @@ def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
             ):
                 return None
             place += math.prod(t.shape[1:])
-    if biases not in (0, len(layers)):
+            trained |= t.requires_grad
+            if t._base is not root:
+                root = None
+    size, at = (first.shape[0], place - first.storage_offset()), first.storage_offset()
+    if not (trained and torch.is_grad_enabled()):
+        return first.as_strided(size, (step, 1), at)
+    if root is None or root.shape != size or root.stride() != (step, 1):
         return None
-    size = (first.shape[0], place - first.storage_offset())
-    return first.as_strided(size, (step, 1), first.storage_offset())
+    return root if root.storage_offset() == at else None
 
 
 def _unbatched(
@@ -195,16 +193,6 @@ def _unbatched(
     activations: list[nn.Module | None],
 ) -> Tensor:
     return run_layers(x, [partial(_linear, w, b) for w, b in layers], activations)
-
-
-def _transformed(transform: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
-    y = transform(w)
-    if not isinstance(y, Tensor) or y.shape != w.shape:
-        got = checks.shape(y) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(
-            f"weight_transform must keep the shape of a weight, {checks.shape(w)}, got {got}"
-        )
-    return y
 
 
 def _linear(w: Tensor, b: Tensor | None, x: Tensor) -> Tensor:

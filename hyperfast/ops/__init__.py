@@ -3,6 +3,7 @@ must."""
 
 from hyperfast.ops.layer import (
     hyper_linear,
+    hyper_linear_backward,
     hyper_linear_grad_h,
     hyper_linear_grad_weight,
     task_linear,
@@ -12,6 +13,7 @@ from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp
 
 __all__ = [
     "hyper_linear",
+    "hyper_linear_backward",
     "hyper_linear_grad_h",
     "hyper_linear_grad_weight",
     "hyper_mlp",

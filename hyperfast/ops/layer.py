@@ -3,12 +3,15 @@
 They are closed under differentiation: ``hyper_linear`` is linear in ``x``, in ``h`` and in what
 makes the weights, and the gradient with respect to each is linear in the others again, so that
 derivatives of every order stay inside. The gradient with respect to ``x`` is the same op with the
-matrix transposed. Shapes are those of :mod:`hyperfast.kernels.reference`.
+matrix transposed. Where a gradient is not differentiated itself, ``hyper_linear_backward`` makes
+all that follow from the gradient of the weights, formed once. A transform of the weights leaves the
+family: its second derivatives are those of the specification. Shapes are those of
+:mod:`hyperfast.kernels.reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.kernels import eager, reference
-from hyperfast.layout import Generated
+from hyperfast.layout import TRANSFORMS, Generated
 from hyperfast.ops.define import (
     IDS,
     ROW,
@@ -60,8 +63,8 @@ def _define(
         tasks, ids = _tasks(args, roles), args[roles.index(IDS)]
         checks.check_rows_match(by_role[ROW], by_role[TASK], tasks, ids)
         checks.check_in_range(ids, tasks)
-        if plan_count and args[-1] not in ("", *PLANS):
-            raise ValueError(f"plan must be one of {['', *PLANS]}, got {args[-1]!r}")
+        if plan_count:
+            _known("plan", args[-1], PLANS)
         y = kernel(*args)
         return y.clone() if y._is_view() else y  # a view could not be changed in place
 
@@ -132,6 +135,11 @@ def _define(
     return call
 
 
+def _known(name: str, value: str, names: Iterable[str]) -> None:
+    if value not in ("", *names):
+        raise ValueError(f"{name} must be one of {['', *names]}, got {value!r}")
+
+
 def _functionalizing() -> bool:
     top = torch._C._functorch.peek_interpreter_stack()
     return top is not None and top.key() == torch._C._functorch.TransformType.Functionalize
@@ -192,54 +200,84 @@ def _task_linear_grad_weight_backward(need, grad, g, x, ids, tasks):
     )
 
 
-def _hyper_linear_backward(need, grad, x, h, matrix, matrix_bias, vector, vector_bias, ids, plan):
-    grad_matrix, grad_vector = None, None
-    if need[2] or need[4]:
-        flat = hyper_linear_grad_weight(grad, x, h, ids, need[4], plan)
-        grad_matrix, grad_vector = _split(flat, matrix, need[4])
+def _hyper_linear_backward(
+    need, grad, x, h, matrix, matrix_bias, vector, vector_bias, ids, transform, plan
+):
+    grad_x = _grad_x(grad, h, matrix, matrix_bias, ids, plan, transform) if need[0] else None
+    args = grad, x, h, matrix, matrix_bias, vector, ids
+    shares = need[5] and vector is None  # a bias of all tasks
+    mask = [need[1], need[2] or need[4], need[3] or (need[5] and not shares)]
+    found: Sequence[Any] = (None, None, None)
+    if any(mask):
+        if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            found = hyper_linear_backward(*args, transform, mask, plan)
+        elif transform:
+            found = reference.hyper_linear_backward(*args, transform, mask)
+        else:
+            found = _closed_backward(grad, x, h, matrix, vector, ids, mask, plan)
+    out, ins = matrix.shape[:2]
+    of_matrix, of_vector = _split(found[1], out, ins) if mask[1] else (None, None)
+    of_bias, of_offset = _split(found[2], out, ins) if mask[2] else (None, None)
     return (
-        _grad_x(grad, h, matrix, matrix_bias, ids, plan) if need[0] else None,
-        hyper_linear_grad_h(grad, x, matrix, vector, ids, h.shape[0], plan) if need[1] else None,
-        grad_matrix if need[2] else None,
-        grad_shared(grad, x) if need[3] else None,
-        grad_vector,
-        grad.sum(tuple(range(grad.ndim - 1))) if need[5] else None,
+        grad_x,
+        found[0] if need[1] else None,
+        of_matrix if need[2] else None,
+        of_bias if need[3] else None,
+        of_vector if need[4] else None,
+        _sum(grad) if shares else of_offset if need[5] else None,
+    )
+
+
+def _closed_backward(grad, x, h, matrix, vector, ids, mask, plan):
+    """``hyper_linear_backward`` by ops that are differentiable."""
+    bias = None
+    if mask[2]:
+        bias = grad_shared(grad, x).reshape(-1)
+        if vector is not None:
+            bias = torch.cat([bias, _sum(grad)])
+    return (
+        hyper_linear_grad_h(grad, x, matrix, vector, ids, len(h), plan) if mask[0] else None,
+        hyper_linear_grad_weight(grad, x, h, ids, vector is not None, plan) if mask[1] else None,
+        bias,
     )
 
 
 def _hyper_linear_grad_h_backward(need, grad, g, x, matrix, vector, ids, tasks, plan):
-    grad_matrix, grad_vector = None, None
+    of_matrix, of_vector = None, None
     if need[2] or need[3]:
         flat = hyper_linear_grad_weight(g, x, grad, ids, need[3], plan)
-        grad_matrix, grad_vector = _split(flat, matrix, need[3])
+        of_matrix, of_vector = _split(flat, *matrix.shape[:2])
     return (
-        hyper_linear(x, grad, matrix, None, vector, None, ids, plan) if need[0] else None,
+        hyper_linear(x, grad, matrix, None, vector, None, ids, "", plan) if need[0] else None,
         _grad_x(g, grad, matrix, None, ids, plan) if need[1] else None,
-        grad_matrix if need[2] else None,
-        grad_vector,
+        of_matrix if need[2] else None,
+        of_vector if need[3] else None,
     )
 
 
 def _hyper_linear_grad_weight_backward(need, grad, g, x, h, ids, vector, plan):
-    n = g.shape[-1] * x.shape[-1]
-    matrix, of_vector = grad[:n].reshape(g.shape[-1], x.shape[-1], h.shape[-1]), grad[n:]
+    matrix, of_vector = _split(grad, g.shape[-1], x.shape[-1])
     made = of_vector if vector else None
     return (
-        hyper_linear(x, h, matrix, None, made, None, ids, plan) if need[0] else None,
+        hyper_linear(x, h, matrix, None, made, None, ids, "", plan) if need[0] else None,
         _grad_x(g, h, matrix, None, ids, plan) if need[1] else None,
         hyper_linear_grad_h(g, x, matrix, made, ids, h.shape[0], plan) if need[2] else None,
     )
 
 
-def _grad_x(grad, h, matrix, matrix_bias, ids, plan):
+def _grad_x(grad, h, matrix, matrix_bias, ids, plan, transform=""):
     shared = None if matrix_bias is None else matrix_bias.mT
-    return hyper_linear(grad, h, matrix.transpose(0, 1), shared, None, None, ids, plan)
+    return hyper_linear(grad, h, matrix.transpose(0, 1), shared, None, None, ids, transform, plan)
 
 
-def _split(flat: Tensor, matrix: Tensor, vector: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients of a matrix and a vector, back to back in ``flat (O*I [+ O], K)``."""
-    n = matrix.shape[0] * matrix.shape[1]
-    return flat[:n].reshape(matrix.shape), flat[n:] if vector else None
+def _split(flat: Tensor, out: int, ins: int) -> tuple[Tensor, Tensor]:
+    """What is of a matrix and of a vector, back to back in ``flat (O*I [+ O], ...)``."""
+    n = out * ins
+    return flat[:n].reshape(out, ins, *flat.shape[1:]), flat[n:]
+
+
+def _sum(rows: Tensor) -> Tensor:
+    return rows.sum(tuple(range(rows.ndim - 1)))
 
 
 def _one(rows: Tensor) -> Tensor:
@@ -253,9 +291,29 @@ def grad_shared(grad: Tensor, x: Tensor) -> Tensor:
     return task_linear_grad_weight(grad, x, None, 1).squeeze(0)
 
 
-def _hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, plan):
+def _hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, transform, plan):
     Generated(matrix, matrix_bias, vector, vector_bias).check(x.shape[-1], h.shape[-1])
-    return eager.hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, plan)
+    _known("transform", transform, TRANSFORMS)
+    return eager.hyper_linear(x, h, matrix, matrix_bias, vector, vector_bias, ids, transform, plan)
+
+
+def _hyper_linear_grads(grad, x, h, matrix, matrix_bias, vector, ids, transform, mask, plan):
+    checks.check_rows_match([grad, x], [h], len(h), ids)
+    checks.check_in_range(ids, len(h))
+    Generated(matrix, matrix_bias, vector).check(x.shape[-1], h.shape[-1])
+    if grad.shape[-1] != len(matrix):
+        raise ValueError(f"grad must have {len(matrix)} columns, got {checks.shape(grad)}")
+    _known("transform", transform, TRANSFORMS)
+    _known("plan", plan, PLANS)
+    args = grad, x, h, matrix, matrix_bias, vector, ids, transform, mask, plan
+    return eager.hyper_linear_backward(*args)
+
+
+def _hyper_linear_grads_fake(grad, x, h, matrix, matrix_bias, vector, ids, transform, mask, plan):
+    out, ins, features = matrix.shape
+    params = out * (ins + (vector is not None))
+    shapes = h.shape, (params, features), (params,)
+    return tuple(x.new_empty(s if n else (0,)) for s, n in zip(shapes, mask, strict=True))
 
 
 def _hyper_linear_grad_h(grad, x, matrix, vector, ids, tasks, plan):
@@ -297,7 +355,7 @@ task_linear_grad_weight = _define(
 hyper_linear = _define(
     "hyper_linear",
     "(Tensor x, Tensor h, Tensor matrix, Tensor? matrix_bias, Tensor? vector, Tensor? vector_bias,"
-    " Tensor? task_ids, str plan) -> Tensor",
+    " Tensor? task_ids, str transform, str plan) -> Tensor",
     roles=(ROW, TASK, SHARED, SHARED, SHARED, SHARED, IDS),
     returns=ROW,
     kernel=_hyper_linear,
@@ -305,6 +363,23 @@ hyper_linear = _define(
     shape=lambda x, h, matrix, *_: (*x.shape[:-1], matrix.shape[0]),
     flops=lambda x, h, matrix, _, vector, *rest: _layer_flops(x, h, matrix, vector),
     backward=_hyper_linear_backward,
+)
+
+hyper_linear_backward = define(
+    "hyper_linear_backward",
+    "(Tensor grad, Tensor x, Tensor h, Tensor matrix, Tensor? matrix_bias, Tensor? vector,"
+    " Tensor? task_ids, str transform, bool[3] output_mask, str plan) -> (Tensor, Tensor, Tensor)",
+    ((ROW, ROW, TASK, SHARED, SHARED, SHARED, IDS), (TASK, SHARED, SHARED)),
+    _hyper_linear_grads,
+    _hyper_linear_grads_fake,
+)
+count_flops(
+    hyper_linear_backward,
+    lambda grad, x, h, matrix, matrix_bias, vector, ids, transform, mask, plan: (
+        grad.numel() * x.shape[-1]
+        + len(h) * matrix.numel() * (mask[0] + mask[1] + bool(transform))
+        + (0 if vector is None else len(h) * vector.numel() * (mask[0] + mask[1]))
+    ),
 )
 
 hyper_linear_grad_h = _define(

@@ -77,7 +77,7 @@ def by_layers(
     layers = Network.for_kernels(network).layers
 
     def linear(layer: Layer, x: Tensor) -> Tensor:
-        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, "")
+        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, "", "")
 
     return run_layers(x, (partial(linear, v) for v in layers), (v.activate for v in layers), keep)
 
@@ -121,7 +121,7 @@ def _hyper_mlp_backward(grad, x, h, weight, bias, task_ids, preactivations, netw
             biases += [grad.flatten(0, -2).sum(0)] * net.has_bias
             biases.append(grad_shared(grad, inputs[n]).flatten())
         if n > 0 or output_mask[0]:
-            grad = hyper_linear(grad, h, *made.transposed, task_ids, "")
+            grad = hyper_linear(grad, h, *made.transposed, task_ids, "", "")
     return (
         grad if output_mask[0] else x.new_empty(0),
         grad_h.to(h.dtype) if output_mask[1] else x.new_empty(0),

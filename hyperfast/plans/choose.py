@@ -47,7 +47,7 @@ UNKNOWN = Work(products=1e-5, generated=5e-15, applied=5e-15, spilled=7e-13)
 
 def work(layer: Sizes, itemsize: int, device: str) -> dict[str, Work]:
     """What every plan does, by name, where no fused GPU kernels run."""
-    b, r, i, o, k, ragged, _ = layer
+    b, r, i, o, k, ragged, *_ = layer
     p = layer.params
     if device == "cpp":  # blocks of 64 tasks, or of as many rows as name their tasks
         units = r if ragged else b
@@ -61,11 +61,14 @@ def work(layer: Sizes, itemsize: int, device: str) -> dict[str, Work]:
     whole = Work(1, 1, p * k, b * o, b * p * k, weights, r * p)
     if weights * itemsize > MAPPED.get(device, 0):
         whole = whole._replace(spilled=weights * itemsize)
-    return {
+    plans = {
         "contract": Work(1, cuts["r"], cuts["r"] * p * k, 0, r * p * k, pairs, 0),
         "tile": Work(1, cuts["b"], cuts["b"] * p * k, b * o, b * p * k, weights, r * p),
         "materialize": whole,
     }
+    if layer.transform:  # products of x with the head are linear in the weights
+        del plans["contract"]
+    return plans
 
 
 @lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ def _name(dtype: torch.dtype) -> str:
 def plan(sizes: Sizes, dtype: torch.dtype, gradients: bool = False) -> str:
     """The plan by which the kernels run one layer."""
     assert EXTENSION is not None
-    tasks, rows, _, _, features, ragged, _ = sizes
+    tasks, rows, _, _, features, ragged, *_ = sizes
     return EXTENSION.plan(_name(dtype), ragged, tasks, rows, sizes.params, features, gradients)
 
 

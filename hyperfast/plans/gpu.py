@@ -49,7 +49,7 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
     in cache, a block at a time; ``materialize`` in memory, unless they fit.
     ``device`` is a key of :data:`GPU`."""
     gpu = GPU[device]
-    b, r, i, o, k, ragged, _ = layer
+    b, r, i, o, k, ragged, *_ = layer
     p = layer.params
     io = (p * k + b * k + r * (i + o)) * itemsize
     weights = b * p * itemsize
@@ -71,7 +71,7 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
             io + min(moved, 2 * stored),
             stored,
             math.inf
-            if ragged and name == "tile"
+            if (ragged and name == "tile") or (layer.transform and name == "contract")
             else flops / rate + moved / bandwidth + launches * GPU_LAUNCH,
         )
         for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()

@@ -21,6 +21,7 @@ class Sizes(NamedTuple):
     features: int
     ragged: bool = False
     bias: bool = True
+    transform: bool = False
 
     @property
     def params(self) -> int:

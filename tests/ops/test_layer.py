@@ -82,7 +82,7 @@ def test_few_mixed_rows_do_not_visit_all_tasks(monkeypatch):
     for plan in PLANS:
         sizes.clear()
         with Largest():
-            y = eager.hyper_linear(x, h, matrix, None, vector, None, ids, plan)
+            y = eager.hyper_linear(x, h, matrix, None, vector, None, ids, "", plan)
         assert max(sizes) < tasks
         close(y, reference.hyper_linear(x, h, matrix, None, vector, None, ids))
 
@@ -97,7 +97,7 @@ def test_empty_sizes_by_every_plan(sizes, plan):
         (eager.hyper_linear, reference.hyper_linear),
         (torch.ops.hyperfast.hyper_linear, reference.hyper_linear),
     ):
-        args = (x, h, matrix, None, vector, None, ids)
+        args = (x, h, matrix, None, vector, None, ids, "")
         close(call(*args, plan), plain(*args))
     close(
         eager.hyper_linear_grad_h(grad, x, matrix, vector, ids, tasks, plan),

@@ -137,7 +137,7 @@ def test_the_rule_is_what_the_kernels_do(tasks, rows, ins, ragged, name):
     def run(chosen):
         bias = torch.linspace(-1, 1, len(weight))
         made = Generated.of_head(weight, bias, ins, True)
-        return torch.ops.hyperfast.hyper_linear(x, h, *made, ids, chosen)
+        return torch.ops.hyperfast.hyper_linear(x, h, *made, ids, "", chosen)
 
     same = [p for p in PLANS if torch.equal(run(p), run(""))]
     assert name in same
@@ -167,7 +167,7 @@ def test_16_bit_heads_contract_where_a_matrix_unit_does_it(tasks, rows, ins, fea
     h[:, features // 2], weight[:, features // 2] = 0, 0
     x, h, weight = (t.bfloat16() for t in (x, h, weight))
     made = Generated.of_head(weight, None, ins, True)
-    run = partial(torch.ops.hyperfast.hyper_linear, x, h, *made, None)
+    run = partial(torch.ops.hyperfast.hyper_linear, x, h, *made, None, "")
     same = [p for p in PLANS if torch.equal(run(p), run(""))]
     assert name in same
     if EXTENSION.isa() in ("amx", "avx512_bf16"):  # others add up the same floats in the same order

@@ -9,7 +9,7 @@ op = torch.ops.hyperfast
 
 def hyper_linear(x, h, weight, bias, ids, has_bias, plan):
     made = Generated.of_head(weight, bias, x.shape[-1], has_bias)
-    return op.hyper_linear(x, h, *made, ids, plan)
+    return op.hyper_linear(x, h, *made, ids, "", plan)
 
 
 def grad_x(grad, h, weight, bias, ids, plan):
@@ -17,7 +17,7 @@ def grad_x(grad, h, weight, bias, ids, plan):
     sizes = grad.shape[-1], len(weight) // grad.shape[-1]
     shared = None if bias is None else bias.unflatten(0, sizes)
     made = Generated(weight.unflatten(0, sizes), shared)
-    return op.hyper_linear(grad, h, *made.transposed, ids, plan)
+    return op.hyper_linear(grad, h, *made.transposed, ids, "", plan)
 
 
 def grad_h(grad, x, weight, ids, tasks, has_bias, plan):

@@ -18,6 +18,7 @@ the fastest.
 
 from hyperfast.kernels.triton.layers import (
     hyper_linear,
+    hyper_linear_backward,
     hyper_linear_grad_h,
     hyper_linear_grad_weight,
     task_linear,
@@ -28,6 +29,7 @@ from hyperfast.kernels.triton.stored import task_mlp
 
 __all__ = [
     "hyper_linear",
+    "hyper_linear_backward",
     "hyper_linear_grad_h",
     "hyper_linear_grad_weight",
     "hyper_mlp",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from hyperfast.kernels import eager
@@ -18,6 +21,7 @@ def hyper_linear(
     vector: Tensor | None,
     vector_bias: Tensor | None,
     task_ids: Tensor | None,
+    transform: str,
     plan: str,
 ) -> Tensor:
     made = Generated(matrix, matrix_bias, vector, vector_bias)
@@ -32,10 +36,43 @@ def hyper_linear(
     made.check(x.shape[-1], h.shape[1])
     out, ins = matrix.shape[:2]
     rows = rows_of([x], [h], task_ids, len(h))
-    if plan == "tile" and rows.ragged:
-        return eager.hyper_linear(x, h, *made, task_ids, plan)
+    if transform or (plan == "tile" and rows.ragged):
+        return eager.hyper_linear(x, h, *made, task_ids, transform, plan)
     y = generated.forward(x.reshape(-1, ins), h, made, rows, plan)
     return y.view(*x.shape[:-1], out)
+
+
+def hyper_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    matrix_bias: Tensor | None,
+    vector: Tensor | None,
+    task_ids: Tensor | None,
+    transform: str,
+    output_mask: Sequence[bool],
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if transform:
+        args = grad, x, h, matrix, matrix_bias, vector, task_ids, transform, output_mask, plan
+        return eager.hyper_linear_backward(*args)
+    none, has_vector = x.new_empty(0), vector is not None
+    whole = grad.reshape(1, -1, grad.shape[-1]), x.reshape(1, -1, x.shape[-1])
+    grad_bias = none
+    if output_mask[2]:
+        grad_bias = task_linear_grad_weight(*whole, None, 1).flatten()
+        if has_vector:
+            grad_bias = torch.cat([grad_bias, whole[0].sum((0, 1))])
+    return (
+        hyper_linear_grad_h(grad, x, matrix, vector, task_ids, len(h), plan)
+        if output_mask[0]
+        else none,
+        hyper_linear_grad_weight(grad, x, h, task_ids, has_vector, plan)
+        if output_mask[1]
+        else none,
+        grad_bias,
+    )
 
 
 def hyper_linear_grad_h(

@@ -178,7 +178,7 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
 
     zero = torch.zeros(len(v), dtype=dtype) if v0 is None else v0
     if i + target_bias == 0:  # a head without rows does not say how many outputs there are
-        y = op.hyper_linear(xs, hs, vs.view(o, 0, k), None, None, None, ids, plan)
+        y = op.hyper_linear(xs, hs, vs.view(o, 0, k), None, None, None, ids, "", plan)
         assert y.shape == gs.shape
         assert not y.any()
         return
@@ -408,7 +408,8 @@ def test_result_does_not_depend_on_threads(plan):
 
 X, W, BIAS = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5)
 IDS, H, V = torch.tensor([0, 1, 0]), torch.zeros(2, 3), torch.zeros(25, 3)
-M, REST = torch.zeros(5, 4, 3), (None, None, None, None, "")
+M, REST = torch.zeros(5, 4, 3), (None, None, None, None, "", "")
+AUTO = ("", "")
 BAD = [
     (op.task_linear, (X[0], W, None, None), r"x must have shape \(B, N"),
     (op.task_linear, (X.sum(), W, None, None), r"x must .*got \(\)"),
@@ -434,10 +435,14 @@ BAD = [
     (op.hyper_linear, (X, H[:1], M, *REST), r"x.size\(0\) must be 1"),
     (op.hyper_linear, (X, H, M, M[0], *REST[1:]), r"matrix_bias.size\(0\) must be 5"),
     (op.hyper_linear, (X, H, M, M[:, :3, 0], *REST[1:]), r"matrix_bias.size\(1\) must be 4"),
-    (op.hyper_linear, (X, H, M, None, M[:4, 0], None, None, ""), r"vector.size\(0\) must be 5"),
-    (op.hyper_linear, (X, H, M, None, M[:, 0, :2], None, None, ""), r"vector.size\(1\) must be 3"),
-    (op.hyper_linear, (X, H, M, None, None, M[:4, 0, 0], None, ""), r"vector_bias.size\(0\)"),
-    (op.hyper_linear, (X, H, M, None, None, M[0], None, ""), r"vector_bias must have shape"),
+    (op.hyper_linear, (X, H, M, None, M[:4, 0], None, None, *AUTO), r"vector.size\(0\) must be 5"),
+    (
+        op.hyper_linear,
+        (X, H, M, None, M[:, 0, :2], None, None, *AUTO),
+        r"vector.size\(1\) must be 3",
+    ),
+    (op.hyper_linear, (X, H, M, None, None, M[:4, 0, 0], None, *AUTO), r"vector_bias.size\(0\)"),
+    (op.hyper_linear, (X, H, M, None, None, M[0], None, *AUTO), r"vector_bias must have shape"),
     (op.hyper_linear, (X, H.double(), M, *REST), r"h must have the dtype of x"),
     (op.hyper_linear, (X, H, M.double(), *REST), r"matrix must have the dtype of x"),
     (op.hyper_linear, (X, H, M, *REST[:-1], "best"), r'plan must be .* got "best"'),
@@ -463,7 +468,7 @@ def test_task_ids_out_of_range(bad):
     with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
         op.task_linear_grad_weight(X[0], X[0], ids, 2)
     with pytest.raises(IndexError, match=rf"task_ids must be in \[0, 2\), got {bad}"):
-        op.hyper_linear(X[0], H, M, None, None, None, ids, "")
+        op.hyper_linear(X[0], H, M, None, None, None, ids, "", "")
 
 
 def run(isa, *command):

@@ -48,8 +48,11 @@ Y, Z, FLAT = torch.randn(4, 3, 2), torch.randn(4 * 3 * 3), torch.randn(4, P)
 CALLS = {
     "task_linear": lambda: op.task_linear(X, W, W[:, :, 0], None),
     "task_linear_grad_weight": lambda: op.task_linear_grad_weight(G, X, None, 4),
-    "hyper_linear": lambda: op.hyper_linear(X, H, *MADE, None, "tile"),
+    "hyper_linear": lambda: op.hyper_linear(X, H, *MADE, None, "exp", "tile"),
     "hyper_linear_grad_h": lambda: op.hyper_linear_grad_h(G, X, *OF_H, None, 4, ""),
+    "hyper_linear_backward": lambda: op.hyper_linear_backward(
+        G, X, H, *MADE[:3], None, "exp", [True] * 3, ""
+    ),
     "hyper_mlp": lambda: op.hyper_mlp(*MLP, True),
     "hyper_mlp_backward": lambda: op.hyper_mlp_backward(Y, *MLP[:5], Z, *MLP[5:], [True] * 4),
     "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, NETWORK),

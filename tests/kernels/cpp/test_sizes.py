@@ -20,7 +20,7 @@ MADE = torch.zeros(1).expand(2**31, 2**31, 1)
         lambda: op.task_linear_grad_weight(WIDE, WIDE, None, 1),
         lambda: op.hyper_linear(
             *(torch.empty(4, 0, 2**30), torch.empty(4, 0), torch.empty(2**30, 2**30, 0)),
-            *(None, None, None, None, "materialize"),
+            *(None, None, None, None, "", "materialize"),
         ),
     ],
     ids=["grad_weight", "grad_h", "task_grad_weight", "forward"],
@@ -31,5 +31,5 @@ def test_products_beyond_64_bits_are_refused(call):
 
 
 def test_no_parameters_and_very_many_inputs():
-    y = op.hyper_linear(WIDE, torch.ones(1, 4), torch.empty(0, 2**32, 4), *[None] * 4, "")
+    y = op.hyper_linear(WIDE, torch.ones(1, 4), torch.empty(0, 2**32, 4), *[None] * 4, "", "")
     assert y.shape == (1, 1, 0)

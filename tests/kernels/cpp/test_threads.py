@@ -35,8 +35,9 @@ def calls(tasks, rows, ins, outs, features, plans=("tile", "materialize")):
         op.task_linear(x, weight, None, None)
         op.task_linear_grad_weight(g, x, None, tasks)
         for plan in plans:
-            op.hyper_linear(x, h, *made, None, plan)
-            op.hyper_linear(g, h, *made.transposed, None, plan)
+            op.hyper_linear(x, h, *made, None, "", plan)
+            op.hyper_linear(g, h, *made.transposed, None, "", plan)
+            op.hyper_linear_backward(g, x, h, *made[:3], None, "", [True] * 3, plan)
             op.hyper_linear_grad_h(g, x, made.matrix, made.vector, None, tasks, plan)
             op.hyper_linear_grad_weight(g, x, h, None, True, plan)
 

@@ -1,0 +1,34 @@
+// Numbers in a row, a vector at a time.
+#pragma once
+
+#include "isa/simd/vector.h"
+#include "kernels.h"
+
+namespace hyperfast::HF_ISA {
+
+// Calls body(first, count) for each vector of n elements; the last may be a part.
+template <class T, class F>
+static inline void each_vector(Index n, const F& body) {
+  constexpr int w = width<Acc<T>>;
+  Index i = 0;
+  for (; i + w <= n; i += w) body(i, w);
+  if (i < n) body(i, int(n - i));
+}
+
+template <class T>
+static inline Vec<Acc<T>> get(const T* p, int count) {
+  if (count == width<Acc<T>>) return load_wide(p);
+  Vec<Acc<T>> v{};
+  for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+template <class T>
+static inline void put(T* p, Vec<Acc<T>> v, int count) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    if (count == width<T>) return store(p, v);
+  }
+  for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
+}
+
+}  // namespace hyperfast::HF_ISA
