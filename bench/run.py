@@ -120,8 +120,10 @@ def save(new: results_file.Results, path: Path, keep: bool) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed", file=sys.stderr)
         return
-    plots.speed(new, path.parent / "speed.png")
-    plots.roofline(new, path.parent / "roofline.png")
+    shapes = tables.part(new, False)
+    if shapes["workloads"]:
+        plots.speed(shapes, path.parent / "speed.png")
+        plots.roofline(shapes, path.parent / "roofline.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

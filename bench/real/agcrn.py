@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.real.pools import joined, split
-from bench.real.real import Draw, Network, Real, Tensors, plain
+from bench.real.real import Draw, Network, Real, Tensors, adopt, fresh
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,19 @@ class AGCRN(Real):
         return torch.einsum("bni,nio->bno", self.neighbours(p), weight) + bias
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast.functional import hyper_linear
+        from hyperfast import HyperLinear
 
-        own = {name: leaves[name] for name in ("rows", "embedding")}
-        own["head"] = joined(leaves["pool.weights"], leaves["pool.bias"])
+        ins = 2 * self.ins
+        layer = HyperLinear(ins, self.out, self.embedding, head_bias=False, layout="io")
+        own = fresh({name: leaves[name] for name in ("rows", "embedding")})
+        head = joined(leaves["pool.weights"], leaves["pool.bias"])
+        own |= adopt(layer, {"head": head}, {"head": "head.weight"})
 
-        def function(p: Tensors, x: Tensors) -> Tensor:
-            rows = self.neighbours(p).transpose(0, 1)
-            return hyper_linear(rows, p["embedding"], p["head"], None).transpose(0, 1)
+        def function(x: Tensors) -> Tensor:
+            rows = self.neighbours(own).transpose(0, 1)
+            return layer(rows, own["embedding"]).transpose(0, 1)
 
-        network = plain(function, own)
-        return Network(
-            network.function,
-            network.parameters,
-            lambda g: g | split("pool", g["head"], 2 * self.ins),
-        )
+        return Network(function, own, lambda g: g | split("pool", g["head"], ins))
 
 
 WORKLOADS = (AGCRN("agcrn"),)

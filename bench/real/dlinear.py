@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, linear, pad
 
-from bench.real.real import Draw, Network, Real, Tensors, plain
+from bench.real.real import Draw, Network, Real, Tensors, adopt, plain
 
 PARTS = ("seasonal", "trend")
 
@@ -105,17 +105,19 @@ class DLinear(Real):
         return plain(function, leaves)
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast.functional import task_linear
+        from hyperfast import TaskLinear
 
-        def function(p: Tensors, x: Tensors) -> Tensor:
+        layers = nn.ModuleDict(
+            {part: TaskLinear(self.channels, self.past, self.future) for part in PARTS}
+        )
+        own = adopt(layers, leaves)
+
+        def function(x: Tensors) -> Tensor:
             made = zip(PARTS, self.parts(x["x"]), strict=True)
-            terms = [
-                task_linear(t.transpose(0, 1), p[f"{part}.weight"], p[f"{part}.bias"])
-                for part, t in made
-            ]
+            terms = [layers[part](t.transpose(0, 1)) for part, t in made]
             return (terms[0] + terms[1]).permute(1, 2, 0)
 
-        return plain(function, leaves)
+        return Network(function, own)
 
 
 WORKLOADS = (DLinear("dlinear_individual"),)

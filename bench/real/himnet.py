@@ -3,6 +3,7 @@ made from an embedding. One step of its decoder, a GRU over graph convolutions; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.real.pools import joined, split
-from bench.real.real import Draw, Network, Real, Tensors, plain
+from bench.real.real import Draw, Network, Real, Tensors, adopt, fresh
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class HimNet(Real):
         """Every sensor's own values beside the mean of the graph's."""
         return torch.cat([rows, x["graph"] @ rows], -1)
 
-    def step(self, p: Tensors, x: Tensors, conv) -> Tensor:
+    def step(self, p: Tensors, x: Tensors, conv: Callable[[Tensor, str], Tensor]) -> Tensor:
         """The GRU; `conv(rows, name)`."""
         state = p["state"]
         gates = torch.sigmoid(conv(torch.cat([x["x"], state], -1), "gate"))
@@ -70,28 +71,26 @@ class HimNet(Real):
         return r * state + (1 - r) * candidate
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast.functional import hyper_linear
+        from hyperfast import HyperLinear
 
-        names = ("gate", "update")
-        ins = 2 * (self.inputs + self.state)
+        own = fresh({"embedding": leaves["embedding"], "state": leaves["state"]})
+        ins, layers = 2 * (self.inputs + self.state), {}
+        for name, out in (("gate", 2 * self.state), ("update", self.state)):
+            layer = HyperLinear(ins, out, self.embedding, head_bias=False, layout="io")
+            head = joined(leaves[f"{name}.weights"], leaves[f"{name}.bias"])
+            own |= adopt(layer, {name: head}, {name: "head.weight"})
+            layers[name] = layer
 
-        def function(p: Tensors, x: Tensors) -> Tensor:
-            h = p["embedding"].flatten(0, 1)
-
+        def function(x: Tensors) -> Tensor:
             def conv(rows: Tensor, name: str) -> Tensor:
-                rows = self.neighbours(rows, x)
-                return hyper_linear(rows.flatten(0, 1), h, p[name], None).view(*rows.shape[:2], -1)
+                return layers[name](self.neighbours(rows, x), own["embedding"])
 
-            return self.step(p, x, conv)
-
-        own = {"embedding": leaves["embedding"], "state": leaves["state"]}
-        heads = {n: joined(leaves[f"{n}.weights"], leaves[f"{n}.bias"]) for n in names}
-        network = plain(function, own | heads)
+            return self.step(own, x, conv)
 
         def back(g: Tensors) -> Tensors:
-            return g | {k: v for n in names for k, v in split(n, g[n], ins).items()}
+            return g | split("gate", g["gate"], ins) | split("update", g["update"], ins)
 
-        return Network(network.function, network.parameters, back)
+        return Network(function, own, back)
 
 
 WORKLOADS = (HimNet("himnet_step"),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bench.absent import require
-from bench.real.real import Draw, Network, Real, Tensors, fresh, plain
+from bench.real.real import Draw, Network, Real, Tensors, adopt, fresh, plain
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class LoRA(Real):
     def package(self, leaves: Tensors) -> Network:
         layer_type = require("peft.tuners.lora.layer").Linear
         config = require("peft").LoraConfig(r=self.rank, lora_alpha=self.alpha)
-        base = nn.Linear(self.ins, self.out)
+        base = nn.Linear(self.ins, self.out).requires_grad_(False)
         names = [f"{task}" for task in range(self.adapters)]
         layer = layer_type(base, names[0], config, r=self.rank, lora_alpha=self.alpha)
         for name in names[1:]:
@@ -100,7 +101,7 @@ class LoRA(Real):
 
         return Network(function, own, back)
 
-    def one_by_one(self, leaves: Tensors):
+    def one_by_one(self, leaves: Tensors) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
         """Parameters of every adapter for itself, and the way back."""
         own = fresh({"rows": leaves["rows"]})
         for name in "AB":
@@ -113,14 +114,20 @@ class LoRA(Real):
         return own, back
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast.functional import task_linear
+        """The scale is part of B, once and for all."""
+        from hyperfast import TaskLinear
 
-        def function(p: Tensors, x: Tensors) -> Tensor:
-            low = task_linear(p["rows"], p["A"], task_ids=x["ids"])
-            high = task_linear(low, p["B"], task_ids=x["ids"])
-            return linear(p["rows"], x["weight"], x["bias"]) + self.scaling * high
+        base = nn.Linear(self.ins, self.out).requires_grad_(False)
+        layer = TaskLinear(self.adapters, self.ins, self.out, bias=False, rank=self.rank, base=base)
+        scaled = leaves | {"B": leaves["B"] * self.scaling}
+        own = fresh({"rows": leaves["rows"]})
+        own |= adopt(layer, scaled, {"A": "weight_a", "B": "weight_b"})
 
-        return plain(function, leaves)
+        def function(x: Tensors) -> Tensor:
+            base.weight.data, base.bias.data = x["weight"], x["bias"]
+            return layer(own["rows"], task_ids=x["ids"])
+
+        return Network(function, own, lambda g: g | {"B": g["B"] * self.scaling})
 
 
 WORKLOADS = (LoRA("lora"),)

@@ -3,6 +3,7 @@ environment has a latent of its own, and linear heads make the whole policy from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -54,7 +55,7 @@ class MetaRL(Real):
     def rows(self) -> int:
         return self.batch
 
-    def _applied(self, p: Tensors, apply) -> Tensor:
+    def _applied(self, p: Tensors, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The policy; `apply(weight (B, out, in), x (B, in))`."""
         y = p["state"]
         for n, (i, o) in enumerate(pairwise(self.sizes)):

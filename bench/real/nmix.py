@@ -42,7 +42,7 @@ class NMix(Real):
             "V.0": (E, S),
             "V.2": (1, E),
         }
-        leaves = {"agent_qs": draw.normal(self.batch, 1, n)}
+        leaves = {"agent_qs": draw.normal(self.batch, n)}
         for name, (out, ins) in matrices.items():
             leaves[f"{name}.weight"] = draw.linear(out, ins)
             leaves[f"{name}.bias"] = draw.normal(out, std=0.1)
@@ -69,9 +69,9 @@ class NMix(Real):
         """From what the first layers of the four networks make of the state."""
         of_w_1, of_w_final, b_1, of_v = first
         w_1 = layer(p, "hyper_w_1.2", of_w_1.relu()).abs().view(-1, self.agents, self.embed)
-        hidden = elu(torch.bmm(p["agent_qs"], w_1) + b_1.unsqueeze(1))
+        hidden = elu(torch.bmm(p["agent_qs"].unsqueeze(1), w_1) + b_1.unsqueeze(1))
         w_final = layer(p, "hyper_w_final.2", of_w_final.relu()).abs().unsqueeze(2)
-        return torch.bmm(hidden, w_final) + layer(p, "V.2", of_v.relu()).unsqueeze(1)
+        return torch.bmm(hidden, w_final).squeeze(2) + layer(p, "V.2", of_v.relu())
 
     def shortcut(self, leaves: Tensors) -> Network:
         return plain(self.merged, leaves)
@@ -87,35 +87,24 @@ class NMix(Real):
         """TorchRL's mixer has hypernetworks of one layer; two take their places."""
         module = require("torchrl.modules.models.multiagent")
         mixer = module.QMixer((self.state,), self.embed, self.agents, "cpu")
-        mixer.hyper_w_1 = self.two_layers(self.agents * self.embed)
-        mixer.hyper_w_final = self.two_layers(self.embed)
-        return self._of(mixer, leaves, lambda qs, state: mixer.mix(qs.mT, state).unsqueeze(1))
+        for name, out in (("hyper_w_1", self.agents * self.embed), ("hyper_w_final", self.embed)):
+            layers = nn.Linear(self.state, self.hyper), nn.ReLU(), nn.Linear(self.hyper, out)
+            setattr(mixer, name, nn.Sequential(*layers))
+        own = self._own(mixer, leaves)
+        return Network(lambda x: mixer.mix(own["agent_qs"].unsqueeze(2), x["state"]), own)
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast import TargetNet
-
-        target = TargetNet("elu", weight_transform="abs")
-
-        def function(p: Tensors, x: Tensors) -> Tensor:
-            of_w_1, of_w_final, b_1, of_v = [layer(p, name, x["state"]) for name in FIRST]
-            w_1 = layer(p, "hyper_w_1.2", of_w_1.relu()).view(-1, self.agents, self.embed)
-            w_final = layer(p, "hyper_w_final.2", of_w_final.relu()).unsqueeze(1)
-            value = layer(p, "V.2", of_v.relu())
-            return target(p["agent_qs"], [w_1.mT, b_1, w_final, value])
-
-        return plain(function, leaves)
-
-    def two_layers(self, out: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Linear(self.state, self.hyper), nn.ReLU(), nn.Linear(self.hyper, out)
+        mixer = require("hyperfast.nets").QMixer(
+            self.agents, self.state, self.embed, hypernet_embed=self.hyper
         )
+        own = self._own(mixer, leaves)
+        return Network(lambda x: mixer(own["agent_qs"], x["state"]), own)
 
     @staticmethod
-    def _of(mixer: nn.Module, leaves: Tensors, call) -> Network:
-        values = dict(leaves)
-        qs = values.pop("agent_qs").clone().requires_grad_()
-        parameters = adopt(mixer, values)
-        return Network(lambda x: call(qs, x["state"]), {"agent_qs": qs, **parameters})
+    def _own(mixer: nn.Module, leaves: Tensors) -> Tensors:
+        """The values of agents, and the mixer's parameters."""
+        own = {"agent_qs": leaves["agent_qs"].clone().requires_grad_()}
+        return own | adopt(mixer, {name: leaf for name, leaf in leaves.items() if name not in own})
 
 
 FIRST = ("hyper_w_1.0", "hyper_w_final.0", "hyper_b_1", "V.0")

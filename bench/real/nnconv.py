@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,50 +107,21 @@ class NNConv(Real):
         return torch.mm(outer.flatten(1), head) / degree[:, None] + p["bias"]
 
     def package(self, leaves: Tensors) -> Network:
-        conv = require("torch_geometric.nn").NNConv(
-            self.channels, self.channels, self.edge_net(), aggr="mean", root_weight=False
-        )
-        return self._of(conv, leaves)
+        return self._of(require("torch_geometric.nn").NNConv, leaves)
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast.functional import hyper_linear
+        return self._of(require("hyperfast.nets").NNConv, leaves)
 
+    def _of(self, layer: Any, leaves: Tensors) -> Network:
+        """Both have the same face, and the same names of parameters."""
         C = self.channels
-
-        def turned(t: Tensor) -> Tensor:
-            """Rows of a head, (in, out) <-> (out, in)."""
-            return t.view(C, C, -1).transpose(0, 1).reshape(t.shape)
-
-        own = {"nn.2.weight": turned, "nn.2.bias": turned}
-
-        def function(p: Tensors, x: Tensors) -> Tensor:
-            source, end = x["edge_index"]
-            head = p["nn.2.weight"], p["nn.2.bias"]
-            message = hyper_linear(p["x"][source], edge_features(p, x), *head, target_bias=False)
-            total = torch.zeros_like(p["x"]).index_add(0, end, message)
-            return total / degrees(p["x"], end)[:, None] + p["bias"]
-
-        def back(g: Tensors) -> Tensors:
-            return g | {name: turn(g[name]) for name, turn in own.items()}
-
-        network = plain(function, back(leaves))
-        return Network(network.function, network.parameters, back)
-
-    def edge_net(self) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Linear(self.features, self.hidden),
-            nn.ReLU(),
-            nn.Linear(self.hidden, self.channels * self.channels),
+        edge_net = nn.Sequential(
+            nn.Linear(self.features, self.hidden), nn.ReLU(), nn.Linear(self.hidden, C * C)
         )
-
-    @staticmethod
-    def _of(conv: nn.Module, leaves: Tensors) -> Network:
-        values = dict(leaves)
-        nodes = values.pop("x").clone().requires_grad_()
-        parameters = adopt(conv, values)
-        return Network(
-            lambda x: conv(nodes, x["edge_index"], x["edge_attr"]), {"x": nodes, **parameters}
-        )
+        conv = layer(C, C, edge_net, aggr="mean", root_weight=False)
+        own = {"x": leaves["x"].clone().requires_grad_()}
+        own |= adopt(conv, {name: leaf for name, leaf in leaves.items() if name != "x"})
+        return Network(lambda x: conv(own["x"], x["edge_index"], x["edge_attr"]), own)
 
 
 def edge_features(p: Tensors, x: Tensors) -> Tensor:

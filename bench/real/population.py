@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from bench.absent import require
-from bench.real.real import Draw, Network, Real, Tensors, plain
+from bench.real.real import Draw, Network, Real, Tensors, adopt, plain
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,11 @@ class Population(Real):
         return plain(lambda p, x: apply(p["flat"], x["x"]), leaves)
 
     def ours(self, leaves: Tensors) -> Network:
-        from hyperfast import MLPSpec, TargetNet
+        from hyperfast import TaskMLP
 
-        spec, target = MLPSpec(self.sizes), TargetNet("tanh")
-
-        def function(p: Tensors, x: Tensors) -> Tensor:
-            return target(x["x"].unsqueeze(1), spec.split(p["flat"])).squeeze(1)
-
-        return plain(function, leaves)
+        net = TaskMLP(self.nets, *self.sizes, activation="tanh")
+        own = adopt(net, leaves, {"flat": "weight"})
+        return Network(lambda x: net(x["x"]), own)
 
 
 WORKLOADS = (Population("population"),)

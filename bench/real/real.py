@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -47,17 +47,20 @@ def plain(function: Function, leaves: Tensors) -> Network:
     return Network(lambda inputs: function(own, inputs), own)
 
 
-def adopt(module: nn.Module, values: Tensors) -> Tensors:
-    """Makes copies of these the parameters of those names, and returns them."""
-    for name, value in values.items():
+def adopt(module: nn.Module, leaves: Tensors, names: Mapping[str, str] | None = None) -> Tensors:
+    """Makes copies of the leaves the module's parameters, and returns these by the leaves' names;
+    `names`: leaf -> parameter, by default all under their own."""
+    found: Tensors = {}
+    for leaf, name in (names or {leaf: leaf for leaf in leaves}).items():
         path, _, own = name.rpartition(".")
-        owner = module.get_submodule(path)
+        owner, value = module.get_submodule(path), leaves[leaf]
         if owner.get_parameter(own).shape != value.shape:
             raise ValueError(
                 f"{name} is {tuple(owner.get_parameter(own).shape)}, not {value.shape}"
             )
-        setattr(owner, own, nn.Parameter(value.detach().clone()))
-    return {name: module.get_parameter(name) for name in values}
+        found[leaf] = nn.Parameter(value.detach().clone())
+        setattr(owner, own, found[leaf])
+    return found
 
 
 class Draw:
@@ -92,7 +95,7 @@ class Real:
     tasks: ClassVar[str]  # the field that --scale multiplies
     tiny: ClassVar[dict[str, int]]  # sizes of the smoke test
     corner: ClassVar[str] = ""  # the tensor that is drawn again where it leads to a corner
-    loops: ClassVar[bool] = False  # whether `formula` is a Python loop of many turns
+    loops: ClassVar[bool] = False  # whether formula and package are Python loops of many turns
 
     name: str
 

@@ -35,7 +35,7 @@ def rival(name: str, about: str, way: str, compiled: bool = False) -> Rival:
 
     def build(problem: RealProblem, mode: str) -> Step:
         workload = problem.workload
-        if compiled and way == "formula" and workload.loops:
+        if compiled and way != "shortcut" and workload.loops:
             raise Unavailable(LONG)
         network: Network = getattr(workload, way)(problem.leaves)
         if compiled:

@@ -3,6 +3,7 @@ target has a hypernetwork of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,7 +88,7 @@ class SirenHyper(Real):
         flat = linear(self.features(p, name), p[f"{name}.2.weight"], p[f"{name}.2.bias"])
         return flat.unflatten(1, self.tensors[name])
 
-    def sines(self, x: Tensor, layer) -> Tensor:
+    def sines(self, x: Tensor, layer: Callable[[Tensor, int], Tensor]) -> Tensor:
         """`layer(x, n)`."""
         for n in range(len(self.layers)):
             x = layer(torch.sin(self.frequency * x) if n else x, n)

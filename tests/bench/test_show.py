@@ -125,6 +125,28 @@ def test_report_shows_ratios_absence_and_load(markdown):
     assert ("| mlp8_1024" in text) == markdown
 
 
+def test_a_real_workload_is_told_against_the_faster_of_its_peers():
+    found = made_up("agcrn", formula=3.0, **{"formula compiled": 2.0, "shortcut": 0.5})
+    table = page.real(found, "forward").splitlines()
+    about = "AGCRN's graph convolution, a matrix for every sensor"
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert cells == [
+        *(f"`agcrn`: {about}", "1 ms", "3.0x", "2.0x", "2.0x", "███", "0.50x", "1.0", "1.0")
+    ]
+    # It stands in tables of its own, and in no picture.
+    assert "agcrn" not in page.speeds(found, "forward")
+    text = tables.text(found)
+    assert "3.00x" in text
+    assert "of the textbook way" not in text
+
+
+def test_tables_hold_the_rivals_of_their_own_workloads():
+    both = results_file.merge(made_up("mlp8_1024", bmm=2.0), made_up("agcrn", formula=3.0))
+    heads = [line for line in tables.text(both).splitlines() if line.startswith("workload ")]
+    assert any("bmm" in line and "formula" not in line for line in heads)
+    assert any("formula" in line and "bmm" not in line for line in heads)
+
+
 def test_over_the_floor_is_against_the_nearer_ceiling():
     ceilings = {"gflops": 400.0, "read_gbytes": 40.0}
     assert tables.over_floor({"gflops": 100.0, "gbytes": 1.0}, ceilings) == 4
