@@ -87,13 +87,16 @@ struct HeadMatrix {
   }
 };
 
+// What becomes of a matrix, generated or stored, before it is used.
+enum class Transform { none, abs, softplus, exp, square };
+
 // How a layer runs: weights made row by row in registers, for rows side by side in the lanes, and
 // the head read as it lies (contract); the head packed, and weights made slice by slice for blocks
 // of tasks, in the cache (tile); the head read once as it lies, and weights made whole
 // (materialize).
 enum class Plan { contract, tile, materialize };
 
-// y[r] = M_b x[r] + v_b, both generated.
+// y[r] = f(M_b) x[r] + v_b, both generated.
 struct HyperLinear {
   Dtype dtype;
   Plan plan;
@@ -105,14 +108,15 @@ struct HyperLinear {
   // Of one column, features as far apart; of a null weight, at most a shared bias.
   HeadMatrix vector;
   Rows y;  // width out, col == 1
+  Transform transform = Transform::none;
 
   bool head_bias() const { return matrix.bias || (vector.weight && vector.bias); }
 };
 
 // Gradients of what makes the weights of a layer. With G_b = sum of grad[r] (x) x[r] over the rows
-// of task b, they are grad_h[b] = sum over p of G_b(p) weight(p), grad_weight(p) = sum over b of
-// G_b(p) h_b, grad_bias(p) = sum over b of G_b(p), where p counts the entries of the matrix, then
-// those of the vector. Those that are null are not wanted.
+// of task b, times the transform's slope at M_b, they are grad_h[b] = sum over p of G_b(p)
+// weight(p), grad_weight(p) = sum over b of G_b(p) h_b, grad_bias(p) = sum over b of G_b(p), where
+// p counts the entries of the matrix, then those of the vector. Those that are null are not wanted.
 struct HyperLinearGrad {
   Dtype dtype;
   Plan plan;
@@ -121,19 +125,18 @@ struct HyperLinearGrad {
   bool has_bias;
   Rows grad;                  // width out
   Rows x;                     // width in
-  TaskVector h;               // for grad_weight
-  HeadMatrix matrix, vector;  // for grad_h; the vector's weight follows that of the matrix
+  TaskVector h;               // for grad_weight and the slope
+  HeadMatrix matrix, vector;  // for grad_h and the slope, which takes the matrix's bias, too
   void* grad_h;               // (tasks, features), contiguous like the others
   void* grad_weight;          // (params, features)
   void* grad_bias;            // (params)
+  Transform transform = Transform::none;
 
   Index params() const { return out * (in + has_bias); }
 };
 
-// Whose a layer's bias is, and what becomes of its generated matrix. Kernels of whole networks know
-// but biases of each task, and no transform.
+// Whose a layer's bias is. Kernels of whole networks know no shared ones.
 enum class Bias { none, own, shared };
-enum class Transform { none, abs, softplus, exp, square };
 
 struct Layer {
   Index in, out;
@@ -143,16 +146,18 @@ struct Layer {
   Transform transform = Transform::none;
   Index begin = 0;    // its first parameter
   bool kept = false;  // whether the backward pass needs its pre-activations
+
+  bool own_bias() const { return bias == Bias::own; }
+  Index params() const { return out * (in + own_bias()); }
 };
 
-// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) if it has
-// any.
+// A target network. Its parameters lie layer by layer: weight (out, in), then bias (out) of layers
+// that have one.
 struct Net {
   const Layer* layers;
   Index count;
-  bool bias;
-  Index params, outputs, kept,
-      widest;  // outputs of all layers, and of those whose pre-activations are kept
+  Index params, kept, widest;  // kept: outputs of the layers whose pre-activations are
+  bool transforms;             // whether any layer has one
 };
 
 // What makes all parameters of a network: parameter p is <weight + p * row, h> + bias[p *
@@ -190,7 +195,7 @@ struct HyperMlpBackward {
 
 // Given parameters, of each task `weight_task` apart. With `scales_and_biases` they are int8,
 // matrices without biases, and of every layer there are scales (out), then biases (out) if it has
-// any, as floats.
+// them, as floats.
 struct TaskMlp {
   Dtype dtype;
   Groups groups;
@@ -201,6 +206,19 @@ struct TaskMlp {
   void* scales_and_biases;
   Index scales_and_biases_task;
   Rows y;  // contiguous
+};
+
+// Gradients of the same, without scales; those that are null are not wanted.
+struct TaskMlpBackward {
+  Dtype dtype;
+  Groups groups;  // with a piece for every task
+  Net net;
+  Rows x;
+  void* weight;
+  Index weight_task;
+  Rows grad;
+  void* grad_x;       // contiguous
+  void* grad_weight;  // (tasks, params)
 };
 
 // One entry per op; each instruction set fills in its own table.
@@ -214,6 +232,7 @@ struct Kernels {
   void (*hyper_mlp)(const HyperMlp&);
   void (*hyper_mlp_backward)(const HyperMlpBackward&);
   void (*task_mlp)(const TaskMlp&);
+  void (*task_mlp_backward)(const TaskMlpBackward&);
 };
 
 }  // namespace hyperfast

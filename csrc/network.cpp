@@ -145,7 +145,7 @@ Network::Network(const std::string& text) : text_(text) {
     // follows.
     layer.kept = !rest.empty() || layer.act != Act::identity;
     countable(double(layer.out) * (double(in) + 1) + double(params_));
-    params_ += layer.out * (in + (layer.bias == Bias::own));
+    params_ += layer.params();
     outputs_ += layer.out;
     matrices_ += layer.out * in;
     if (layer.kept) kept_ += layer.out;
@@ -156,18 +156,18 @@ Network::Network(const std::string& text) : text_(text) {
 }
 
 std::string Network::refusal() const {
-  for (const Layer& layer : layers_) {
+  for (const Layer& layer : layers_)
     if (layer.bias == Bias::shared) return "no shared biases (s)";
-    if (layer.bias != layers_.front().bias) return "biases (b) in all layers or in none";
-    if (layer.transform != Transform::none) return "no transforms";
-  }
   return "";
 }
 
 Net Network::view() const {
   const std::string reason = refusal();
   if (!reason.empty()) fail("network must have ", reason, ", got \"", text_, "\"");
-  return {layers_.data(), Index(layers_.size()), bias(), params_, outputs_, kept_, widest_};
+  const bool transforms = std::any_of(layers_.begin(), layers_.end(), [](const Layer& layer) {
+    return layer.transform != Transform::none;
+  });
+  return {layers_.data(), Index(layers_.size()), params_, kept_, widest_, transforms};
 }
 
 }  // namespace hyperfast

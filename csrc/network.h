@@ -22,8 +22,7 @@ class Network {
   // Throws std::invalid_argument where the text is anything but that.
   explicit Network(const std::string& text);
 
-  // Why the kernels of whole networks do not run it, if so: shared biases, biases in some layers
-  // only, or transforms.
+  // Why the kernels of whole networks do not run it, if so: shared biases.
   std::string refusal() const;
 
   // What these kernels see; throws std::invalid_argument where they refuse it.
@@ -34,8 +33,8 @@ class Network {
   Index params() const { return params_; }      // of a task
   Index matrices() const { return matrices_; }  // without biases
   Index outputs() const { return outputs_; }    // of all layers
-  Index kept() const { return kept_; }          // widths of the pre-activations that backward needs
-  bool bias() const { return layers_.front().bias == Bias::own; }
+  Index biases() const { return params_ - matrices_; }
+  Index kept() const { return kept_; }  // widths of the pre-activations that backward needs
   bool changes_output() const { return layers_.back().kept; }
 
  private:

@@ -15,6 +15,15 @@ constexpr Index given_piece = 512, generated_piece = 2048, whole = INT64_MAX;
 // the caches takes longer.
 constexpr Index networks_bytes = 9 << 20;
 
+// Rows of a task whose gradients of given weights, so many, a thread sums at a time, of `rows` in
+// all. Sums of the pieces of a task are kept until they are added up: no more than 64 MiB of them,
+// or 8 beyond one a task.
+inline Index gradient_piece(Index rows, Index params) {
+  const Index pieces = (Index{1} << 24) / (params + 1);
+  const Index most = pieces < 8 ? 8 : pieces > 256 ? 256 : pieces;
+  return rows / most > given_piece ? rows / most : given_piece;
+}
+
 // Whether weights are made, or gradients of weights.
 enum class Makes { weights, gradients };
 

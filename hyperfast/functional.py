@@ -250,7 +250,8 @@ def hyper_mlp(
     in one op where its kernels know all activations.
 
     Args:
-        x: ``(B, N, in)``, ``(B, in)``, or ``(R, in)`` with ``task_ids``; any strides.
+        x: ``(B, N, in)``, ``(B, in)``, ``(R, in)`` with ``task_ids``, or ``(1, N, in)``, the same
+            rows for all tasks; any strides.
         h: ``(B, H)`` features of every task.
         weight: ``(P, H)``, the head's weight; layer by layer as ``spec`` lays them out.
         bias: ``(P,)``, the head's bias, or ``None``.
@@ -309,6 +310,8 @@ def generated_mlp(
         )
     if bias is not None and bias.shape != (spec.numel,):
         raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
+    if isinstance(x, Tensor):
+        x = _for_all(x, tasks, task_ids)
     checks.check_rows(x, spec.sizes[0], tasks, task_ids, source)
     text = spec.describe(activations, transform)
     in_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

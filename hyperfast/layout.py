@@ -302,13 +302,19 @@ class Network:
         return (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
 
     @property
-    def has_bias(self) -> bool:
-        return self.layers[0].bias == "b"
-
-    @property
     def numel(self) -> int:
         """Parameters of one network."""
         return self.layers[-1].end
+
+    @property
+    def weight_numel(self) -> int:
+        """Entries of its matrices."""
+        return sum(layer.weight_numel for layer in self.layers)
+
+    @property
+    def vector_numel(self) -> int:
+        """Scales of its outputs and own biases: what stands beside matrices of int8."""
+        return sum(self.sizes[1:]) + self.numel - self.weight_numel
 
     @cached_property
     def kept(self) -> list[int]:
@@ -319,8 +325,26 @@ class Network:
 
     @cached_property
     def spec(self) -> MLPSpec:
-        """The layout of the parameters."""
-        return MLPSpec(self.sizes, [v.bias == "b" for v in self.layers])
+        """The layout of the parameters.
+
+        Raises:
+            ValueError: it is not that of an MLPSpec: there are shared biases.
+        """
+        if any(layer.bias == "s" for layer in self.layers):
+            raise ValueError(f"network must have no shared biases (s), got {self.text!r}")
+        return MLPSpec(self.sizes, [layer.bias == "b" for layer in self.layers])
+
+    @property
+    def transform(self) -> str:
+        """Of all matrices, ``""`` for none.
+
+        Raises:
+            ValueError: layers differ.
+        """
+        (first, *others) = {layer.transform for layer in self.layers}
+        if others:
+            raise ValueError(f"network must have one transform, got {self.text!r}")
+        return first
 
     def modules(self) -> list[nn.Module | None]:
         """The activation after each layer, ``None`` for none."""
@@ -395,19 +419,13 @@ class Network:
         """:meth:`parse`, for ops that run a network whole.
 
         Raises:
-            ValueError: also for what they do not know: transforms, shared and mixed biases.
+            ValueError: also for shared biases, which they do not know.
         """
         network = Network.parse(text)
-        for layer in network.layers:
-            wanted = ""
-            if layer.bias == "s":
-                wanted = "no shared biases (s)"
-            elif layer.bias != network.layers[0].bias:
-                wanted = "biases (b) in all layers or in none"
-            elif layer.transform:
-                wanted = "no transforms"
-            if wanted:
-                raise ValueError(f"network must have {wanted} to run as one op, got {text!r}")
+        if any(layer.bias == "s" for layer in network.layers):
+            raise ValueError(
+                f"network must have no shared biases (s) to run as one op, got {text!r}"
+            )
         return network
 
 

@@ -136,17 +136,32 @@ def test_modules_of_a_network_describe_it():
     assert network.spec.describe(network.modules()) == text
 
 
+@pytest.mark.parametrize("text", ["3 > 4 b relu, 2", "3 > 4 relu, 2 b", "3 > 4 b abs(W), 2 b"])
+def test_a_network_that_no_spec_describes(text):
+    network = Network.for_kernels(text)
+    assert network.numel == network.weight_numel + sum(
+        layer.out_features for layer in network.layers if layer.bias
+    )
+    with pytest.raises(ValueError, match="network must have biases"):
+        _ = network.spec
+
+
+def test_kernels_know_no_shared_biases():
+    with pytest.raises(ValueError, match="no shared biases"):
+        Network.for_kernels("3 > 4 s relu, 2 b")
+
+
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", ["", " b"])
 def test_places_of_stored_networks(bias, scaled):
-    network = MLPSpec((3, 4, 2), bias).network((("relu", 1.0), ("identity", 1.0)))
+    network = Network.parse(f"3 > 4{bias} relu, 2 b")
     spans = []
     for place, layer in zip(network.places(scaled), network.layers, strict=True):
         m, o = layer.weight_numel, layer.out_features
         spans.append(("weights", place.matrix, place.matrix + m))
         vectors = "scales" if scaled else "weights"
         spans += [(vectors, place.scale, place.scale + o)] * scaled
-        spans += [(vectors, place.bias, place.bias + o)] * bias
+        spans += [(vectors, place.bias, place.bias + o)] * (layer.bias == "b")
     for row in ("weights", "scales"):
         edges = [0]
         for _, begin, end in sorted(span for span in spans if span[0] == row):
@@ -155,4 +170,4 @@ def test_places_of_stored_networks(bias, scaled):
         if row == "weights":
             assert edges[-1] == (network.numel if not scaled else 3 * 4 + 4 * 2)
         elif scaled:
-            assert edges[-1] == (1 + bias) * 6
+            assert edges[-1] == network.vector_numel == 6 + 2 + 2 * len(bias)

@@ -3,6 +3,7 @@
 #include "isa/layer/task.h"
 #include "isa/network/generated.h"
 #include "isa/network/stored.h"
+#include "isa/network/stored_grad.h"
 
 #define HF_STRING(x) #x
 #define HF_NAME(x) HF_STRING(x)
@@ -13,7 +14,7 @@ extern const Kernels table;
 const Kernels table = {
     HF_NAME(HF_ISA), has_matrix_unit,   task_linear, task_linear_grad_weight,
     hyper_linear,    hyper_linear_grad, hyper_mlp,   hyper_mlp_backward,
-    task_mlp,
+    task_mlp,        task_mlp_backward,
 };
 
 }  // namespace hyperfast::HF_ISA

@@ -3,6 +3,9 @@
 // hyperfast/ops/layer.py.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+#include <vector>
+
 #include "dispatch.h"
 #include "torch/shapes.h"
 #include "torch/text.h"
@@ -71,6 +74,15 @@ Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Grou
   if (wanted == "tile") return Plan::tile;
   if (wanted == "materialize") return Plan::materialize;
   fail("plan must be \"\", \"contract\", \"tile\" or \"materialize\", got \"", wanted, "\"");
+}
+
+Transform transform_of(const std::string& name) {
+  if (name.empty()) return Transform::none;
+  if (name == "abs") return Transform::abs;
+  if (name == "softplus") return Transform::softplus;
+  if (name == "exp") return Transform::exp;
+  if (name == "square") return Transform::square;
+  fail("transform must be \"\", \"abs\", \"exp\", \"softplus\" or \"square\", got \"", name, "\"");
 }
 
 TaskVector features_of(const Arg& h) { return {h.data(), h.stride(0), h.stride(1)}; }
@@ -178,7 +190,7 @@ class Head {
 Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& matrix,
                     const OptionalTensor& matrix_bias, const OptionalTensor& vector,
                     const OptionalTensor& vector_bias, const OptionalTensor& task_ids,
-                    const Text& plan) {
+                    const Text& transform, const Text& plan) {
   const Arg x("x", x_), h("h", h_);
   const Dtype dtype = x.dtype();
   h.rank(2, "(B, features)");
@@ -197,80 +209,124 @@ Tensor hyper_linear(const Tensor& x_, const Tensor& h_, const Tensor& matrix,
   if (y.numel() == 0) return y;
   const Tensor rows = readable(x, task_ids, false);
   kernels().hyper_linear({dtype, how, groups.view(), head.out(), head.in(), features,
-                          Arg("x", rows).rows(), features_of(h), made, offset, Arg("y", y).rows()});
+                          Arg("x", rows).rows(), features_of(h), made, offset, Arg("y", y).rows(),
+                          transform_of(transform.value)});
   trim_scratch();
   return y;
 }
 
-Tensor hyper_linear_grad_h(const Tensor& grad_, const Tensor& x_, const Tensor& matrix,
+// What the gradients of a layer are made of, checked and readable.
+struct GradRows {
+  const Arg grad, x;
+  const Dtype dtype;
+  const Grouping groups;
+  const Index tasks, out, in;
+
+  GradRows(const Tensor& grad_, const Tensor& x_, const OptionalTensor& task_ids, Index tasks)
+      : grad("grad", grad_),
+        x("x", x_),
+        dtype(x.dtype()),
+        groups(checked(grad, x, task_ids, tasks)),
+        tasks(tasks),
+        out(grad.size(-1)),
+        in(x.size(-1)),
+        grads_(readable(grad, task_ids, true)),
+        rows_(readable(x, task_ids, true)) {}
+
+  // A call that wants nothing yet.
+  HyperLinearGrad call(const Text& plan, bool has_bias, Index features) const {
+    countable(tasks, out, in, features);
+    countable_rows(x, out);
+    const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(),
+                                 out * (in + has_bias), features);
+    HyperLinearGrad c{};
+    c.dtype = dtype;
+    c.plan = how;
+    c.groups = groups.view();
+    c.out = out;
+    c.in = in;
+    c.features = features;
+    c.has_bias = has_bias;
+    c.grad = Arg("grad", grads_).rows();
+    c.x = Arg("x", rows_).rows();
+    return c;
+  }
+
+ private:
+  static Grouping checked(const Arg& grad, const Arg& x, const OptionalTensor& task_ids,
+                          Index tasks) {
+    if (tasks < 0) fail("tasks must not be negative, got ", tasks);
+    grad.same_dtype(x);
+    grad.same_rows(x);
+    return group_rows(x, task_ids, tasks, generated_piece);
+  }
+
+  const Tensor grads_, rows_;
+};
+
+// The head as the gradients of its features take it.
+void add_head(Head& head, const OptionalTensor& matrix_bias, HyperLinearGrad& call) {
+  if (call.plan == Plan::contract) head.join();
+  call.matrix = head.matrix(matrix_bias);
+  call.vector = head.vector({});
+}
+
+std::tuple<Tensor, Tensor, Tensor> hyper_linear_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& h_, const Tensor& matrix,
+    const OptionalTensor& matrix_bias, const OptionalTensor& vector, const OptionalTensor& task_ids,
+    const Text& transform, const std::vector<bool>& output_mask, const Text& plan) {
+  const Arg h("h", h_);
+  h.rank(2, "(B, features)");
+  const GradRows rows(grad, x, task_ids, h.size(0));
+  h.same_dtype(rows.x);
+  Head head(matrix, vector, rows.x);
+  Arg("matrix", matrix).size(0, rows.out, "the columns of grad");
+  Arg("matrix", matrix).size(2, h.size(1), "the features of h");
+  if (output_mask.size() != 3) fail("output_mask must have 3 entries, got ", output_mask.size());
+  HyperLinearGrad call = rows.call(plan, vector.has_value(), h.size(1));
+  call.transform = transform_of(transform.value);
+  call.h = features_of(h);
+  add_head(head, matrix_bias, call);
+  const Index params = call.params(), features = call.features;
+  const auto wanted = [&](Index i, std::initializer_list<Index> shape, void*& to) {
+    const Tensor t = output_mask[i] ? rows.x.empty(shape) : rows.x.empty({0});
+    to = output_mask[i] ? t.mutable_data_ptr() : nullptr;
+    return t;
+  };
+  const Tensor of_h = wanted(0, {rows.tasks, features}, call.grad_h);
+  const Tensor of_weight = wanted(1, {params, features}, call.grad_weight);
+  const Tensor of_bias = wanted(2, {params}, call.grad_bias);
+  kernels().hyper_linear_grad(call);
+  trim_scratch();
+  return {of_h, of_weight, of_bias};
+}
+
+Tensor hyper_linear_grad_h(const Tensor& grad, const Tensor& x, const Tensor& matrix,
                            const OptionalTensor& vector, const OptionalTensor& task_ids,
                            Index tasks, const Text& plan) {
-  const Arg grad("grad", grad_), x("x", x_);
-  if (tasks < 0) fail("tasks must not be negative, got ", tasks);
-  const Dtype dtype = x.dtype();
-  grad.same_dtype(x);
-  grad.same_rows(x);
-  const Grouping groups = group_rows(x, task_ids, tasks, generated_piece);
-  Head head(matrix, vector, x);
-  Arg("matrix", matrix).size(0, grad.size(-1), "the columns of grad");
-  countable(tasks, head.out(), head.in(), head.features());
-  countable_rows(x, head.out());
-  head.join();
-  const Tensor grads = readable(grad, task_ids, true), rows = readable(x, task_ids, true);
-  const Tensor y = x.empty({tasks, head.features()});
-  const Plan how = choose_plan(plan.value, Makes::gradients, dtype, groups.view(), head.params(),
-                               head.features());
-  kernels().hyper_linear_grad({dtype,
-                               how,
-                               groups.view(),
-                               head.out(),
-                               head.in(),
-                               head.features(),
-                               vector.has_value(),
-                               Arg("grad", grads).rows(),
-                               Arg("x", rows).rows(),
-                               {},
-                               head.matrix({}),
-                               head.vector({}),
-                               y.mutable_data_ptr(),
-                               nullptr,
-                               nullptr});
+  const GradRows rows(grad, x, task_ids, tasks);
+  Head head(matrix, vector, rows.x);
+  Arg("matrix", matrix).size(0, rows.out, "the columns of grad");
+  HyperLinearGrad call = rows.call(plan, vector.has_value(), head.features());
+  add_head(head, {}, call);
+  const Tensor y = rows.x.empty({tasks, head.features()});
+  call.grad_h = y.mutable_data_ptr();
+  kernels().hyper_linear_grad(call);
   trim_scratch();
   return y;
 }
 
-Tensor hyper_linear_grad_weight(const Tensor& grad_, const Tensor& x_, const Tensor& h_,
+Tensor hyper_linear_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& h_,
                                 const OptionalTensor& task_ids, bool vector, const Text& plan) {
-  const Arg grad("grad", grad_), x("x", x_), h("h", h_);
-  const Dtype dtype = x.dtype();
-  grad.same_dtype(x);
-  grad.same_rows(x);
+  const Arg h("h", h_);
   h.rank(2, "(B, features)");
-  h.same_dtype(x);
-  const Grouping groups = group_rows(x, task_ids, h.size(0), generated_piece);
-  const Index out = grad.size(-1), in = x.size(-1), features = h.size(1);
-  countable(h.size(0), out, in, features);
-  countable_rows(x, out);
-  const Index params = out * (in + vector);
-  const Tensor grads = readable(grad, task_ids, true), rows = readable(x, task_ids, true);
-  const Tensor y = x.empty({params, features});
-  const Plan how =
-      choose_plan(plan.value, Makes::gradients, dtype, groups.view(), params, features);
-  kernels().hyper_linear_grad({dtype,
-                               how,
-                               groups.view(),
-                               out,
-                               in,
-                               features,
-                               vector,
-                               Arg("grad", grads).rows(),
-                               Arg("x", rows).rows(),
-                               features_of(h),
-                               {},
-                               {},
-                               nullptr,
-                               y.mutable_data_ptr(),
-                               nullptr});
+  const GradRows rows(grad, x, task_ids, h.size(0));
+  h.same_dtype(rows.x);
+  HyperLinearGrad call = rows.call(plan, vector, h.size(1));
+  call.h = features_of(h);
+  const Tensor y = rows.x.empty({call.params(), call.features});
+  call.grad_weight = y.mutable_data_ptr();
+  kernels().hyper_linear_grad(call);
   trim_scratch();
   return y;
 }
@@ -281,6 +337,7 @@ STABLE_TORCH_LIBRARY_IMPL(hyperfast, CPU, m) {
   m.impl("task_linear", TORCH_BOX(&task_linear));
   m.impl("task_linear_grad_weight", TORCH_BOX(&task_linear_grad_weight));
   m.impl("hyper_linear", TORCH_BOX(&hyper_linear));
+  m.impl("hyper_linear_backward", TORCH_BOX(&hyper_linear_backward));
   m.impl("hyper_linear_grad_h", TORCH_BOX(&hyper_linear_grad_h));
   m.impl("hyper_linear_grad_weight", TORCH_BOX(&hyper_linear_grad_weight));
 }

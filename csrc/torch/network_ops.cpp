@@ -141,7 +141,7 @@ Tensor task_mlp(const Tensor& x_, const Tensor& weight_, const OptionalTensor& s
     a.is(torch::headeronly::ScalarType::Float);
     a.rank(2, "(B, scales and biases)");
     a.size(0, tasks, "tasks");
-    a.size(1, network.outputs() * (1 + network.bias()), "scales and biases");
+    a.size(1, network.outputs() + network.biases(), "scales and biases");
     scales = a.stride(1) == 1 ? *scales_ : torch::stable::contiguous(*scales_);
     p.scales_and_biases = scales->data_ptr();
     p.scales_and_biases_task = scales->stride(0);
@@ -159,12 +159,49 @@ Tensor task_mlp(const Tensor& x_, const Tensor& weight_, const OptionalTensor& s
   return y;
 }
 
+std::tuple<Tensor, Tensor> task_mlp_backward(const Tensor& grad_, const Tensor& x_,
+                                             const Tensor& weight_, const OptionalTensor& task_ids,
+                                             const Text& text,
+                                             const std::vector<bool>& output_mask) {
+  const Arg grad("grad", grad_), x("x", x_), weight("weight", weight_);
+  const Network network(text.value);
+  const Net net = network.view();
+  weight.rank(2, "(B, parameters)");
+  const Index tasks = weight.size(0), params = network.params();
+  const Dtype dtype = x.dtype();
+  weight.same_dtype(x);
+  weight.size(1, params, "the parameters of a network");
+  countable(tasks, params, 1);
+  countable_rows(x, network.outputs());
+  if (output_mask.size() != 2) fail("output_mask must have 2 entries, got ", output_mask.size());
+  Index rows = 1;
+  for (Index i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  const Grouping groups = group_rows(x, task_ids, tasks, gradient_piece(rows, params), true);
+  x.size(-1, network.in(), "the inputs of network");
+  grad.same_dtype(x);
+  grad.same_rows(x);
+  grad.size(-1, network.out(), "the outputs of network");
+  const Tensor own = weight.stride(1) == 1 ? weight_ : torch::stable::contiguous(weight_);
+  const Tensor rows_of_x = readable(x, task_ids, true),
+               rows_of_grad = readable(grad, task_ids, true);
+  Tensor grad_x = output_mask[0] ? x.like_rows(network.in()) : x.empty({0});
+  Tensor grad_weight = output_mask[1] ? x.empty({tasks, params}) : x.empty({0});
+  if (!output_mask[0] && !output_mask[1]) return {grad_x, grad_weight};
+  kernels().task_mlp_backward({dtype, groups.view(), net, Arg("x", rows_of_x).rows(),
+                               own.data_ptr(), own.stride(0), Arg("grad", rows_of_grad).rows(),
+                               output_mask[0] ? grad_x.mutable_data_ptr() : nullptr,
+                               output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr});
+  trim_scratch();
+  return {grad_x, grad_weight};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hyperfast, CPU, m) {
   m.impl("hyper_mlp", TORCH_BOX(&hyper_mlp));
   m.impl("hyper_mlp_backward", TORCH_BOX(&hyper_mlp_backward));
   m.impl("task_mlp", TORCH_BOX(&task_mlp));
+  m.impl("task_mlp_backward", TORCH_BOX(&task_mlp_backward));
 }
 
 }  // namespace hyperfast

@@ -30,6 +30,9 @@ enum class Slot {
   hidden_c,
   networks,
   gradients,
+  formed,
+  head_sums,
+  feature_rows,
   transposed_a,
   transposed_b,
   recomputed,
@@ -40,7 +43,7 @@ enum class Slot {
   local_b,
   local_c,
   local_d,
-  transposed,
+  plain,
   count
 };
 void* scratch(Slot slot, std::size_t bytes);

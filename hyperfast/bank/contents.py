@@ -20,7 +20,7 @@ from hyperfast.bank.formats import format_of
 from hyperfast.bank.log import Log, Record, pack_keys, records, unpack_keys
 from hyperfast.bank.rows import Columns, Store
 from hyperfast.bank.table import LATENT, SLOT, Change, Key, Named, Table, fits, integer
-from hyperfast.layout import MLPSpec, positive
+from hyperfast.layout import MLPSpec, check_transform, positive
 from hyperfast.nn.copies import clone
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
@@ -68,11 +68,12 @@ class Contents:
         dtype: torch.dtype | str,
         device: torch.device,
         *,
+        transform: str = "",
         latent: tuple[int, torch.dtype] | None = None,
         max_bytes: int | None = None,
     ):
         self.spec = spec
-        self.format = format_of(spec, dtype)
+        self.format = format_of(spec, dtype, transform)
         self.device = device
         self.activations = own_activations(activations, self.format.compute, device)
         self.max_bytes = max_bytes
@@ -104,16 +105,28 @@ class Contents:
         """Without tasks yet."""
         if not isinstance(target, TargetNet):
             raise TypeError(f"target must be a TargetNet, got {type(target).__name__}")
-        if target.weight_transform is not None:
+        transform = check_transform("target.weight_transform", target.weight_transform)
+        if transform is None:
             raise ValueError(
-                "target must have no weight_transform: transform the weights, then use from_weights"
+                "target must have a weight_transform with a name, or none: transform the weights "
+                f"by {target.weight_transform}, then use from_weights"
             )
         activations = target.layer_activations(len(spec.layers))
         latent = None if hyper is None else (hyper.z_dim, hyper.dtype)
-        contents = cls(spec, activations, dtype, device, latent=latent, max_bytes=max_bytes)
+        contents = cls(
+            *(spec, activations, dtype, device),
+            transform=transform,
+            latent=latent,
+            max_bytes=max_bytes,
+        )
         if hyper is not None:
             contents.attach(hyper)
         return contents
+
+    @property
+    def text(self) -> str | None:
+        """The text of the networks, ``None`` where it has no word for an activation."""
+        return self.spec.describe(self.activations, self.format.transform)
 
     def after_fork(self) -> None:
         self.saving = threading.Lock()
@@ -337,6 +350,7 @@ class Contents:
                 latents = table.latents.column(0, renumbered(entries, LATENT))
         return {name: getattr(self, name) for name in kept} | {
             "dtype": self.format.dtype,
+            "transform": self.format.transform,
             "latent": None if table.latents is None else table.latents.columns[0],
             "sequence": sequence,
             "named": named,
@@ -350,6 +364,7 @@ class Contents:
             state["activations"],
             state["dtype"],
             state["device"],
+            transform=state["transform"],
             latent=state["latent"],
             max_bytes=state["max_bytes"],
         )

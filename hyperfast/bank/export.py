@@ -23,7 +23,7 @@ class BankModule(nn.Module):
     def __init__(self, contents: Contents):
         super().__init__()
         compute = contents.format.compute
-        self.spec = contents.spec
+        self.spec, self.transform = contents.spec, contents.format.transform
         self.activations = own_activations(contents.activations, compute, contents.device)
         self.used = nn.ModuleList(a for a in self.activations if a is not None)  # registers them
         with contents.table.write:
@@ -49,6 +49,6 @@ class BankModule(nn.Module):
         """
         places = (task_ids & PLACE).clamp(max=len(self.codes) - 1)
         index = self.codes.index_select(0, places) ^ task_ids
-        format = Floats(self.spec, self.weights.dtype)
+        format = Floats(self.spec, self.transform, self.weights.dtype)
         y = format.apply(self.activations, (self.weights,), x.to(self.weights.dtype), index)
         return y.to(x.dtype)

@@ -14,7 +14,7 @@ from hyperfast.activations import activate, run_layers
 from hyperfast.bank.rows import Columns
 from hyperfast.functional import task_linear, task_mlp
 from hyperfast.kernels.rows import blocks
-from hyperfast.layout import MLPSpec, ParamSpec
+from hyperfast.layout import MLPSpec, ParamSpec, transformed
 from hyperfast.plans.sizes import BLOCK
 
 
@@ -26,9 +26,11 @@ class Format(ABC):
         dtype: what users call the format.
         compute: the dtype in which stored networks run.
         columns: width and dtype of each, by the names that files give them.
+        transform: of the matrices when they are applied, ``""`` for none; they are stored as given.
     """
 
     spec: MLPSpec
+    transform: str
     dtype: torch.dtype
     compute: torch.dtype
     columns: dict[str, tuple[int, torch.dtype]]
@@ -50,7 +52,7 @@ class Format(ABC):
     ) -> Tensor:
         """``x (R, in)`` of the compute dtype through the networks at ``index (R,)`` of ``columns``;
         here, for a format that kernels do not know: decoded, a block of tasks at a time."""
-        plain = Floats(self.spec, self.compute)
+        plain = Floats(self.spec, self.transform, self.compute)
         y = x.new_empty(len(x), self.spec.sizes[-1])
         for tasks, where, local in blocks(index, max(1, BLOCK // self.spec.numel)):
             flat = self.decode(tuple(column.index_select(0, tasks) for column in columns))
@@ -66,8 +68,9 @@ class Format(ABC):
 class Floats(Format):
     """A floating-point dtype: the one column ``weights (P,)``."""
 
-    def __init__(self, spec: MLPSpec, dtype: torch.dtype):
-        self.spec, self.dtype, self.compute = spec, dtype, dtype
+    def __init__(self, spec: MLPSpec, transform: str, dtype: torch.dtype):
+        self.spec, self.transform = spec, transform
+        self.dtype = self.compute = dtype
         self.columns = {"weights": (spec.numel, dtype)}
 
     def encode(self, flat: Tensor) -> Columns:
@@ -82,9 +85,9 @@ class Floats(Format):
     def apply(
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, index: Tensor
     ) -> Tensor:
-        text = self.spec.describe(activations)
+        text = self.spec.describe(activations, self.transform)
         if text is None:
-            return run_by_layers(self.spec, activations, columns[0], x, index)
+            return run_by_layers(self.spec, activations, columns[0], x, index, self.transform)
         return task_mlp(x, columns[0], None, index, text)
 
 
@@ -98,8 +101,8 @@ class Int8(Format):
 
     dtype, compute = torch.int8, torch.float32
 
-    def __init__(self, spec: MLPSpec):
-        self.spec = spec
+    def __init__(self, spec: MLPSpec, transform: str):
+        self.spec, self.transform = spec, transform
         sizes = [(layer.out_features, layer.in_features) for layer in spec.layers]
         vectors = [(1 + bias, out) for (out, _), bias in zip(sizes, spec.biases, strict=True)]
         self._matrices = ParamSpec(tuple(sizes))
@@ -147,18 +150,18 @@ class Int8(Format):
     def apply(
         self, activations: Sequence[nn.Module | None], columns: Columns, x: Tensor, index: Tensor
     ) -> Tensor:
-        text = self.spec.describe(activations)
+        text = self.spec.describe(activations, self.transform)
         if text is None:
             return super().apply(activations, columns, x, index)
         return task_mlp(x, columns[0], columns[1], index, text)
 
 
-def _floats(dtype: torch.dtype) -> Callable[[MLPSpec], Format]:
+def _floats(dtype: torch.dtype) -> Callable[[MLPSpec, str], Format]:
     return partial(Floats, dtype=dtype)
 
 
 # By the names that files give them.
-FORMATS: dict[str, Callable[[MLPSpec], Format]] = {
+FORMATS: dict[str, Callable[[MLPSpec, str], Format]] = {
     "float32": _floats(torch.float32),
     "bfloat16": _floats(torch.bfloat16),
     "float16": _floats(torch.float16),
@@ -167,7 +170,7 @@ FORMATS: dict[str, Callable[[MLPSpec], Format]] = {
 }
 
 
-def format_of(spec: MLPSpec, dtype: torch.dtype | str) -> Format:
+def format_of(spec: MLPSpec, dtype: torch.dtype | str, transform: str = "") -> Format:
     """The format of a dtype, or of a name in a file.
 
     Raises:
@@ -176,7 +179,7 @@ def format_of(spec: MLPSpec, dtype: torch.dtype | str) -> Format:
     name = str(dtype).removeprefix("torch.")
     if name not in FORMATS:
         raise TypeError(f"dtype must be one of {[*FORMATS]}, got {dtype}")
-    return FORMATS[name](spec)
+    return FORMATS[name](spec, transform)
 
 
 def name_of(format: Format) -> str:
@@ -185,12 +188,17 @@ def name_of(format: Format) -> str:
 
 
 def run_by_layers(
-    spec: MLPSpec, activations: Sequence[nn.Module | None], flat: Tensor, x: Tensor, index: Tensor
+    spec: MLPSpec,
+    activations: Sequence[nn.Module | None],
+    flat: Tensor,
+    x: Tensor,
+    index: Tensor,
+    transform: str,
 ) -> Tensor:
     """The layers of stored networks one by one: row ``r`` of ``x (R, in)`` runs through the network
     of ``flat[index[r]]``. A function may hold tensors of another dtype: what it returns is cast."""
     linears = [
-        partial(task_linear, weight=weight, bias=bias, task_ids=index)
+        partial(task_linear, weight=transformed(transform, weight), bias=bias, task_ids=index)
         for weight, bias in weight_bias_pairs(spec, flat)
     ]
 

@@ -66,7 +66,7 @@ def measure(contents: Contents, ids: Tensor, weights: Tensor | None, rows: int) 
         rows: random inputs of each task.
     """
     spec, device = contents.spec, contents.device
-    activations = contents.activations
+    activations, transform = contents.activations, contents.format.transform
     exactly = own_activations(activations, torch.float64, device)
     hyper = contents.hyper
     if hyper is not None:
@@ -91,8 +91,8 @@ def measure(contents: Contents, ids: Tensor, weights: Tensor | None, rows: int) 
         ):
             piece = slice(layer.begin, layer.end)
             one = MLPSpec((layer.in_features, layer.out_features), layer.bias == "b")
-            x = run_by_layers(one, [activation], stored[:, piece], x, tasks)
-            right = run_by_layers(one, [in_double], exact[:, piece], right, tasks)
+            x = run_by_layers(one, [activation], stored[:, piece], x, tasks, transform)
+            right = run_by_layers(one, [in_double], exact[:, piece], right, tasks, transform)
             _add(of_layer[0], stored[:, piece], exact[:, piece])
             _add(of_layer[1], x, right)
     return errors

@@ -118,12 +118,13 @@ def _load(path: Path, hyper: HyperNet | None, max_bytes: int | None) -> Contents
         guards["table"](None)
         latents = tensors.pop("latents", None)
         packed = tensors.pop("keys", None)
-        spec, activations = _network_in(meta)
+        spec, activations, transform = _network_in(meta)
         contents = Contents(
             spec,
             activations,
             meta["dtype"],
             torch.device("cpu"),
+            transform=transform,
             latent=None if latents is None else (latents.shape[1], latents.dtype),
             max_bytes=meta["max_bytes"] if max_bytes is None else max_bytes,
         )
@@ -159,7 +160,7 @@ def _attach(contents: Contents, hyper: HyperNet, path: Path) -> None:
 
 
 def _describe(contents: Contents) -> dict[str, Any]:
-    network = contents.spec.describe(contents.activations)
+    network = contents.text
     if network is None:
         unknown = [a for a in contents.activations if named(a) is None]
         raise ValueError(
@@ -176,14 +177,14 @@ def _describe(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _network_in(meta: dict[str, Any]) -> tuple[MLPSpec, list[nn.Module | None]]:
+def _network_in(meta: dict[str, Any]) -> tuple[MLPSpec, list[nn.Module | None], str]:
     """The networks that a file describes; an older one spelt out sizes, bias and activations."""
     if "network" in meta:
         network = Network.for_kernels(meta["network"])
-        return network.spec, network.modules()
+        return network.spec, network.modules(), network.transform
     spec, names = MLPSpec(meta["sizes"], meta["bias"]), meta["activations"]
     target = TargetNet(names if names[-1] is not None else names[:-1])
-    return spec, target.layer_activations(len(spec.layers))
+    return spec, target.layer_activations(len(spec.layers)), ""
 
 
 def _read_keys(packed: Tensor, guard: Guard, path: Path, ids: set[int]) -> Named:

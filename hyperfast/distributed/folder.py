@@ -154,6 +154,7 @@ def _empty_like(source: Contents) -> Contents:
         source.activations,
         source.format.dtype,
         source.device,
+        transform=source.format.transform,
         latent=None if latents is None else latents.columns[0],
         max_bytes=source.max_bytes,
     )

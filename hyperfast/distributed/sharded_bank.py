@@ -74,8 +74,7 @@ class ShardedTaskBank:
         self._ranks = ranks
         self.rank, self.ranks = ranks.rank, ranks.size
         self._issued = issued  # ids below are spent
-        known = local.spec.describe(contents.activations)
-        kinds = known or [
+        kinds = contents.text or [
             type(a).__name__ for a in contents.activations
         ]  # a repr may hold an address
         meta = [local.spec, local.dtype, contents.mark, local.max_bytes, kinds]

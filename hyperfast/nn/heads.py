@@ -19,6 +19,7 @@ from hyperfast.layout import (
     positive,
     transformed,
 )
+from hyperfast.plans.sizes import Sizes
 
 BIASES = ("generated", "shared", None)
 
@@ -86,6 +87,16 @@ class LayerHead:
                 "transform must generate zeros beside a base, from which the layer starts, "
                 f"got {self.transform!r}"
             )
+
+    def sizes(
+        self, tasks: int, rows: int, features: int, ragged: bool, transform: bool
+    ) -> list[Sizes]:
+        """Of each op that :meth:`apply` runs, of features that all tensors share."""
+        out, bias = self.out_features, self.bias == "generated"
+        if self.rank is None:
+            return [Sizes(tasks, rows, self.in_features, out, features, ragged, bias, transform)]
+        first = Sizes(tasks, rows, self.in_features, self.rank, features, ragged, False)
+        return [first, Sizes(tasks, rows, self.rank, out, features, ragged, bias)]
 
     def weights(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
         """The matrix ``(..., out, in)`` and the bias ``(..., out)`` in ``flat (..., numel)``."""

@@ -76,9 +76,10 @@ class HyperMLP(nn.Module):
         """Generates a network from every latent and runs it on its rows.
 
         Args:
-            x: with ``z (B, z_dim)``: ``(B, N, in)``, ``(B, in)``, a jagged NestedTensor
-                ``(B, j, in)``, or ``(R, in)`` with ``task_ids``. With ``z (z_dim,)``: ``(N, in)``
-                or ``(in,)``. A target other than a TargetNet says itself what it takes and returns.
+            x: with ``z (B, z_dim)``: ``(B, N, in)``, ``(B, in)``, ``(1, N, in)``, the same rows
+                for all tasks, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with
+                ``task_ids``. With ``z (z_dim,)``: ``(N, in)`` or ``(in,)``. A target other than a
+                TargetNet says itself what it takes and returns.
             z: ``(B, z_dim)``, or ``(z_dim,)`` for a single network.
             task_ids: ``(R,)`` int64: row ``r`` runs through the network of ``z[task_ids[r]]``.
 
@@ -106,7 +107,7 @@ class HyperMLP(nn.Module):
                     f"hyper.generator must return {numel} numbers for {spec}, got a last layer of "
                     f"{len(head.weight)}"
                 )
-        weight, bias = mlp.heads[0].weight, mlp.heads[0].bias
+        weight, bias = mlp.heads[0].weight, mlp.heads[0].bias  # type: Tensor, Tensor | None
         self.hyper.check_latents(z, weight)
         features = []
         for trunk in mlp.trunks:
@@ -117,12 +118,13 @@ class HyperMLP(nn.Module):
         checks.check_like_weight(weight, x=x)
         activations = mlp.target.layer_activations(len(spec.layers))
         base = self.hyper.base
-        start = bias if base is None else base if bias is None else bias + base
+        if mlp.whole and base is not None:
+            bias = base if bias is None else bias + base
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:
             if mlp.whole:
                 return generated_mlp(
-                    rows, features[0], weight, start, spec, activations, ids, "z", mlp.transform
+                    rows, features[0], weight, bias, spec, activations, ids, "z", mlp.transform
                 )
             linears = self.hyper.linears(features, mlp.heads, mlp.transform, ids)
             return run_layers(rows, linears, activations)

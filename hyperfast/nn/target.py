@@ -60,7 +60,8 @@ class TargetNet(nn.Module):
 
         Args:
             x: with unbatched weights ``(N, in)`` or ``(in,)``; with batched ones ``(B, N, in)``,
-                ``(B, in)``, a jagged NestedTensor ``(B, j, in)``, or ``(R, in)`` with ``task_ids``.
+                ``(B, in)``, ``(1, N, in)``, the same rows for all, a jagged NestedTensor ``(B, j,
+                in)``, or ``(R, in)`` with ``task_ids``.
             weights: ``(w1, b1, w2, b2, ...)`` or ``(w1, w2, ...)``: ``w (out, in)``, ``b (out,)``,
                 all with a leading ``B`` or none. Also an ``nn.ParameterList``, or a dict with its
                 values in this order, as ``torch.func.stack_module_state`` returns.
@@ -150,19 +151,21 @@ def from_jagged(
 
 
 def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as ``MLPSpec.split``
-    and a HyperNet make them and a bank keeps them; ``None`` where they are not, or where a
-    gradient or a transform must see each of them: with a gradient, all must be views of one
-    ``(B, P)`` tensor, which then gets it."""
+    """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
+    them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
+    must see each of them."""
     if torch.compiler.is_compiling() or backends.forced == "reference":
         return None
     first = layers[0][0]
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if type(first) is not Tensor or transformed:
         return None
-    storage, step = first.untyped_storage().data_ptr(), first.stride(0)
-    place, root = first.storage_offset(), first._base
-    trained = False
+    storage, step, start = (
+        first.untyped_storage().data_ptr(),
+        first.stride(0),
+        first.storage_offset(),
+    )
+    place, trains = start, torch.is_grad_enabled()
     for w, b in layers:
         for t in (w, b):
             if t is None:
@@ -173,18 +176,11 @@ def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
                 or t.stride() != (step, *rows)
                 or t.dtype != first.dtype
                 or t.untyped_storage().data_ptr() != storage
+                or (trains and t.requires_grad)
             ):
                 return None
             place += math.prod(t.shape[1:])
-            trained |= t.requires_grad
-            if t._base is not root:
-                root = None
-    size, at = (first.shape[0], place - first.storage_offset()), first.storage_offset()
-    if not (trained and torch.is_grad_enabled()):
-        return first.as_strided(size, (step, 1), at)
-    if root is None or root.shape != size or root.stride() != (step, 1):
-        return None
-    return root if root.storage_offset() == at else None
+    return first.as_strided((first.shape[0], place - start), (step, 1), start)
 
 
 def _unbatched(

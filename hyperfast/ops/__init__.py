@@ -9,7 +9,7 @@ from hyperfast.ops.layer import (
     task_linear,
     task_linear_grad_weight,
 )
-from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp
+from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp, task_mlp_backward
 
 __all__ = [
     "hyper_linear",
@@ -21,4 +21,5 @@ __all__ = [
     "task_linear",
     "task_linear_grad_weight",
     "task_mlp",
+    "task_mlp_backward",
 ]

@@ -2,8 +2,8 @@
 
 ``hyper_mlp`` generates and applies every layer of the target; ``task_mlp`` applies given weights.
 A backend registers its kernels for its device's key; elsewhere the layers run one by one, through
-the ops of :mod:`hyperfast.ops.layer`. Derivatives beyond the first, and all transforms, go by the
-layers.
+the ops of :mod:`hyperfast.ops.layer`. Derivatives beyond the first, and all function transforms, go
+by the layers.
 
 ``network`` is the text of a network, :class:`hyperfast.layout.Network`.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hyperfast import checks
 from hyperfast.activations import run_layers
+from hyperfast.kernels import reference
 from hyperfast.kernels.rows import blocks
-from hyperfast.layout import Layer, Network, of_layer
+from hyperfast.layout import TRANSFORMS, Layer, Network, of_layer
 from hyperfast.ops.define import (
     IDS,
     ROW,
@@ -32,11 +33,10 @@ from hyperfast.ops.define import (
     differentiate,
 )
 from hyperfast.ops.layer import (
-    grad_shared,
     hyper_linear,
-    hyper_linear_grad_h,
-    hyper_linear_grad_weight,
+    hyper_linear_backward,
     task_linear,
+    task_linear_grad_weight,
 )
 from hyperfast.plans import cpu
 from hyperfast.plans.sizes import BLOCK
@@ -77,7 +77,7 @@ def by_layers(
     layers = Network.for_kernels(network).layers
 
     def linear(layer: Layer, x: Tensor) -> Tensor:
-        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, "", "")
+        return hyper_linear(x, h, *of_layer(weight, bias, layer), task_ids, layer.transform, "")
 
     return run_layers(x, (partial(linear, v) for v in layers), (v.activate for v in layers), keep)
 
@@ -110,18 +110,15 @@ def _hyper_mlp_backward(grad, x, h, weight, bias, task_ids, preactivations, netw
     for n, layer in reversed(list(enumerate(layers))):
         if n < len(pres):
             grad = grad * layer.slope(pres[n])
-        made = of_layer(weight, bias, layer)
+        made, transform = of_layer(weight, bias, layer), layer.transform
+        made_of = made.matrix, made.matrix_bias, made.vector, task_ids, transform
+        found = hyper_linear_backward(grad, inputs[n], h, *made_of, output_mask[1:], "")
         if output_mask[1]:
-            grad_h += hyper_linear_grad_h(
-                grad, inputs[n], made.matrix, made.vector, task_ids, len(h), ""
-            )
-        if output_mask[2]:
-            weights.append(hyper_linear_grad_weight(grad, inputs[n], h, task_ids, net.has_bias, ""))
-        if output_mask[3]:
-            biases += [grad.flatten(0, -2).sum(0)] * net.has_bias
-            biases.append(grad_shared(grad, inputs[n]).flatten())
+            grad_h += found[0]
+        weights.append(found[1])
+        biases.append(found[2])
         if n > 0 or output_mask[0]:
-            grad = hyper_linear(grad, h, *made.transposed, task_ids, "", "")
+            grad = hyper_linear(grad, h, *made.transposed, task_ids, transform, "")
     return (
         grad if output_mask[0] else x.new_empty(0),
         grad_h.to(h.dtype) if output_mask[1] else x.new_empty(0),
@@ -200,15 +197,17 @@ class _HyperMlp(torch.autograd.Function):
 def stored_layer(
     weight: Tensor, scales_and_biases: Tensor | None, net: Network, n: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Matrix ``(B, out, in)`` and bias ``(B, out)`` of layer ``n`` of given networks, widened to
-    ``dtype`` where they are steps of their scales."""
+    """Matrix ``(B, out, in)`` and bias ``(B, out)`` of layer ``n`` of given networks, as they are
+    applied: widened to ``dtype`` where they are steps of their scales, and transformed."""
     layer, scaled = net.layers[n], scales_and_biases is not None
     place, out = net.places(scaled)[n], layer.out_features
     w = weight[:, place.matrix :][:, : layer.weight_numel].unflatten(1, (out, layer.in_features))
     vectors = weight if scales_and_biases is None else scales_and_biases
     if scales_and_biases is not None:
         w = w.to(dtype) * scales_and_biases[:, place.scale :][:, :out].unsqueeze(2)
-    return w, vectors[:, place.bias :][:, :out] if net.has_bias else None
+    if layer.transform:
+        w = TRANSFORMS[layer.transform].value(w)
+    return w, vectors[:, place.bias :][:, :out] if layer.bias == "b" else None
 
 
 def by_task_layers(
@@ -218,6 +217,7 @@ def by_task_layers(
     task_ids: Tensor | None,
     network: str,
     task_linear: Callable[..., Tensor] = task_linear,
+    keep: list[Tensor] | None = None,
 ) -> Tensor:
     """What ``task_mlp`` means: layer after layer, differentiable to any order."""
     net = Network.for_kernels(network)
@@ -225,34 +225,67 @@ def by_task_layers(
     def linear(n: int, x: Tensor) -> Tensor:
         return task_linear(x, *stored_layer(weight, scales_and_biases, net, n, x.dtype), task_ids)
 
-    numbers = range(len(net.layers))
-    return run_layers(x, (partial(linear, n) for n in numbers), (v.activate for v in net.layers))
+    linears = (partial(linear, n) for n in range(len(net.layers)))
+    return run_layers(x, linears, (v.activate for v in net.layers), keep)
 
 
-def _task_mlp(x, weight, scales_and_biases, task_ids, network):
-    net = Network.for_kernels(network)
-    vectors = sum(net.sizes[1:])
-    matrices = net.numel - net.has_bias * vectors
-    scaled = scales_and_biases is not None
-    checks.check_rows_match(
-        [x], [weight, scales_and_biases] if scaled else [weight], len(weight), task_ids
-    )
+def _check_stored(
+    rows: list[Tensor],
+    weight: Tensor,
+    scales_and_biases: Tensor | None,
+    task_ids: Tensor | None,
+    network: str,
+) -> Network:
+    net, scaled = Network.for_kernels(network), scales_and_biases is not None
+    stored = [t for t in (weight, scales_and_biases) if t is not None]
+    checks.check_rows_match(rows, stored, len(weight), task_ids)
     checks.check_in_range(task_ids, len(weight))
     for name, t, width in (
-        ("x", x, net.sizes[0]),
-        ("weight", weight, matrices if scaled else net.numel),
-        ("scales_and_biases", scales_and_biases, vectors * (1 + net.has_bias)),
+        ("x", rows[-1], net.sizes[0]),
+        ("weight", weight, net.weight_numel if scaled else net.numel),
+        ("scales_and_biases", scales_and_biases, net.vector_numel),
+        *([("grad", rows[0], net.sizes[-1])] if len(rows) > 1 else []),
     ):
         if t is not None and t.shape[-1] != width:
             raise ValueError(f"{name} must have {width} columns, got {checks.shape(t)}")
-    if not scaled or task_ids is None:
+    return net
+
+
+def _task_mlp(x, weight, scales_and_biases, task_ids, network):
+    net = _check_stored([x], weight, scales_and_biases, task_ids, network)
+    if scales_and_biases is None or task_ids is None:
         return by_task_layers(x, weight, scales_and_biases, task_ids, network).contiguous()
     # Steps of int8 are widened a block of touched tasks at a time, so that they stay in cache.
     y = x.new_empty(len(x), net.sizes[-1])
-    for tasks, where, local in blocks(task_ids, max(1, BLOCK // matrices)):
+    for tasks, where, local in blocks(task_ids, max(1, BLOCK // net.weight_numel)):
         some = weight.index_select(0, tasks), scales_and_biases.index_select(0, tasks)
         y[where] = by_task_layers(x[where], *some, local, network)
     return y
+
+
+def _task_mlp_backward(grad, x, weight, task_ids, network, output_mask):
+    net = _check_stored([grad, x], weight, None, task_ids, network)
+    pres: list[Tensor] = []
+    by_task_layers(x, weight, None, task_ids, network, keep=pres)
+    inputs = [x, *(v.activate(pre) for v, pre in zip(net.layers[:-1], pres, strict=False))]
+    grads = []
+    for n, layer in reversed(list(enumerate(net.layers))):
+        grad = grad * layer.slope(pres[n])
+        matrix, _ = stored_layer(weight, None, net, n, x.dtype)
+        if output_mask[1]:
+            if layer.bias == "b":
+                grads.append(reference.sum_rows(grad, task_ids, len(weight)))
+            of_matrix = task_linear_grad_weight(grad, inputs[n], task_ids, len(weight))
+            if layer.transform:
+                stored = weight[:, layer.begin :][:, : layer.weight_numel].view_as(of_matrix)
+                of_matrix = of_matrix * TRANSFORMS[layer.transform].slope(stored)
+            grads.append(of_matrix.flatten(1))
+        if n > 0 or output_mask[0]:
+            grad = task_linear(grad, matrix.mT, None, task_ids)
+    return (
+        grad.contiguous() if output_mask[0] else x.new_empty(0),
+        torch.cat(grads[::-1], 1) if output_mask[1] else x.new_empty(0),
+    )
 
 
 def _task_mlp_setup(ctx, inputs, output):
@@ -262,7 +295,11 @@ def _task_mlp_setup(ctx, inputs, output):
 
 def _task_mlp_autograd(ctx, grad):
     need = ctx.needs_input_grad[:3]
+    x, weight, scales, ids = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
+    if scales is None and not create_graph and not torch._C._are_functorch_transforms_active():
+        found = iter(task_mlp_backward(grad, x, weight, ids, ctx.network, need[:2]))
+        return *[g if n else None for g, n in zip(found, need, strict=False)], None, None, None
     with torch.enable_grad():
         tensors = _views(ctx.saved_tensors)
         y = by_task_layers(tensors[0], tensors[1], tensors[2], tensors[3], ctx.network)
@@ -317,6 +354,22 @@ task_mlp = define(
 )
 differentiate(task_mlp, _task_mlp_autograd, _task_mlp_setup)
 count_flops(task_mlp, lambda x, weight, scales, ids, network: _applied(x, network))
+
+task_mlp_backward = define(
+    "task_mlp_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? task_ids, str network, bool[2] output_mask)"
+    " -> (Tensor, Tensor)",
+    ((ROW, ROW, TASK, IDS), (ROW, TASK)),
+    _task_mlp_backward,
+    lambda grad, x, weight, ids, network, mask: tuple(
+        x.new_empty(t.shape if wanted else (0,))
+        for t, wanted in zip((x, weight), mask, strict=True)
+    ),
+)
+count_flops(  # the layers once more, and back through them
+    task_mlp_backward,
+    lambda grad, x, weight, ids, network, mask: (2 + mask[1]) * _applied(x, network),
+)
 
 
 def run(

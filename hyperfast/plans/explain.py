@@ -5,21 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from hyperfast.plans import cpu, gpu
+from hyperfast.plans import cpu, gpu, orders
 from hyperfast.plans.choose import choose, costs, device_key
 from hyperfast.plans.sizes import Cost, Sizes
-
-
-class Model(Protocol):
-    """What is asked of a model: its hypernetwork, and of what runs as one op its ``spec``,
-    ``target`` and ``head``; ``None`` where it does not."""
-
-    hyper: Any
-
-    @property
-    def mlp(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -49,23 +39,33 @@ class Explanation:
 
 
 def explain(
-    model: Model, x_shape: Sequence[int], z_shape: Sequence[int], *, ragged: bool = False
+    model: Any,
+    x_shape: Sequence[int],
+    z_shape: Sequence[int],
+    *,
+    ragged: bool = False,
+    dim_size: int | None = None,
 ) -> Explanation:
     """The plan chosen for every layer of ``model``, its FLOPs, bytes and extra memory.
 
     In the way of ``numpy.einsum_path``: nothing runs. FLOPs and bytes are those of one forward
     pass without the trunk; extra memory is what is neither input, parameter nor output. The plan
     ``whole`` is that of the C++ kernels for many rows a task and for few tasks: all layers of a
-    task together, on weights made for a block of tasks at a time.
+    task together, on weights made for a block of tasks at a time. ``destinations`` sums rows before
+    they meet the head, ``project`` multiplies rows that all tasks share with the head first
+    (:mod:`hyperfast.plans.orders`).
 
     Args:
-        model: a :class:`hyperfast.HyperMLP`.
-        x_shape: ``(B, N, in)`` or ``(B, in)``, or ``(R, in)`` with ``ragged``.
-        z_shape: ``(B, z_dim)``.
+        model: a :class:`hyperfast.HyperMLP`, or a :class:`hyperfast.HyperLinear`.
+        x_shape: ``(B, N, in)`` or ``(B, in)``, or ``(R, in)`` with ``ragged``; of a HyperLinear
+            ``(1, N, in)`` too.
+        z_shape: ``(B, z_dim)``; of a HyperLinear the features ``(B, K)``.
         ragged: whether rows name their tasks by ``task_ids``.
+        dim_size: how many destinations the rows of a HyperLinear are summed into.
 
     Raises:
-        TypeError: the model is not one whose layers are generated and applied in one op each.
+        TypeError: the model is not one whose layers are generated and applied without forming the
+            weights.
         ValueError: shapes that do not fit the model or each other.
 
     Example:
@@ -75,39 +75,56 @@ def explain(
                layer plan              MFLOP   MB moved   MB extra
              2 -> 32 ...
     """
-    mlp = getattr(model, "mlp", None)
-    if mlp is None:
-        raise TypeError("model must be a HyperMLP whose target is a TargetNet without transform")
-    spec, target, linear, z_dim = mlp.spec, mlp.target, mlp.head, model.hyper.z_dim
+    mlp: Any = getattr(model, "mlp", None)
+    if mlp is not None:
+        heads, linear, transform = model.hyper.layers, mlp.heads[0], mlp.transform
+        z_dim = model.hyper.z_dim
+    elif (layer := getattr(model, "layer", None)) is not None:
+        heads, linear, transform = [layer], model.head, layer.transform
+        z_dim = linear.in_features
+    else:
+        raise TypeError(
+            "model must be a HyperMLP that does not form the weights, or a HyperLinear, "
+            f"got {type(model).__name__}"
+        )
     x_shape, z_shape = tuple(x_shape), tuple(z_shape)
     if len(z_shape) != 2 or z_shape[1] != z_dim:
         raise ValueError(f"z_shape must be (B, {z_dim}), got {z_shape}")
-    fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == z_shape[0]
-    if not fits or x_shape[-1] != spec.sizes[0]:
-        b, i = z_shape[0], spec.sizes[0]
-        want = f"(R, {i})" if ragged else f"({b}, N, {i}) or ({b}, {i})"
+    (tasks, _), ins = z_shape, heads[0].in_features
+    shared = mlp is None and not ragged and len(x_shape) == 3 and x_shape[0] == 1 != tasks
+    fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == tasks
+    if not (fits or shared) or x_shape[-1] != ins:
+        want = f"(R, {ins})" if ragged else f"({tasks}, N, {ins}) or ({tasks}, {ins})"
         raise ValueError(f"x_shape must be {want}, got {x_shape}")
-    tasks, rows, weight = z_shape[0], math.prod(x_shape[:-1]), linear.weight
+    rows, weight = math.prod(x_shape[:-1]) * (tasks if shared else 1), linear.weight
     features = weight.shape[1]
     device, dtype = device_key(weight.device.type, weight.dtype), weight.dtype
     layers = tuple(
-        Sizes(tasks, rows, v.in_features, v.out_features, features, ragged, spec.bias)
-        for v in spec.layers
+        size for v in heads for size in v.sizes(tasks, rows, features, ragged, bool(transform))
     )
     title = f"x {x_shape}, z {z_shape}, {str(dtype).removeprefix('torch.')} on {weight.device.type}"
-    network = spec.describe(target.layer_activations(len(layers)))
     whole = False
-    if network is not None and device in gpu.GPU:
-        if gpu.one_kernel(layers, dtype.itemsize, device):
-            title += ", in one kernel"
-    elif network is not None and device == "cpp":
-        whole = cpu.runs_whole(network, dtype, ragged, tasks, rows, features)
+    if mlp is not None and mlp.whole:
+        names = mlp.target.layer_activations(len(layers))
+        network = mlp.spec.describe(names, mlp.transform)
+        if network is not None and device in gpu.GPU:
+            if gpu.one_kernel(layers, dtype.itemsize, device):
+                title += ", in one kernel"
+        elif network is not None and device == "cpp":
+            whole = cpu.runs_whole(network, dtype, ragged, tasks, rows, features)
     chosen = []
-    for v in layers:
+    for n, v in enumerate(layers):
+        last = n + 1 == len(layers)
+        cost = None
         if whole:
-            cost = _whole(v, spec.numel, dtype.itemsize, costs(v, dtype, device)["materialize"])
-        else:
-            cost = costs(v, dtype, device)[choose(v, dtype, device)]
+            total = mlp.spec.numel
+            cost = _whole(v, total, dtype.itemsize, costs(v, dtype, device)["materialize"])
+        elif dim_size is not None and last:
+            cost = orders.destinations(v, dim_size, dtype.itemsize)
+        if cost is None and shared and n == 0:
+            cost = orders.project(v, dtype.itemsize)
+        plan = "materialize" if callable(transform) else choose(v, dtype, device)
+        cost = cost or costs(v, dtype, device)[plan]
         chosen.append((f"{v.in_features} -> {v.out_features}", cost))
     return Explanation(title, tuple(chosen), whole)
 

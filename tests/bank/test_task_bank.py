@@ -368,7 +368,7 @@ def test_bad_input():
         (
             ValueError,
             "weight_transform",
-            lambda: TaskBank.from_latents(hyper, z, target=TargetNet(weight_transform="abs")),
+            lambda: TaskBank.from_latents(hyper, z, target=TargetNet(weight_transform=torch.abs)),
         ),
         (ValueError, "too large", lambda: _store(1e6, torch.float16)),
         (ValueError, "finite", lambda: _store(float("nan"), torch.int8)),

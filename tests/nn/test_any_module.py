@@ -271,6 +271,7 @@ def test_expanded_and_strided_input():
 
 STACKS = {
     "biases": lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
+    "mixed biases": lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2, bias=False)),
     "no biases": lambda: nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 2, bias=False)),
     "nested": lambda: nn.Sequential(
         nn.Sequential(nn.Linear(3, 4), nn.Softplus(), nn.Tanh()),
@@ -342,7 +343,6 @@ class Backwards(nn.Sequential):
         lambda: nn.Sequential(nn.Linear(3, 3), Doubled(3, 3)),
         lambda: Backwards(nn.Linear(3, 3), nn.Tanh()),
         lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 3)),
-        lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False)),
         lambda: nn.Sequential(nn.Linear(3, 3), nn.Softmax(0)),
         lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
         lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).eval(),

@@ -10,7 +10,7 @@ from torch import nn
 import hyperfast
 from hyperfast import Sine, TargetNet
 from hyperfast.activations import KNOWN
-from hyperfast.ops.network import task_mlp
+from hyperfast.functional import task_mlp
 from tests.support import budget
 from tests.support.draw import draw
 
@@ -205,7 +205,7 @@ class TestTransform:
     def test_model(self):
         target = TargetNet(weight_transform="abs")
         model = hyperfast.HyperMLP(HYPER, target)
-        assert not model.fused
+        assert model.fused
         x, z, ids = draw(6, 4), draw(2, 5), torch.tensor([1, 0, 0, 1, 1, 1])
         close(model(x, z, ids), target(x, HYPER(z), ids))
 
@@ -245,7 +245,7 @@ def test_pieces_of_one_vector_run_as_one_op(bias, monkeypatch):
         calls.append(args)
         return task_mlp(*args)
 
-    monkeypatch.setattr("hyperfast.nn.target.task_mlp", counted)
+    monkeypatch.setattr("hyperfast.functional.task_mlp", counted)
     hyper = hyperfast.HyperNet(5, 4, (6, 7), 3, bias=bias, dtype=torch.float64)
     target = hyperfast.TargetNet("tanh")
     weights = hyper(torch.randn(8, 5, dtype=torch.float64))

@@ -1,28 +1,40 @@
 """Random networks, and what they should return."""
 
 from functools import partial
-from itertools import pairwise
 
 import torch
 
 from hyperfast.kernels import reference
-from hyperfast.layout import Network, of_layer
+from hyperfast.layout import TRANSFORMS, Network, of_layer
 from tests.support.draw import draw
 
+# Biases in some layers only, and a transform of each kind.
+MIXED = (
+    "3 > 5 tanh, 4 b sin:1.5 abs(W), 2",
+    "5 > 33 b silu square(W), 17 softplus, 1 b tanh exp(W)",
+    "1 > 63 softplus(W), 3 b elu",
+    "2 > 2 b abs(W)",
+)
 
-def random(sizes, tasks, rows, features, *, ragged=False, bias=True, target_bias=True, grad=True):
-    """Arguments of ``hyper_mlp`` up to the sizes. When ragged, the last of several tasks has no
+
+def random(sizes, tasks, rows, features, *, target_bias=True, **options):
+    """:func:`random_for` a network of these sizes."""
+    return random_for(text(sizes, "identity", target_bias), tasks, rows, features, **options)
+
+
+def random_for(network, tasks, rows, features, *, ragged=False, bias=True, grad=True):
+    """Arguments of ``hyper_mlp`` up to the network. When ragged, the last of several tasks has no
     rows, and rows come in mixed order."""
-    params = sum(o * (i + target_bias) for i, o in pairwise(sizes))
+    net = Network.parse(network)
     lead = (tasks * rows,) if ragged else (tasks, rows)
     ids = torch.randint(max(tasks - 1, 1), lead) if ragged else None
 
     rand = partial(draw, grad=grad)
     # So that hidden layers stay of the order of 1, and sines of sines do not amplify rounding.
-    head = rand(params, features, scale=(features * max(sizes)) ** -0.5)
+    head = rand(net.numel, features, scale=(features * max(net.sizes)) ** -0.5)
     return [
-        *(rand(*lead, sizes[0]), rand(tasks, features), head),
-        *(rand(params) if bias else None, ids),
+        *(rand(*lead, net.sizes[0]), rand(tasks, features), head),
+        *(rand(net.numel) if bias else None, ids),
     ]
 
 
@@ -43,16 +55,32 @@ def expected(x, h, weight, bias, ids, network):
     """The layers, each by the specification and differentiated by PyTorch itself."""
     for layer in Network.parse(network).layers:
         made = of_layer(weight, bias, layer)
-        x = layer.activate(reference.hyper_linear(x, h, *made, ids))
+        x = layer.activate(reference.hyper_linear(x, h, *made, ids, layer.transform))
     return x
 
 
 def stored(sizes, tasks, rows, *, ragged, dtype=torch.float64):
-    params = sum(o * (i + 1) for i, o in pairwise(sizes))
+    return stored_for(text(sizes, "identity"), tasks, rows, ragged=ragged, dtype=dtype)
+
+
+def stored_for(network, tasks, rows, *, ragged, dtype=torch.float64, scale=1.0):
+    """Rows, parameters and ids of given networks; the last of several tasks has no mixed rows."""
+    net = Network.parse(network)
     lead = (tasks * rows,) if ragged else (tasks, rows)
-    x = torch.randn(*lead, sizes[0], dtype=torch.float64).to(dtype)
-    weight = torch.randn(tasks, params, dtype=torch.float64).to(dtype)
-    return x, weight, torch.randint(max(tasks - 1, 1), lead) if ragged else None
+    x, weight = draw(*lead, net.sizes[0]), draw(tasks, net.numel, scale=scale)
+    ids = torch.randint(max(tasks - 1, 1), lead) if ragged else None
+    return x.to(dtype), weight.to(dtype), ids
+
+
+def expected_stored(x, weight, ids, network):
+    """The layers of given networks by the specification."""
+    for layer in Network.parse(network).layers:
+        own = weight[:, layer.begin : layer.end]
+        w = own[:, : layer.weight_numel].unflatten(1, (layer.out_features, layer.in_features))
+        w = TRANSFORMS[layer.transform].value(w) if layer.transform else w
+        bias = own[:, layer.weight_numel :] if layer.bias else None
+        x = layer.activate(reference.task_linear(x, w, bias, ids))
+    return x
 
 
 def apply_stored(x, weight, ids, network):
@@ -64,8 +92,8 @@ def apply_stored(x, weight, ids, network):
     for row, owner in zip(flat, owners.tolist(), strict=True):
         for layer in net.layers:
             mine, m = weight[owner, layer.begin : layer.end].double(), layer.weight_numel
-            row = layer.activate(
-                mine[:m].view(layer.out_features, layer.in_features) @ row + mine[m:]
-            )
+            w = TRANSFORMS[layer.transform].value(mine[:m]) if layer.transform else mine[:m]
+            row = w.view(layer.out_features, layer.in_features) @ row
+            row = layer.activate(row + mine[m:] if layer.bias else row)
         out.append(row.unsqueeze(0))
     return torch.cat(out).view(*x.shape[:-1], net.sizes[-1])

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "isa/layer/head.h"
+#include "isa/simd/transform.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -19,6 +20,7 @@ struct Strip {
   Index step, feature;  // from one weight to the next, from one of its features to the next
   const T* bias;        // or null
   Index bias_step;
+  Transform transform;
 };
 
 // What a strip reads and writes besides weights, in rows of `lanes<C>`: h (depth, lanes) and, for
@@ -58,6 +60,18 @@ static void strip(const Strip<T>& s, const LaneBlock<C>& b) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += a * hv[v];
     }
+  }
+  if (s.transform != Transform::none) {
+    C made[M * V * w];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(made + (m * V + v) * w, acc[m][v]);
+    transform<C>(s.transform, M * V * w, made);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] = load(made + (m * V + v) * w);
   }
   const C* x = b.x;
   C* y = b.y;
@@ -113,12 +127,15 @@ static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
 }
 
 template <class T>
-static Strip<T> strip_of(const HeadMatrix& m, Index o, Index i, bool along_inputs) {
+static Strip<T> strip_of(const HeadMatrix& m, Transform transform, Index o, Index i,
+                         bool along_inputs) {
   return {static_cast<const T*>(m.weight) + o * m.out_stride + i * m.in_stride,
-          along_inputs ? m.in_stride : m.out_stride, m.feature,
+          along_inputs ? m.in_stride : m.out_stride,
+          m.feature,
           m.bias ? static_cast<const T*>(m.bias) + o * m.bias_out_stride + i * m.bias_in_stride
                  : nullptr,
-          along_inputs ? m.bias_in_stride : m.bias_out_stride};
+          along_inputs ? m.bias_in_stride : m.bias_out_stride,
+          transform};
 }
 
 // One block of tasks.
@@ -127,7 +144,7 @@ static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
                            const LaneBlock<Acc<T>>& b) {
   using C = Acc<T>;
   if (p.vector.weight) {
-    strips<T, StripUse::store>(p.out, vecs, strip_of<T>(p.vector, 0, 0, false), b);
+    strips<T, StripUse::store>(p.out, vecs, strip_of<T>(p.vector, Transform::none, 0, 0, false), b);
   } else {
     for (Index j = 0; j < b.rows * b.y_row; ++j) b.y[j] = 0;
     for (Index r = 0; shared && r < b.rows; ++r)
@@ -144,10 +161,12 @@ static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
   const bool by_inputs = p.matrix.in_stride <= p.matrix.out_stride;
   if (by_inputs ? p.in >= min(tile_rows, p.out) : p.out < min(tile_rows, p.in))
     for (Index o = 0; o < p.out; ++o)
-      strips<T, StripUse::inputs>(p.in, vecs, strip_of<T>(p.matrix, o, 0, true), at(0, o));
+      strips<T, StripUse::inputs>(p.in, vecs, strip_of<T>(p.matrix, p.transform, o, 0, true),
+                                  at(0, o));
   else
     for (Index i = 0; i < p.in; ++i)
-      strips<T, StripUse::outputs>(p.out, vecs, strip_of<T>(p.matrix, 0, i, false), at(i, 0));
+      strips<T, StripUse::outputs>(p.out, vecs, strip_of<T>(p.matrix, p.transform, 0, i, false),
+                                   at(i, 0));
 }
 
 // What the lanes are: tasks of `rows` rows each, or, ragged, the rows in the order in which they

@@ -265,7 +265,8 @@ template <class T>
 static bool hyper_linear_on_matrix_unit(const HyperLinear& p, const Staged<const float>& x,
                                         const Staged<float>& y) {
   const Index params = p.out * (p.in + (p.vector.weight != nullptr));
-  return suits_matrix_unit(Makes::weights, p.dtype, p.groups, params, p.features) &&
+  return p.transform == Transform::none &&
+         suits_matrix_unit(Makes::weights, p.dtype, p.groups, params, p.features) &&
          hyper_linear_contract_amx<T>(p, x, y);
 }
 

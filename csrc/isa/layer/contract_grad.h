@@ -104,11 +104,6 @@ static void round_off(const Acc<T>* sums, Index size, void* gradient) {
     if (gradient) add_up<T>(1, size, sums, static_cast<T*>(gradient));
 }
 
-template <class C>
-struct TransposedRows {
-  Transposed<C> grad, x;
-};
-
 // G of parameters [p, p + count), for `vecs` vectors of units from `unit` on; `to` has `lead` lanes
 // a parameter. The head's rows are those of the matrix, then those of the vector, whose input is 1.
 template <class C>

@@ -122,6 +122,14 @@ static void generate(const Slices<C>& s, const Slice& c, Index tasks, const C* h
   }
 }
 
+// Of one task's slice, all but the vector: the first input of each output, or the first `lead`.
+template <class C>
+static void transform_slice(Transform kind, const Slice& c, bool by_output, Index lead, C* w) {
+  if (kind == Transform::none) return;
+  const Index runs = by_output ? c.no : 1, n = by_output ? c.ni : c.ni * c.no;
+  for (Index j = 0; j < runs; ++j) transform<C>(kind, n - lead, w + j * n + lead);
+}
+
 template <class T>
 static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& x,
                               const Staged<Acc<T>>& y) {
@@ -169,7 +177,8 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
                    for (Index u = 0; u < nu; ++u) {
                      const Piece r = piece(p.groups, u0 + u);
                      const View<C> out = y.of(r).at(0, c.o0);
-                     const C* w = weights + u * s.row;
+                     C* w = weights + u * s.row;
+                     transform_slice<C>(p.transform, c, s.by_output, lead, w);
                      const View<const C> init = add_vector
                                                     ? View<const C>{w, 0, s.by_output ? c.ni : 1}
                                                 : c.i0   ? View<const C>{out.data, out.row, out.col}
@@ -222,6 +231,8 @@ static void hyper_linear_whole(const HyperLinear& p, const Staged<const Acc<T>>&
         for (Index u = 0; u < tasks; ++u)
           for (Index i = 0; i < n; ++i) to.data[u * count + i] += widen(bias[i * bias_step]);
       }
+      for (Index u = 0; j < outer && u < tasks; ++u)
+        transform<C>(p.transform, n, to.data + u * count);
     }
   });
 

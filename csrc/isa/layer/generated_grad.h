@@ -1,179 +1,224 @@
-// Gradients with respect to what generates the weights. Both are matrix products with the gradient
-// of the generated weights, G_b = sum over rows of grad[r] (x) x[r], which is formed a block at a
-// time and used from the cache: G (tasks, P) times the head's weight (P, K), and G^T times h
-// (tasks, K).
+// Gradients with respect to what generates the weights. All are sums of products with the gradient
+// of the generated weights, G_b, which is formed once for a block of tasks and a run of weights and
+// used from the cache: G (tasks, P) times the head's weight (P, K), G^T times h (tasks, K), and its
+// sum over the tasks. Threads share what each of these makes, never a sum, so their number does not
+// show in the result.
 #pragma once
 
 #include "isa/layer/contract_grad.h"
 #include "isa/layer/contract_grad_amx.h"
+#include "isa/layer/formed.h"
 
 namespace hyperfast::HF_ISA {
 
-// A run of consecutive rows of the head: outputs [o0, o0 + no) and inputs [i0, i0 + ni) of the
-// matrix, or of the vector, which is a matrix of the one input 1. Either no == 1 or the inputs are
-// all there.
-struct Run {
-  bool vector;
-  Index o0, no, i0, ni;
-
-  Index size() const { return no * ni; }
-};
-
-// Cuts the head's rows into runs of at most `most` of them, matrix first.
-struct Runs {
-  Index out, in, wide, tall;  // wide: inputs of a run, tall: outputs of a run
-  Index across, matrix, total;
-  Index vector_tall;
-
-  Runs(Index out, Index in, bool vector, Index most) : out(out), in(in) {
-    wide = max(min(in, most), 1);
-    tall = wide < in ? 1 : max(min(most / wide, out), 1);
-    if (tall < out && tall > tile_rows) tall = tall / tile_rows * tile_rows;
-    across = ceil_div(in, wide);
-    matrix = ceil_div(out, tall) * across;
-    vector_tall = min(most, max(out, 1));
-    total = matrix + (vector ? ceil_div(out, vector_tall) : 0);
-  }
-
-  Run operator[](Index q) const {
-    if (q < matrix) {
-      const Index o = q / across * tall, i = q % across * wide;
-      return {false, o, min(tall, out - o), i, min(wide, in - i)};
-    }
-    const Index o = (q - matrix) * vector_tall;
-    return {true, o, min(vector_tall, out - o), 0, 1};
-  }
-
-  Index longest() const { return max(tall * wide, vector_tall); }
-};
-
-// g (no, ni) row-major = sum over the m rows of grad (x) x, for the run's outputs and inputs.
-template <class C>
-static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C* g) {
-  static const C one = 1;
-  grad = grad.at(0, run.o0);
-  x = run.vector ? View<const C>{&one, 0, 0} : x.at(0, run.i0);
-  if (run.ni < run.no &&
-      (m > 1 || run.vector)) {  // lanes along the longer side; one row's g is written as it lies
-    multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
-  } else {
-    multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});
-  }
+// How many of n rows of a product threads take at a time, where there are so many products.
+static inline Index share_of_rows(Index n, Index products) {
+  const Index share = ceil_div(n * products, 4 * thread_count());
+  return max(min(round_up(share, tile_rows), task_block), tile_rows);
 }
 
 // ---- with respect to h ----
 
-// Runs of the head's weight widened and put into panels of lanes along the features.
+// A run of the head's weight widened and put into a panel of lanes along the features.
 template <class T>
 static void pack_run(const HyperLinearGrad& p, const Run& run, Index k0, Acc<T>* dst) {
   using C = Acc<T>;
   const HeadMatrix& m = run.vector ? p.vector : p.matrix;
+  const T* from = static_cast<const T*>(m.weight) + run.o0 * m.out_stride + run.i0 * m.in_stride +
+                  k0 * m.feature;
   const Index nk = min(lanes<C>, p.features - k0);
-  for (Index o = 0; o < run.no; ++o) {
-    const T* rows =
-        static_cast<const T*>(m.weight) + (run.o0 + o) * m.out_stride + run.i0 * m.in_stride;
-    pack<C, T>(run.ni, nk, {rows + k0 * m.feature, m.in_stride, m.feature},
-               dst + o * run.ni * lanes<C>, lanes<C>, lanes<C>);
-  }
+  // Along the side whose weights are nearer to each other.
+  if (run.ni == 1 || m.out_stride < m.in_stride)
+    for (Index i = 0; i < run.ni; ++i)
+      pack<C, T>(run.no, nk, {from + i * m.in_stride, m.out_stride, m.feature}, dst + i * lanes<C>,
+                 run.ni * lanes<C>, lanes<C>);
+  else
+    for (Index o = 0; o < run.no; ++o)
+      pack<C, T>(run.ni, nk, {from + o * m.out_stride, m.in_stride, m.feature},
+                 dst + o * run.ni * lanes<C>, lanes<C>, lanes<C>);
 }
 
-// y (+)= g times a run of the head's weight as it lies.
+// y (n, nk) (+)= G times features [k0, k0 + nk) of a run of the head's weight as it lies.
 template <class T>
-static void use_run(const HyperLinearGrad& p, const Run& run, Index tasks, View<const Acc<T>> g,
-                    bool add, View<Acc<T>> y) {
+static void use_run(const HyperLinearGrad& p, const Run& run, Index n, View<const Acc<T>> g,
+                    Index k0, Index nk, bool add, View<Acc<T>> y) {
   using C = Acc<T>;
   const HeadMatrix& m = run.vector ? p.vector : p.matrix;
-  const T* rows = static_cast<const T*>(m.weight) + run.o0 * m.out_stride + run.i0 * m.in_stride;
-  // The vector's outputs, and whole rows of the matrix, are one stretch of equal steps.
-  const Index step = run.vector ? m.out_stride : m.in_stride;
-  C* part = scratch<C>(Slot::local_d, max(tasks * p.features, 1));
-  for (Index k = 0; k < run.size(); k += few_products) {
-    multiply<C, T>(tasks, p.features, min(few_products, run.size() - k), g.at(0, k),
-                   {rows + k * step, step, m.feature}, {}, {part, p.features, 1});
-    add_part<C>(tasks, p.features, part, p.features, add || k, y);
-  }
+  const T* from = static_cast<const T*>(m.weight) + run.o0 * m.out_stride + run.i0 * m.in_stride +
+                  k0 * m.feature;
+  // Whole rows of a matrix that lies row by row are one stretch of equal steps.
+  const bool one = run.ni == 1 || run.no == 1 || m.out_stride == run.ni * m.in_stride;
+  const Index step = run.ni == 1 ? m.out_stride : m.in_stride;
+  const Index stretches = one ? 1 : run.no, size = one ? run.size() : run.ni;
+  C* part = scratch<C>(Slot::local_d, n * nk);
+  for (Index j = 0; j < stretches; ++j)
+    for (Index k = 0; k < size; k += few_products, add = true) {
+      multiply<C, T>(n, nk, min(few_products, size - k), g.at(0, j * size + k),
+                     {from + j * m.out_stride + k * step, step, m.feature}, {}, {part, nk, 1});
+      add_part<C>(n, nk, part, nk, add, y);
+    }
 }
 
-// y (pieces, features), y.col == 1.
+// y (pieces, features) (+)= G times the head's weight, of which `packed` has room for a run, if it
+// is to be packed.
 template <class T>
-static void hyper_linear_grad_h_pieces(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
-                                       const Staged<const Acc<T>>& x, View<Acc<T>> y) {
+static void add_grad_of_features(const HyperLinearGrad& p, const Formed<Acc<T>>& f, Acc<T>* packed,
+                                 bool add, View<Acc<T>> y) {
+  using C = Acc<T>;
+  const Index panels = ceil_div(p.features, lanes<C>), size = f.run.size();
+  const Index panel = size * lanes<C>;
+  if (packed)
+    parallel(panels, max(parallel_work / (8 * max(panel, 1)), 1), [&](Index first, Index last) {
+      for (Index j = first; j < last; ++j) pack_run<T>(p, f.run, j * lanes<C>, packed + j * panel);
+    });
+  const Index each = share_of_rows(f.n, panels), blocks = ceil_div(f.n, each);
+  const Index work = each * panel;
+  parallel(blocks * panels, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
+    for (Index j = first; j < last; ++j) {
+      const Index u = j / panels * each, n = min(each, f.n - u);
+      const Index k0 = j % panels * lanes<C>, nk = min(lanes<C>, p.features - k0);
+      const View<const C> g{f.g + u * f.row, f.row, 1};
+      const View<C> to = y.at(f.first + u, k0);
+      if (packed)
+        sweep_sums<C>(n, int(ceil_div(nk, width<C>)), size, g, packed + j % panels * panel, add, to,
+                      int(nk));
+      else
+        use_run<T>(p, f.run, n, g, k0, nk, add, to);
+    }
+  });
+}
+
+// ---- with respect to the head's weight and bias ----
+
+// The features of all tasks: in panels of lanes, where there are at least as many of them as a
+// vector holds; else as rows, and lanes go along the head's rows.
+template <class C>
+struct TaskFeatures {
+  const C* data;
+  Index tasks, features, lead;  // elements from one task to the next
+  bool few;
+
+  const C* at(Index panel, Index task) const { return data + (panel * tasks + task) * lead; }
+};
+
+template <class T>
+static TaskFeatures<Acc<T>> pack_features(const HyperLinearGrad& p) {
   using C = Acc<T>;
   const Index tasks = p.groups.pieces;
-  const Runs runs(p.out, p.in, p.has_bias, block_elements<C> / task_block);
-  const Index panels = ceil_div(p.features, lanes<C>);
-  const Index panel = runs.longest() * lanes<C>, slice = panels * panel;
-  const Index together = max(min(head_elements<C> / max(slice, 1), runs.total), 1);
-  const bool packs = p.plan != Plan::materialize;
-  C* packed = packs ? scratch<C>(Slot::head, max(together * slice, 1)) : nullptr;
+  const bool few = p.features < width<C>;
+  const Index panels = few ? 1 : ceil_div(p.features, lanes<C>);
+  const Index lead = few ? max(p.features, 1) : lanes<C>;
+  C* h = scratch<C>(Slot::features, max(tasks * panels * lead, 1));
+  parallel(tasks, max(parallel_work / (8 * panels * lead), 1), [&](Index first, Index last) {
+    for (Index u = first; u < last; ++u) {
+      const T* from = static_cast<const T*>(p.h.data) + piece(p.groups, u).task * p.h.task;
+      for (Index j = 0; j < panels; ++j)
+        for (Index l = 0, k = j * lead; l < lead; ++l, ++k)
+          h[(j * tasks + u) * lead + l] = k < p.features ? widen(from[k * p.h.col]) : 0;
+    }
+  });
+  return {h, tasks, p.features, lead, few};
+}
 
-  for (Index q0 = 0; q0 < runs.total; q0 += together) {
-    const Index q1 = min(q0 + together, runs.total);
-    if (packs)
-      parallel((q1 - q0) * panels, max(parallel_work / (8 * panel), 1),
-               [&](Index first, Index last) {
-                 for (Index j = first; j < last; ++j)
-                   pack_run<T>(p, runs[q0 + j / panels], j % panels * lanes<C>, packed + j * panel);
-               });
-
-    const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
-    const Index work = tile_rows * (q1 - q0) * runs.longest() * (p.features + rows_each);
-    parallel(ceil_div(tasks, tile_rows), max(parallel_work / max(work, 1), 1),
-             [&](Index first, Index last) {
-               const Index row = runs.longest() + 16;  // a line more against cache conflicts
-               C* g = scratch<C>(Slot::block, task_block * row);
-               const Index end = min(last * tile_rows, tasks);
-               for (Index u0 = first * tile_rows; u0 < end; u0 += task_block) {
-                 const Index nu = min(task_block, end - u0);
-                 for (Index q = q0; q < q1; ++q) {
-                   const Run run = runs[q];
-                   for (Index u = 0; u < nu; ++u) {
-                     const Piece r = piece(p.groups, u0 + u);
-                     form<C>(run, r.end - r.begin, grad.of(r), x.of(r), g + u * row);
-                   }
-                   if (!packs) {
-                     use_run<T>(p, run, nu, {g, row, 1}, q > 0, y.at(u0, 0));
-                     continue;
-                   }
-                   for (Index j = 0; j < panels; ++j) {
-                     const Index k0 = j * lanes<C>;
-                     const int nk = int(min(lanes<C>, p.features - k0));
-                     const View<C> out = y.at(u0, k0);
-                     sweep_sums<C>(nu, int(ceil_div(nk, width<C>)), run.size(), {g, row, 1},
-                                   packed + (q - q0) * slice + j * panel, q > 0, out, nk);
-                   }
-                 }
+// weight (P, features) and bias (P), either of which may be null, (+)= G^T times h, and times 1.
+template <class C>
+static void add_grad_of_head(const HyperLinearGrad& p, const Formed<C>& f, const TaskFeatures<C>& h,
+                             bool add, C* weight, C* bias) {
+  const Index at = f.run.vector ? p.out * p.in + f.run.o0 : f.run.o0 * p.in + f.run.i0;
+  const Index panels = ceil_div(h.features, lanes<C>), size = f.run.size();
+  const Index each = share_of_rows(size, 1), work = each * f.n * (h.features + 1);
+  parallel(ceil_div(size, each), max(parallel_work / max(work, 1), 1),
+           [&](Index first, Index last) {
+             for (Index j = first; j < last; ++j) {
+               const Index q = j * each, n = min(each, size - q);
+               const View<const C> g{f.g + q, 1, f.row};  // (P, tasks)
+               if (bias) {
+                 C* sum = bias + at + q;
+                 if (!add)
+                   for (Index l = 0; l < n; ++l) sum[l] = 0;
+                 for (Index u = 0; u < f.n; ++u)
+                   for (Index l = 0; l < n; ++l) sum[l] += g.data[u * f.row + l];
                }
-             });
-  }
+               if (!weight) continue;
+               const View<C> to{weight + (at + q) * h.features, h.features, 1};
+               const View<const C> before{add ? to.data : nullptr, to.row, 1};
+               if (h.few) {
+                 multiply<C, C>(h.features, n, f.n, {h.at(0, f.first), 1, h.lead}, g.transposed(),
+                                before.transposed(), to.transposed());
+                 continue;
+               }
+               for (Index i = 0; i < panels; ++i) {
+                 const Index k0 = i * lanes<C>, nk = min(lanes<C>, h.features - k0);
+                 sweep_deep<C>(n, int(ceil_div(nk, width<C>)), f.n, g, h.at(i, f.first),
+                               add ? before.at(0, k0) : before, to.at(0, k0), int(nk));
+               }
+             }
+           });
 }
 
+// ---- all of them ----
+
+// Where the gradients of the head add up: in place, if there is nothing to round.
 template <class T>
-static void grad_of_features(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
-                             const Staged<const Acc<T>>& x,
-                             const TransposedRows<Acc<T>>* transposed, Acc<T>* grad_h, bool add) {
+struct HeadSums {
   using C = Acc<T>;
-  const Index count = transposed ? Units(p.groups).count : p.groups.pieces;
-  const bool direct = !add && !p.groups.ragged && count == p.groups.tasks;
-  C* parts = direct ? grad_h : scratch<C>(Slot::sums, max(count * p.features, 1));
-  if (transposed)
-    grad_h_contract<T>(p, transposed->grad, transposed->x, parts);
-  else
-    hyper_linear_grad_h_pieces<T>(p, grad, x, {parts, p.features, 1});
-  if (!direct) sum_units<C>(p, !transposed, 1, parts, grad_h, add);
+  C *weight = nullptr, *bias = nullptr;
+
+  explicit HeadSums(const HyperLinearGrad& p) {
+    if constexpr (std::is_same_v<T, C>) {
+      weight = static_cast<T*>(p.grad_weight);
+      bias = static_cast<T*>(p.grad_bias);
+    } else {
+      const Index size = p.grad_weight ? p.params() * p.features : 0;
+      C* sums = scratch<C>(Slot::head_sums, max(size + (p.grad_bias ? p.params() : 0), 1));
+      if (p.grad_weight) weight = sums;
+      if (p.grad_bias) bias = sums + size;
+    }
+  }
+  void start(const HyperLinearGrad& p) const {
+    for (Index j = 0; weight && j < p.params() * p.features; ++j) weight[j] = 0;
+    for (Index j = 0; bias && j < p.params(); ++j) bias[j] = 0;
+  }
+  void finish(const HyperLinearGrad& p) const {
+    round_off<T>(weight, p.params() * p.features, p.grad_weight);
+    round_off<T>(bias, p.params(), p.grad_bias);
+  }
+};
+
+// The features of all tasks as rows.
+template <class T>
+static const Acc<T>* feature_rows(const HyperLinearGrad& p) {
+  Acc<T>* h = scratch<Acc<T>>(Slot::feature_rows, max(p.groups.pieces * p.features, 1));
+  for (Index u = 0; u < p.groups.pieces; ++u)
+    copy_features<T>(p.h, piece(p.groups, u).task, p.features, false, h + u * p.features);
+  return h;
 }
 
-// ---- with respect to the head's weight ----
-
-// Tasks whose G and h a run takes at a time. With many rows a task, forming G weighs more: then
-// fewer tasks and longer runs, over which the rows are read again less often.
-static inline Index grad_tasks(Index rows_each) { return (rows_each < 16 ? 16 : 8) * tile_rows; }
-
-// Runs as long as `most`, but short enough that every thread has some. Sums do not run along a run,
-// so the number of threads does not show in the result.
-static inline Runs shared_runs(const HyperLinearGrad& p, Index most) {
-  const Index share = round_up(ceil_div(p.out, 4 * thread_count()), tile_rows);
-  return {p.out, p.in, p.has_bias, min(most, max(share * p.in, share))};
+// G formed once; grad_h (pieces, features) may be null.
+template <class T>
+static void grad_by_runs(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
+                         const Staged<const Acc<T>>& x, Acc<T>* grad_h) {
+  using C = Acc<T>;
+  const Index tasks = p.groups.pieces, block = formed_tasks(tasks, total_rows(p.groups));
+  const Runs runs(p.out, p.in, p.has_bias, formed_elements<C> / block);
+  const Index row = runs.longest() + 16;  // a line more against cache conflicts
+  C* g = scratch<C>(Slot::formed, min(block, tasks) * row);
+  C* packed = nullptr;
+  if (grad_h && p.plan != Plan::materialize)
+    packed = scratch<C>(Slot::head, runs.longest() * round_up(p.features, lanes<C>));
+  const TaskFeatures<C> h = p.grad_weight ? pack_features<T>(p) : TaskFeatures<C>{};
+  const C* h_rows = p.transform == Transform::none ? nullptr : feature_rows<T>(p);
+  const HeadSums<T> sums(p);
+  if (tasks == 0) sums.start(p);
+  for (Index first = 0; first < tasks; first += block)
+    for (Index q = 0; q < runs.total; ++q) {
+      const Formed<C> f{runs[q], first, min(block, tasks - first), g, row};
+      form_all<C>(p, f, grad, x);
+      if (h_rows && !f.run.vector) times_slope<T>(p, f, h_rows);
+      if (grad_h) add_grad_of_features<T>(p, f, packed, q > 0, {grad_h, p.features, 1});
+      if (sums.weight || sums.bias) add_grad_of_head<C>(p, f, h, first > 0, sums.weight, sums.bias);
+    }
+  sums.finish(p);
 }
 
 // All rows of all tasks as one matrix, if they lie at equal steps; else its data is null.
@@ -183,110 +228,41 @@ static View<const C> all_rows(const Staged<const C>& rows, const Groups& g) {
   return {g.rows == 1 ? rows.data : nullptr, rows.task, rows.col};
 }
 
-// Where all tasks share their features (a head's bias is the weight of a feature 1), the sum over
-// the tasks of G_b (x) h is the sum of all rows' products, times h. False where they do not.
+// The sum of G over the tasks as that of all rows, which takes no G of each. False where the rows
+// are no matrix.
 template <class T>
-static bool grad_of_shared_features(const HyperLinearGrad& p,
-                                    const Staged<const Acc<T>>& staged_grad,
-                                    const Staged<const Acc<T>>& staged_x) {
+static bool grad_of_bias(const HyperLinearGrad& p, const Staged<const Acc<T>>& staged_grad,
+                         const Staged<const Acc<T>>& staged_x) {
   using C = Acc<T>;
-  if (p.h.task != 0 || p.groups.tasks == 0) return false;
   const View<const C> grad = all_rows<C>(staged_grad, p.groups),
                       x = all_rows<C>(staged_x, p.groups);
   if (!grad.data || !x.data) return false;
-  const Runs runs = shared_runs(p, block_elements<C> / 16);
-  const Index rows = total_rows(p.groups), work = runs.longest() * (rows + p.features);
-  const T* h = static_cast<const T*>(p.h.data);
-  parallel(runs.total, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
+  const Index share = round_up(ceil_div(p.out, 4 * thread_count()), tile_rows);
+  const Runs runs(p.out, p.in, p.has_bias, min(block_elements<C> / 16, max(share * p.in, share)));
+  const Index rows = total_rows(p.groups), work = runs.longest() * (rows + 1);
+  parallel(runs.total, max(parallel_work / work, 1), [&](Index first, Index last) {
     C* g = scratch<C>(Slot::block, runs.longest());
     for (Index q = first; q < last; ++q) {
       const Run run = runs[q];
       form<C>(run, rows, grad, x, g);
       const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
-      T* y = static_cast<T*>(p.grad_weight) + at * p.features;
-      for (Index j = 0; j < run.size(); ++j)
-        for (Index k = 0; k < p.features; ++k)
-          y[j * p.features + k] = narrow<T>(g[j] * widen(h[k * p.h.col]));
+      for (Index j = 0; j < run.size(); ++j) static_cast<T*>(p.grad_bias)[at + j] = narrow<T>(g[j]);
     }
   });
   return true;
 }
 
+// The same by lanes of tasks; their sum has been found before.
 template <class T>
-static void grad_of_weight(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
-                           const Staged<const Acc<T>>& x,
-                           const TransposedRows<Acc<T>>* transposed) {
+static void grad_by_lanes(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
+                          const Staged<const Acc<T>>& x, Acc<T>* grad_h) {
   using C = Acc<T>;
-  if (transposed && p.features >= width<C>) {
-    const Index size = p.params() * p.features;
-    if constexpr (std::is_same_v<C, T>)
-      return grad_weight_contract<T>(p, transposed->grad, transposed->x,
-                                     static_cast<C*>(p.grad_weight));
-    C* sums = scratch<C>(Slot::sums, size);
-    grad_weight_contract<T>(p, transposed->grad, transposed->x, sums);
-    return add_up<T>(1, size, sums, static_cast<T*>(p.grad_weight));
-  }
-  const Index tasks = p.groups.pieces;
-  const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
-  const Index block = grad_tasks(rows_each);
-  const Runs runs = shared_runs(p, block_elements<C> / block);
-
-  // Few features: lanes along the head's rows instead, and h as it is.
-  const bool narrow_h = p.features < width<C>;
-  const Index panels = narrow_h ? 1 : ceil_div(p.features, lanes<C>);
-  const Index row = narrow_h ? max(p.features, 1) : lanes<C>;
-  C* h = scratch<C>(Slot::features, max(tasks * panels * row, 1));
-  parallel(tasks, max(parallel_work / (8 * panels * row), 1), [&](Index first, Index last) {
-    for (Index u = first; u < last; ++u) {
-      const T* from = static_cast<const T*>(p.h.data) + piece(p.groups, u).task * p.h.task;
-      for (Index j = 0; j < panels; ++j)
-        for (Index k = 0; k < row; ++k)
-          h[(j * tasks + u) * row + k] =
-              j * row + k < p.features ? widen(from[(j * row + k) * p.h.col]) : 0;
-    }
-  });
-
-  const Index work = runs.longest() * tasks * (p.features + rows_each);
-  parallel(runs.total, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
-    const Index g_row = runs.longest() + 16;
-    C* g = scratch<C>(Slot::block, block * g_row);
-    for (Index q = first; q < last; ++q) {
-      const Run run = runs[q];
-      const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
-      T* y = static_cast<T*>(p.grad_weight) + at * p.features;
-      C* sum;
-      if constexpr (std::is_same_v<C, T>)
-        sum = y;
-      else
-        sum = scratch<C>(Slot::local_b, max(run.size() * p.features, 1));
-
-      Index u0 = 0;
-      do {  // once even without tasks: the gradient is then zero
-        const Index nu = min(block, tasks - u0);
-        for (Index u = 0; u < nu; ++u) {
-          const Piece r = piece(p.groups, u0 + u);
-          form<C>(run, r.end - r.begin, grad.of(r), x.of(r), g + u * g_row);
-        }
-        const View<C> out{sum, p.features, 1};
-        const View<const C> before = u0 ? View<const C>{sum, p.features, 1} : View<const C>{};
-        if (narrow_h)
-          multiply<C, C>(p.features, run.size(), nu, {h + u0 * row, 1, row},
-                         View<const C>{g, g_row, 1}, before.transposed(), out.transposed());
-        else
-          for (Index j = 0; j < panels; ++j) {
-            const Index k0 = j * lanes<C>;
-            const int nk = int(min(lanes<C>, p.features - k0));
-            sweep_deep<C>(run.size(), int(ceil_div(nk, width<C>)), nu, {g, 1, g_row},
-                          h + (j * tasks + u0) * lanes<C>, before.data ? before.at(0, k0) : before,
-                          out.at(0, k0), nk);
-          }
-        u0 += block;
-      } while (u0 < tasks);
-
-      if constexpr (!std::is_same_v<C, T>)
-        for (Index j = 0; j < run.size() * p.features; ++j) y[j] = narrow<T>(sum[j]);
-    }
-  });
+  const Transposed<C> turned_grad = transpose_rows<C>(grad, p.groups, p.out, Slot::transposed_a),
+                      turned_x = transpose_rows<C>(x, p.groups, p.in, Slot::transposed_b);
+  if (grad_h) grad_h_contract<T>(p, turned_grad, turned_x, grad_h);
+  const HeadSums<T> sums(p);
+  if (sums.weight) grad_weight_contract<T>(p, turned_grad, turned_x, sums.weight);
+  sums.finish(p);
 }
 
 // grad_h, in the accumulation type, is added to what is there, if `add`.
@@ -299,27 +275,31 @@ static void hyper_linear_grad_typed(HyperLinearGrad p, Acc<T>* grad_h, bool add)
     for (Index j = 0; grad_h && !add && j < p.groups.tasks * p.features; ++j) grad_h[j] = 0;
     return;
   }
-  if (p.grad_weight && grad_of_shared_features<T>(p, grad, x)) p.grad_weight = nullptr;
-  const bool contract = p.plan == Plan::contract && (grad_h || p.grad_weight);
+  const bool linear = p.transform == Transform::none;
+  const bool contract = linear && p.plan == Plan::contract && (grad_h || p.grad_weight);
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<C, float>)
     if (contract && grad_on_matrix_unit<T>(p, grad, x, grad_h, add)) return;
 #endif
-  TransposedRows<C> transposed;
-  if (contract)
-    transposed = {transpose_rows<C>(grad, p.groups, p.out, Slot::transposed_a),
-                  transpose_rows<C>(x, p.groups, p.in, Slot::transposed_b)};
-  const TransposedRows<C>* lanes = contract ? &transposed : nullptr;
-  if (grad_h) grad_of_features<T>(p, grad, x, lanes, grad_h, add);
-  if (p.grad_weight) grad_of_weight<T>(p, grad, x, lanes);
-  if (p.grad_bias) {  // the weight of a feature 1
-    T one = narrow<T>(1);
-    HyperLinearGrad bias = p;
-    bias.features = 1;
-    bias.h = {&one, 0, 0};
-    bias.grad_weight = p.grad_bias;
-    if (!grad_of_shared_features<T>(bias, grad, x)) grad_of_weight<T>(bias, grad, x, lanes);
+  const bool alone = contract || !(grad_h || p.grad_weight);
+  if (p.grad_bias && linear && alone && grad_of_bias<T>(p, grad, x)) p.grad_bias = nullptr;
+  const bool by_lanes = contract && (grad_h || p.features >= width<C>);
+  const Index count = by_lanes ? Units(p.groups).count : p.groups.pieces;
+  const bool direct = !add && !p.groups.ragged && count == p.groups.tasks;
+  C* parts = nullptr;
+  if (grad_h) parts = direct ? grad_h : scratch<C>(Slot::sums, max(count * p.features, 1));
+  HyperLinearGrad rest = p;
+  if (by_lanes) {
+    p.grad_bias = nullptr;
+    if (p.features >= width<C>)
+      rest.grad_weight = nullptr;
+    else
+      p.grad_weight = nullptr;
+    grad_by_lanes<T>(p, grad, x, parts);
   }
+  C* rest_h = by_lanes ? nullptr : parts;
+  if (rest_h || rest.grad_weight || rest.grad_bias) grad_by_runs<T>(rest, grad, x, rest_h);
+  if (grad_h && !direct) sum_units<C>(p, !by_lanes, 1, parts, grad_h, add);
 }
 
 static void hyper_linear_grad(const HyperLinearGrad& p) {

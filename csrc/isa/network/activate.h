@@ -59,4 +59,24 @@ static void slope(const Layer& layer, Index n, const T* pre, T* g, T* a) {
   });
 }
 
+// pre becomes f(pre), and s f'(pre), for n elements.
+template <class C>
+static void activate_and_slope(const Layer& layer, Index n, C* pre, C* s) {
+  with_activation(layer.act, [&](auto kind) {
+    each_vector<C>(n, [&](Index i, int count) {
+      const ValueAndSlope<Vec<C>> both =
+          activation<decltype(kind)::value>(get(pre + i, count), C(layer.parameter));
+      put<C>(pre + i, both.value, count);
+      put<C>(s + i, both.slope, count);
+    });
+  });
+}
+
+// y = a b, for n elements; y may be either.
+template <class C>
+static void multiply_each(Index n, const C* a, const C* b, C* y) {
+  each_vector<C>(
+      n, [&](Index i, int count) { put<C>(y + i, get(a + i, count) * get(b + i, count), count); });
+}
+
 }  // namespace hyperfast::HF_ISA

@@ -21,8 +21,8 @@ static HeadMatrix matrix_of(const NetHead& head, const Layer& l) {
           head.bias_step};
 }
 template <class T>
-static HeadMatrix vector_of(const NetHead& head, const Net& net, const Layer& l) {
-  if (!net.bias) return {};
+static HeadMatrix vector_of(const NetHead& head, const Layer& l) {
+  if (!l.own_bias()) return {};
   const Index first = l.begin + l.out * l.in;
   return {static_cast<T*>(head.weight) + first * head.row,
           head.row,
@@ -53,12 +53,11 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
                ? static_cast<T*>(p.y.data)
                : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
     T* pre = kept && layer.kept ? kept : a;
-    const Index params = layer.out * (layer.in + p.net.bias);
-    const Plan plan =
-        default_plan(Makes::weights, p.dtype, p.groups, params, p.features, has_matrix_unit);
+    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.params(), p.features,
+                                   has_matrix_unit);
     hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
-                           matrix_of<T>(p.head, layer), vector_of<T>(p.head, p.net, layer),
-                           dense_rows(pre, p.groups, layer.out)});
+                           matrix_of<T>(p.head, layer), vector_of<T>(p.head, layer),
+                           dense_rows(pre, p.groups, layer.out), layer.transform});
     each_stretch(rows * layer.out,
                  [&](Index at, Index n) { activate<T>(layer, n, pre + at, a + at); });
     if (pre != a) kept += rows * layer.out;
@@ -94,13 +93,12 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   T* inputs = scratch<T>(Slot::hidden_c, max(rows * most, 1));
   for (Index l = p.net.count - 1; l >= 0; --l) {
     const Layer& layer = p.net.layers[l];
-    const Index params = layer.out * (layer.in + p.net.bias);
     const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in,
                                    p.features, has_matrix_unit);
-    const Plan grad_plan =
-        default_plan(Makes::gradients, p.dtype, p.groups, params, p.features, has_matrix_unit);
+    const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups, layer.params(),
+                                        p.features, has_matrix_unit);
     const HeadMatrix matrix = matrix_of<T>(p.head, layer);
-    const HeadMatrix vector = vector_of<T>(p.head, p.net, layer);
+    const HeadMatrix vector = vector_of<T>(p.head, layer);
     const Rows g = dense_rows(grad, p.groups, layer.out);
     T* next = l == 0 ? static_cast<T*>(b.grad_x)
                      : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
@@ -115,7 +113,8 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
                              p.h,
                              matrix.transposed(),
                              {},
-                             dense_rows(next, p.groups, layer.in)});
+                             dense_rows(next, p.groups, layer.in),
+                             layer.transform});
     }
     if (l > 0) back_through(p.net.layers[l - 1], next, inputs);
     const Rows x = l > 0 ? dense_rows(inputs, p.groups, layer.in) : p.x;
@@ -123,8 +122,9 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
       return all ? static_cast<T*>(all) + layer.begin * each : nullptr;
     };
     hyper_linear_grad_typed<T>(
-        {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, p.net.bias, g, x, p.h,
-         matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1)},
+        {p.dtype, grad_plan, p.groups, layer.out, layer.in, p.features, layer.own_bias(), g, x, p.h,
+         matrix, vector, nullptr, of_layer(b.grad_weight, p.features), of_layer(b.grad_bias, 1),
+         layer.transform},
         total, l + 1 < p.net.count);
     grad = next;
   }

@@ -7,9 +7,9 @@ namespace hyperfast::HF_ISA {
 
 template <class T, class W>
 static void task_mlp_typed(const TaskMlp& p) {
-  using C = Acc<T>;
   const Index params = p.net.params;
   const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
+  const RowsOfNetworks rows{p.net, p.groups, p.x, p.y, nullptr};
   const auto weights = [&](Index task) {
     return static_cast<const W*>(p.weight) + task * p.weight_task;
   };
@@ -31,8 +31,7 @@ static void task_mlp_typed(const TaskMlp& p) {
                    p.scales_and_biases ? static_cast<const float*>(p.scales_and_biases) +
                                              q.task * p.scales_and_biases_task
                                        : nullptr;
-               run_piece<T, W>(p.net, p.groups, q, p.x, p.y, nullptr,
-                               Network<W, C>{w, scales_and_biases, nullptr, ahead});
+               run_piece<T, W>(rows, q, {w, scales_and_biases}, ahead);
              }
            });
 }

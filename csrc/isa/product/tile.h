@@ -47,7 +47,12 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
   const bool plain = c.col == 1 && n == V * w && (!init.data || init.col == 1);
   Vec<C> acc[M][V] = {};
   C spill[M][V * w];
-  if (init.data && plain) {
+  if (init.data && init.col == 0) {  // one number for all lanes
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] = init.data[m * init.row] - Vec<C>{};
+  } else if (init.data && plain) {
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4

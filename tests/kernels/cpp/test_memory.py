@@ -56,6 +56,7 @@ CALLS = {
     "hyper_mlp": lambda: op.hyper_mlp(*MLP, True),
     "hyper_mlp_backward": lambda: op.hyper_mlp_backward(Y, *MLP[:5], Z, *MLP[5:], [True] * 4),
     "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, NETWORK),
+    "task_mlp_backward": lambda: op.task_mlp_backward(Y, X, FLAT, None, NETWORK, [True] * 2),
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
 }
 

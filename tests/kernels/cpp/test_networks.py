@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hyperfast.layout import Network
 from hyperfast.ops import network as networks
 from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from tests.support.budget import assert_as_good
-from tests.support.networks import expected, text
+from tests.support.networks import MIXED, expected, expected_stored, text
 
 if EXTENSION is None:
     pytest.skip(EXTENSION_ERROR, allow_module_level=True)
@@ -37,21 +36,23 @@ CASES = [
 ]
 
 
-def random(case, dtype, ragged, gaps):
-    """Arguments up to the sizes; with gaps, NaN lies between the elements."""
-    sizes, tasks, rows, features = case
-    params = sum(o * (i + 1) for i, o in pairwise(sizes))
-    scale = (features * max(sizes)) ** -0.5
+def spread(t):
+    """The same numbers with NaN between the elements."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+def random(net, tasks, rows, features, dtype, ragged, gaps):
+    """Arguments up to the network; with gaps, NaN lies between the elements."""
+    net = Network.parse(net)
+    scale = (features * max(net.sizes)) ** -0.5
     lead = (tasks * rows,) if ragged else (tasks, rows)
     ids = torch.randperm(tasks * rows) % max(tasks - 1, 1) if ragged else None
-    made = [(*lead, sizes[0]), (tasks, features), (params, features), (params,)]
+    made = [(*lead, net.sizes[0]), (tasks, features), (net.numel, features), (net.numel,)]
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in made]
     tensors[2] *= scale
-    tensors[3] *= max(sizes) ** -0.5
+    tensors[3] *= max(net.sizes) ** -0.5
     tensors = [t.to(dtype) for t in tensors]
-    if gaps:
-        tensors = [torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for t in tensors]
-    return [*tensors, ids]
+    return [*(map(spread, tensors) if gaps else tensors), ids]
 
 
 def wide(args):
@@ -73,25 +74,38 @@ within = partial(assert_as_good, roundings=8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(dtype, case, ragged):
     gaps = ragged == (len(case[0]) % 2 == 0)
-    args = random(case, dtype, ragged, gaps)
     for last in ("identity", "tanh"):
         net = text(case[0], ",".join(["sin:1.5"] * (len(case[0]) - 2) + [last]))
-        y, hidden = op.hyper_mlp(*args, net, True)
-        assert torch.equal(op.hyper_mlp(*args, net, False)[0], y)
-        grad = torch.randn(y.shape, dtype=torch.float64).to(dtype)
-        exact = specification(wide(args), net, grad.double())
-        theirs = specification(args, net, grad)
-        within(y, theirs[0], exact[0])
-        for z in (hidden, hidden.new_empty(0)):  # kept, or computed again
-            found = op.hyper_mlp_backward(grad, *args, z, net, [True] * 4)
-            for result in zip(found, theirs[1:], exact[1:], strict=True):
-                within(*result)
+        args = random(net, *case[1:], dtype, ragged, gaps)
+        check_against_layers(args, net)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize(("tasks", "rows"), [(1, 1), (70, 1), (20, 6), (12, 30), (3, 100), (2, 0)])
+@pytest.mark.parametrize("net", MIXED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_biases_and_transforms(dtype, net, tasks, rows, ragged):
+    args = random(net, tasks, rows, 7, dtype, ragged, ragged)
+    check_against_layers(args, net)
+
+
+def check_against_layers(args, net):
+    y, hidden = op.hyper_mlp(*args, net, True)
+    assert torch.equal(op.hyper_mlp(*args, net, False)[0], y)
+    grad = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+    exact = specification(wide(args), net, grad.double())
+    theirs = specification(args, net, grad)
+    within(y, theirs[0], exact[0])
+    for z in (hidden, hidden.new_empty(0)):  # kept, or computed again
+        found = op.hyper_mlp_backward(grad, *args, z, net, [True] * 4)
+        for result in zip(found, theirs[1:], exact[1:], strict=True):
+            within(*result)
 
 
 def test_more_networks_than_are_held_at_a_time():
     """47 of 54,450 parameters, in two blocks whose gradients add up."""
-    case = ((16, 250, 200), 47, 50, 8)
-    args, net = random(case, torch.float32, False, False), text(case[0], "elu")
+    net = text((16, 250, 200), "elu")
+    args = random(net, 47, 50, 8, torch.float32, False, False)
     y, hidden = op.hyper_mlp(*args, net, True)
     grad = torch.randn_like(y)
     exact = specification(wide(args), net, grad.double())
@@ -109,8 +123,8 @@ def test_more_networks_than_are_held_at_a_time():
 def test_result_does_not_depend_on_threads(case, activation):
     before = torch.get_num_threads()
     try:
-        args = random(case, torch.float32, False, False)
         net = text(case[0], ",".join([activation] * (len(case[0]) - 1)))
+        args = random(net, *case[1:], torch.float32, False, False)
         results = []
         for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
@@ -133,27 +147,106 @@ def test_many_pieces_of_a_task_do_not_drown_in_a_16_bit_sum():
     torch.testing.assert_close(grad_h.float().item(), 200_000.0, rtol=0.005, atol=0)
 
 
+def random_stored(net, tasks, rows, dtype, ragged, gaps):
+    """Rows, parameters, a gradient and ids."""
+    numel, sizes = Network.parse(net).numel, Network.parse(net).sizes
+    x, _, _, _, ids = random(net, tasks, rows, 1, dtype, ragged, gaps)
+    weight = (torch.randn(tasks, numel, dtype=torch.float64) / max(sizes) ** 0.5).to(dtype)
+    grad = torch.randn(*x.shape[:-1], sizes[-1], dtype=torch.float64).to(dtype)
+    return x, *((spread(weight), spread(grad)) if gaps else (weight, grad)), ids
+
+
+def check_stored(x, weight, grad, ids, net):
+    """Values and gradients against the layers."""
+    tensors = [t.detach().clone().requires_grad_() for t in (x, weight)]
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    theirs, truth = (expected_stored(*t, ids, net) for t in (tensors, exact))
+    within(op.task_mlp(x, weight, None, ids, net), theirs.detach(), truth.detach())
+    found = op.task_mlp_backward(grad, x, weight, ids, net, [True, True])
+    theirs = torch.autograd.grad(theirs, tensors, grad)
+    truth = torch.autograd.grad(truth, exact, grad.double())
+    for result in zip(found, theirs, truth, strict=True):
+        within(*result)
+    for n in range(2):
+        mask = [n == 0, n == 1]
+        alone = op.task_mlp_backward(grad, x, weight, ids, net, mask)
+        assert torch.equal(alone[n], found[n])
+
+
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stored_networks(dtype, case, ragged):
-    sizes, tasks, _, _ = case
-    plain = torch.float32 if dtype == torch.int8 else dtype
-    x, _, _, _, ids = random(case, plain, ragged, True)
-    outs = sum(sizes[1:])
-    matrices = sum(i * o for i, o in pairwise(sizes))
-    scales = None
-    if dtype == torch.int8:
-        weight = torch.randint(-127, 128, (tasks, matrices), dtype=torch.int8)
-        scales = torch.randn(tasks, 2 * outs) / 100
-    else:
-        weight = (torch.randn(tasks, matrices + outs) / max(sizes) ** 0.5).to(dtype)
-    net = text(sizes, "silu")
-    y = op.task_mlp(x, weight, scales, ids, net)
-    whole = None if scales is None else scales.double()
-    stored = weight if scales is not None else weight.double()
-    exact = networks.by_task_layers(x.double(), stored, whole, ids, net)
-    within(y, networks.by_task_layers(x, weight, scales, ids, net), exact)
+    sizes, tasks, rows, _ = case
+    for last in ("identity", "tanh"):
+        net = text(sizes, ",".join(["silu"] * (len(sizes) - 2) + [last]))
+        check_stored(*random_stored(net, tasks, rows, dtype, ragged, last == "tanh"), net)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize(
+    ("tasks", "rows"), [(1, 1), (70, 1), (9, 6), (9, 7), (3, 63), (3, 100), (2, 0), (1, 1500)]
+)
+@pytest.mark.parametrize("net", MIXED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stored_networks_of_mixed_layers(dtype, net, tasks, rows, ragged):
+    check_stored(*random_stored(net, tasks, rows, dtype, ragged, ragged), net)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_stored_networks_of_any_strides(rows):
+    """Shared weights, rows and gradients; rows that lie column by column."""
+    net = MIXED[1]
+    x, weight, grad, _ = random_stored(net, 3, rows, torch.float32, False, False)
+    for given in (
+        (x, weight[:1].expand_as(weight), grad),
+        (x[:1].expand_as(x), weight, grad),
+        (x[:, :1, :1].expand_as(x), weight, grad[:1, :1, :1].expand_as(grad)),
+        [t.mT.contiguous().mT for t in (x, weight, grad)],
+        [x.transpose(0, 1).contiguous().transpose(0, 1), weight, grad.mT.contiguous().mT],
+    ):
+        check_stored(*given, None, net)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stored_networks_of_8_bits(case, ragged):
+    sizes, tasks, rows, _ = case
+    for net in (text(sizes, "silu"), *MIXED):
+        whole = Network.parse(net)
+        x, _, _, ids = random_stored(net, tasks, rows, torch.float32, ragged, True)
+        weight = torch.randint(-127, 128, (tasks, whole.weight_numel), dtype=torch.int8)
+        scales = torch.randn(tasks, whole.vector_numel) / 100
+        exact = networks.by_task_layers(x.double(), weight, scales.double(), ids, net)
+        theirs = networks.by_task_layers(x, weight, scales, ids, net)
+        within(op.task_mlp(x, weight, scales, ids, net), theirs, exact)
+
+
+@pytest.mark.parametrize(
+    ("net", "tasks", "rows"),
+    [(MIXED[0], 1, 20_000), (MIXED[1], 300, 2), (MIXED[1], 9, 40), (MIXED[2], 3, 2000)],
+)
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+def test_gradients_of_stored_networks_do_not_depend_on_threads(net, tasks, rows, ragged):
+    args = random_stored(net, tasks, rows, torch.float32, ragged, False)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x, weight, grad, ids = args
+            y = op.task_mlp(x, weight, None, ids, net)
+            results.append([y, *op.task_mlp_backward(grad, x, weight, ids, net, [True, True])])
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def test_gradients_of_one_network_do_not_drown_in_a_16_bit_sum():
+    """200,000 rows in many pieces: a bf16 total would stop growing."""
+    x, weight = torch.ones(1, 200_000, 1, dtype=torch.bfloat16), torch.ones(1, 2).bfloat16()
+    _, grad = op.task_mlp_backward(x, x, weight, None, "1 > 1 b", [False, True])
+    torch.testing.assert_close(grad.float(), torch.full((1, 2), 2e5), rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0, 2000.0, 1e6])
