@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bench import rivals, workloads
+from bench.problem import AnyWorkload
 from bench.real.real import Real
-from bench.real.registry import REAL, REAL_RIVALS
+from bench.real.registry import REAL
+from bench.rivals.real import REAL_RIVALS
 from bench.rivals.rival import Rival
-from bench.workloads import AnyWorkload
 
 WORKLOADS: dict[str, AnyWorkload] = {**workloads.WORKLOADS, **REAL}
 RIVALS: dict[str, Rival] = {**REAL_RIVALS, **rivals.RIVALS}

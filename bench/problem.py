@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.real.real import Real, RealProblem
-from bench.workloads import AnyWorkload, BankWorkload, Workload
+from bench.workloads import MLP, BankWorkload, Workload
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sin": torch.sin}
 
@@ -96,9 +96,7 @@ class BankProblem:
         return [max(self.workload.sizes)]
 
 
-# What has one network shape.
-MLP = Workload | BankWorkload
-
+AnyWorkload = MLP | Real
 AnyProblem = Problem | BankProblem | RealProblem
 
 

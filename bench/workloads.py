@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-if TYPE_CHECKING:
-    from bench.real.real import Real
+from typing import Any
 
 MODES = ("forward", "forward+backward")
 
@@ -125,9 +122,10 @@ class BankWorkload:
         return itemsize * values + 8 * self.rows
 
 
-AnyWorkload: TypeAlias = "Workload | BankWorkload | Real"
+# What has one network shape.
+MLP = Workload | BankWorkload
 
-WORKLOADS: dict[str, Workload | BankWorkload] = {
+WORKLOADS: dict[str, MLP] = {
     w.name: w
     for w in (
         Workload("mlp8_1024", B=1024, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),

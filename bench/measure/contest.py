@@ -13,11 +13,10 @@ from torch import Tensor
 from bench.absent import Unavailable
 from bench.measure.load import ForeignLoad
 from bench.measure.race import Rounds, flat, race, ratio, warm_up
-from bench.problem import Judge, make_problem
+from bench.problem import AnyWorkload, Judge, make_problem
 from bench.real.real import Step
 from bench.rivals import OURS
 from bench.rivals.rival import Call, Rival
-from bench.workloads import AnyWorkload
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bench.absent import Unavailable
-from bench.problem import MLP
 from bench.rivals.bank import BANK_RIVALS
 from bench.rivals.jax import JAX_RIVAL
 from bench.rivals.ours import HYPERFAST
 from bench.rivals.packages import PACKAGES
 from bench.rivals.plain import TORCH_RIVALS
 from bench.rivals.rival import Call, Rival
-from bench.workloads import BankWorkload
+from bench.workloads import MLP, BankWorkload
 
 RIVALS = {r.name: r for r in (*HYPERFAST, *TORCH_RIVALS, JAX_RIVAL, *PACKAGES)}
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import linear
 
-from bench.problem import ACTIVATIONS, MLP, Problem, target_weights
+from bench.problem import ACTIVATIONS, Problem, target_weights
 from bench.rivals.rival import Network, load_linears, torch_rival
-from bench.workloads import Workload
+from bench.workloads import MLP, Workload
 
 
 class Activation(nn.Module):

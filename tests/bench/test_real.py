@@ -12,8 +12,9 @@ from bench.absent import Unavailable
 from bench.measure.contest import hold
 from bench.problem import Judge, relative_error
 from bench.real.real import CORNER, Draw, Network, Step, adopt
-from bench.real.registry import REAL, REAL_RIVALS
+from bench.real.registry import REAL
 from bench.rivals import OURS
+from bench.rivals.real import REAL_RIVALS
 from bench.workloads import MODES
 
 EAGER = [name for name in REAL_RIVALS if "compiled" not in name]
