@@ -94,9 +94,9 @@ class NMix(Real):
         return Network(lambda x: mixer.mix(own["agent_qs"].unsqueeze(2), x["state"]), own)
 
     def ours(self, leaves: Tensors) -> Network:
-        mixer = require("hyperfast.nets").QMixer(
-            self.agents, self.state, self.embed, hypernet_embed=self.hyper
-        )
+        from hyperfast.nets import QMixer
+
+        mixer = QMixer(self.agents, self.state, self.embed, hypernet_embed=self.hyper)
         own = self._own(mixer, leaves)
         return Network(lambda x: mixer(own["agent_qs"], x["state"]), own)
 

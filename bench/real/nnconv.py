@@ -110,7 +110,9 @@ class NNConv(Real):
         return self._of(require("torch_geometric.nn").NNConv, leaves)
 
     def ours(self, leaves: Tensors) -> Network:
-        return self._of(require("hyperfast.nets").NNConv, leaves)
+        from hyperfast.nets import NNConv
+
+        return self._of(NNConv, leaves)
 
     def _of(self, layer: Any, leaves: Tensors) -> Network:
         """Both have the same face, and the same names of parameters."""
