@@ -14,7 +14,7 @@ namespace hyperfast::HF_ISA {
 // How many of n rows of a product threads take at a time, where there are so many products.
 static inline Index share_of_rows(Index n, Index products) {
   const Index share = ceil_div(n * products, 4 * thread_count());
-  return max(min(round_up(share, tile_rows), task_block), tile_rows);
+  return min(max(min(round_up(share, tile_rows), task_block), tile_rows), n);
 }
 
 // ---- with respect to h ----
