@@ -266,7 +266,7 @@ struct GradRows {
 
 // The head as the gradients of its features take it.
 void add_head(Head& head, const OptionalTensor& matrix_bias, HyperLinearGrad& call) {
-  if (call.plan == Plan::contract) head.join();
+  if (call.plan == Plan::contract && call.transform == Transform::none) head.join();
   call.matrix = head.matrix(matrix_bias);
   call.vector = head.vector({});
 }

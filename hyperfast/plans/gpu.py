@@ -47,9 +47,11 @@ GPU_MULTIPROCESSORS = 132
 def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
     """Where fused kernels run: ``contract`` stores nothing; ``tile`` writes and reads the weights
     in cache, a block at a time; ``materialize`` in memory, unless they fit.
-    ``device`` is a key of :data:`GPU`."""
+    ``device`` is a key of :data:`GPU`. ``contract`` knows no transform."""
     gpu = GPU[device]
-    b, r, i, o, k, ragged, *_ = layer
+    b, r, i, o, k, ragged, _, transform = layer
+    if transform and ragged and r < b:  # fewer rows than tasks are tasks of their own
+        b, ragged = r, False
     p = layer.params
     io = (p * k + b * k + r * (i + o)) * itemsize
     weights = b * p * itemsize
@@ -64,15 +66,16 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
                  2 * blocks),
         "materialize": (generated, gpu.library, weights, 2 * weights, memory, 2),
     }  # fmt: skip
+    never = {"tile"} if ragged else set()
+    if transform:
+        never.add("contract")
     return {
         name: Cost(
             name,
             flops,
             io + min(moved, 2 * stored),
             stored,
-            math.inf
-            if (ragged and name == "tile") or (layer.transform and name == "contract")
-            else flops / rate + moved / bandwidth + launches * GPU_LAUNCH,
+            math.inf if name in never else flops / rate + moved / bandwidth + launches * GPU_LAUNCH,
         )
         for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()
     }
@@ -100,11 +103,11 @@ def fits_one_kernel(sizes: Sequence[int]) -> bool:
 @lru_cache(maxsize=4096)
 def one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str) -> bool:
     """Whether one kernel runs the layers of a network: it stores nothing between them, but is one
-    program a block of rows, where a layer's kernel cuts its outputs too. ``device`` is a key of
-    :data:`GPU`."""
+    program a block of rows, where a layer's kernel cuts its outputs too. It makes no weight that
+    could be transformed. ``device`` is a key of :data:`GPU`."""
     widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
     rows = layers[0].rows
-    if not fits_one_kernel(widths) or not rows:
+    if not fits_one_kernel(widths) or not rows or any(layer.transform for layer in layers):
         return False
     tables = [costs(layer, itemsize, device) for layer in layers]
     copied = any(loop(layer, n == 0) == "feature" for n, layer in enumerate(layers))

@@ -1,14 +1,19 @@
 """Value and every gradient of every op, in every variant, against the specification in fp64."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperfast.kernels import eager, reference
+from hyperfast.layout import TRANSFORMS
+from hyperfast.ops import hyper_linear
 from hyperfast.plans.sizes import PLANS
 from tests.support.cases import (
     Sizes,
+    Variant,
     close,
     every_size,
     every_variant,
@@ -65,6 +70,101 @@ def test_third_derivative(variant):
         return y
 
     close(third(variant.op), third(variant.expected))
+
+
+MASKS = list(product((False, True), repeat=3))
+
+
+def backward_args(sizes, ragged, transform, vector=True, bias=True, dtype=torch.float64):
+    made = Variant("hyper_linear", ragged, bias, vector, "", transform)
+    x, h, matrix, matrix_bias, of_vector, _, ids, *_ = made.random(sizes, dtype=dtype)
+    grad = draw(*x.shape[:-1], len(matrix), dtype=dtype)
+    return grad, x, h, matrix, matrix_bias, of_vector, ids, transform
+
+
+@pytest.mark.parametrize("transform", ["", *TRANSFORMS])
+@pytest.mark.parametrize("plan", ["", *PLANS])
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@every_size
+def test_backward_is_all_gradients(sizes, ragged, plan, transform):
+    """By either backend, whatever is wanted: what PyTorch makes of the specification."""
+    for vector, bias in product((False, True), repeat=2):
+        args = backward_args(sizes, ragged, transform, vector, bias)
+        grad, x, h, matrix, matrix_bias, of_vector, ids, _ = args
+        leaves = [t if t is None else t.detach().requires_grad_() for t in (h, matrix, matrix_bias)]
+        of_vector = None if of_vector is None else of_vector.detach().requires_grad_()
+        offset = draw(len(matrix), grad=True)
+        y = reference.hyper_linear(x, *leaves, of_vector, offset, ids, transform)
+        wanted = [t for t in (*leaves[:2], of_vector) if t is not None]
+        gh, *rows = torch.autograd.grad(y, wanted, grad)
+        found = torch.ops.hyperfast.hyper_linear_backward(*args, [True] * 3, plan)
+        close(found[0], gh)
+        close(found[1], torch.cat([g.flatten(0, -2) for g in rows]))
+        if bias:
+            shared = torch.autograd.grad(
+                reference.hyper_linear(x, *leaves, of_vector, offset, ids, transform),
+                [leaves[2], offset],
+                grad,
+            )
+            close(found[2], torch.cat([g.flatten() for g in shared[: 1 + vector]]))
+        close(eager.hyper_linear_backward(*args, [True] * 3, plan), found)
+        for mask in MASKS:
+            some = torch.ops.hyperfast.hyper_linear_backward(*args, mask, plan)
+            for part, whole, want in zip(some, found, mask, strict=True):
+                close(part, whole if want else x.new_empty(0))
+
+
+def test_abs_has_slope_0_at_0():
+    x, h, matrix = draw(2, 3, 4), torch.zeros(2, 5, dtype=torch.float64), draw(6, 4, 5)
+    grad = draw(2, 3, 6)
+    for plan in PLANS:
+        found = torch.ops.hyperfast.hyper_linear_backward(
+            grad, x, h, matrix, None, None, None, "abs", [True] * 3, plan
+        )
+        assert not any(t.any() for t in found)
+
+
+@pytest.mark.parametrize("transform", ["", *TRANSFORMS])
+def test_one_op_makes_first_gradients(transform):
+    """Once, where the gradient is not differentiated."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    args = Variant("hyper_linear", False, transform=transform).random(SMALL, grad=True)
+    y = torch.ops.hyperfast.hyper_linear(*args)
+    with Names():
+        torch.autograd.grad(y.sum(), floats(args))
+    ours = [n.split(".")[1] for n in names if n.startswith("hyperfast")]
+    assert sorted(ours) == ["hyper_linear", "hyper_linear_backward"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_under_every_other_transformation(transform, dynamo):
+    args = Variant("hyper_linear", False, transform=transform).random(SMALL)
+    x, h, *made = args[:6]
+    call = lambda x, h: hyper_linear(x, h, *made, None, transform, "")  # noqa: E731
+    plain = lambda x, h: reference.hyper_linear(x, h, *made, None, transform)  # noqa: E731
+    loss = lambda f: lambda h: f(x, h).sin().sum()  # noqa: E731
+    close(torch.func.jvp(call, (x, h), (x, h)), torch.func.jvp(plain, (x, h), (x, h)))
+    close(torch.func.grad(loss(call))(h), torch.func.grad(loss(plain))(h))
+    close(torch.func.hessian(loss(call))(h), torch.func.hessian(loss(plain))(h))
+    many = torch.stack([h, 2 * h])
+    close(torch.vmap(call, (None, 0))(x, many), torch.vmap(plain, (None, 0))(x, many))
+    close(
+        torch.vmap(torch.func.grad(loss(call)))(many),
+        torch.vmap(torch.func.grad(loss(plain)))(many),
+    )
+    leaf = h.clone().requires_grad_()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    close(
+        torch.autograd.grad(compiled(x, leaf).sin().sum(), leaf)[0],
+        torch.func.grad(loss(plain))(h),
+    )
 
 
 def test_few_mixed_rows_do_not_visit_all_tasks(monkeypatch):

@@ -235,15 +235,18 @@ def test_stored_networks_compile_whole(dynamo):
     )
 
 
-def test_gradients_of_stored_networks_under_transforms():
+def test_many_gradients_of_stored_networks_at_once():
     net = MIXED[0]
     x, weight, _ = stored_for(net, 3, 2, ragged=False)
+    tensors = x.requires_grad_(), weight.requires_grad_()
+    grads = torch.randn(4, 3, 2, 2, dtype=torch.float64)
 
-    def loss(x, weight):
-        return ops.task_mlp(x, weight, None, None, net).square().sum()
+    def backward(grad, batched=False):
+        y = ops.task_mlp(*tensors, None, None, net)
+        return torch.autograd.grad(y, tensors, grad, is_grads_batched=batched)
 
-    tensors = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    close(torch.func.grad(loss, (0, 1))(x, weight), torch.autograd.grad(loss(*tensors), tensors))
+    apart = [torch.stack(g) for g in zip(*map(backward, grads), strict=True)]
+    close(list(backward(grads, True)), apart)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The choice of plan: pure functions of sizes."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -215,6 +216,20 @@ def test_one_kernel_for_narrow_networks_of_many_tasks(device):
     assert not gpu.one_kernel(network((64, 64, 64), 512, 512), 2, device)
     assert not gpu.one_kernel(network((64, 64, 64), 64, 64 * 4096), 2, device)
     assert not gpu.one_kernel(network((2, 32, 1), 3, 0), 2, device)
+
+
+@pytest.mark.parametrize("device", gpu.GPU)
+def test_transformed_weights_are_stored_on_a_gpu(device):
+    """Even one row a task; of few mixed rows as if each were a task, a block at a time."""
+    layer = Sizes(4096, 4096, 64, 64, 64)
+    assert plan.choose(layer, FP32, device) == "contract"
+    transformed = layer._replace(transform=True)
+    assert plan.choose(transformed, FP32, device) in ("tile", "materialize")
+    few = transformed._replace(tasks=10**6, ragged=True)
+    assert gpu.costs(few, 4, device) == gpu.costs(transformed, 4, device)
+    assert gpu.costs(few._replace(rows=10**7), 4, device)["tile"].seconds == math.inf
+    layers = network((2, 32, 32, 1), 65536, 65536)
+    assert not gpu.one_kernel((*layers[:2], layers[2]._replace(transform=True)), 2, device)
 
 
 def test_a_narrow_side_is_looped_over():

@@ -57,6 +57,32 @@ struct Runs {
   Index longest() const { return max(tall * wide, vector_tall); }
 };
 
+// g (no, ni) = A^T B for m rows of A and B, m so many that both are copied: B into panels of lanes,
+// A into such of a tile's outputs. As they lie, rows a power of two apart share few sets of the
+// first-level cache.
+template <class C>
+static void multiply_rows(Index m, Index no, Index ni, View<const C> a, View<const C> b, C* g) {
+  for (Index k = 0; k < m; k += depth_block) {
+    const Index dk = min(depth_block, m - k);
+    C* outputs = scratch<C>(Slot::local_b, dk * round_up(no, tile_rows));
+    for (Index o = 0; o < no; o += tile_rows)
+      for (Index j = 0, n = min(tile_rows, no - o); j < dk; ++j)
+        for (Index l = 0; l < n; ++l)
+          outputs[o * dk + j * tile_rows + l] = a.data[(k + j) * a.row + (o + l) * a.col];
+    for (Index i = 0; i < ni; i += lanes<C>) {
+      const int n = int(min(lanes<C>, ni - i)), vecs = int(ceil_div(n, width<C>));
+      const Index row = vecs * width<C>;
+      C* panel = scratch<C>(Slot::panel, dk * row);
+      pack<C, C>(dk, n, b.at(k, i), panel, row, row);
+      for (Index o = 0; o < no; o += tile_rows) {
+        C* to = g + o * ni + i;
+        sweep<C, false>(min(tile_rows, no - o), vecs, dk, {outputs + o * dk, 1, tile_rows}, panel,
+                        row, 0, {k ? to : nullptr, ni, 1}, {to, ni, 1}, n);
+      }
+    }
+  }
+}
+
 // g (no, ni) row-major = sum over the m rows of grad (x) x, for the run's outputs and inputs.
 template <class C>
 static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C* g) {
@@ -66,6 +92,8 @@ static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C
   if (run.ni < run.no &&
       (m > 1 || run.vector)) {  // lanes along the longer side; one row's g is written as it lies
     multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
+  } else if (m >= depth_block && run.no >= 4 * tile_rows && run.ni >= lanes<C>) {
+    multiply_rows<C>(m, run.no, run.ni, grad, x, g);
   } else {
     multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});
   }

@@ -40,27 +40,29 @@ static void pack_run(const HyperLinearGrad& p, const Run& run, Index k0, Acc<T>*
 
 // y (n, nk) (+)= G times features [k0, k0 + nk) of a run of the head's weight as it lies.
 template <class T>
-static void use_run(const HyperLinearGrad& p, const Run& run, Index n, View<const Acc<T>> g,
-                    Index k0, Index nk, bool add, View<Acc<T>> y) {
+static void use_run(const HyperLinearGrad& p, const Formed<Acc<T>>& f, Index u, Index n, Index k0,
+                    Index nk, bool add, View<Acc<T>> y) {
   using C = Acc<T>;
+  const Run& run = f.run;
   const HeadMatrix& m = run.vector ? p.vector : p.matrix;
   const T* from = static_cast<const T*>(m.weight) + run.o0 * m.out_stride + run.i0 * m.in_stride +
                   k0 * m.feature;
   // Whole rows of a matrix that lies row by row are one stretch of equal steps.
   const bool one = run.ni == 1 || run.no == 1 || m.out_stride == run.ni * m.in_stride;
   const Index step = run.ni == 1 ? m.out_stride : m.in_stride;
-  const Index stretches = one ? 1 : run.no, size = one ? run.size() : run.ni;
+  const Index size = one ? run.size() : run.ni;
   C* part = scratch<C>(Slot::local_d, n * nk);
-  for (Index j = 0; j < stretches; ++j)
+  for (Index q = 0; q < run.size(); q += size)
     for (Index k = 0; k < size; k += few_products, add = true) {
-      multiply<C, T>(n, nk, min(few_products, size - k), g.at(0, j * size + k),
-                     {from + j * m.out_stride + k * step, step, m.feature}, {}, {part, nk, 1});
+      const T* rows = from + (one ? 0 : q / size * m.out_stride) + k * step;
+      multiply<C, T>(n, nk, min(few_products, size - k), {f.g + u * f.row + q + k, f.row, 1},
+                     {rows, step, m.feature}, {}, {part, nk, 1});
       add_part<C>(n, nk, part, nk, add, y);
     }
 }
 
-// y (pieces, features) (+)= G times the head's weight, of which `packed` has room for a run, if it
-// is to be packed.
+// y (pieces, features) (+)= G times the head's weight. `packed` has room for a run of it; without,
+// it is read as it lies.
 template <class T>
 static void add_grad_of_features(const HyperLinearGrad& p, const Formed<Acc<T>>& f, Acc<T>* packed,
                                  bool add, View<Acc<T>> y) {
@@ -68,22 +70,23 @@ static void add_grad_of_features(const HyperLinearGrad& p, const Formed<Acc<T>>&
   const Index panels = ceil_div(p.features, lanes<C>), size = f.run.size();
   const Index panel = size * lanes<C>;
   if (packed)
-    parallel(panels, max(parallel_work / (8 * max(panel, 1)), 1), [&](Index first, Index last) {
+    parallel(panels, max(parallel_work / (8 * panel), 1), [&](Index first, Index last) {
       for (Index j = first; j < last; ++j) pack_run<T>(p, f.run, j * lanes<C>, packed + j * panel);
     });
+  // Threads share tasks and panels; what lies in rows is read by as many panels as there may be.
   const Index each = share_of_rows(f.n, panels), blocks = ceil_div(f.n, each);
-  const Index work = each * panel;
-  parallel(blocks * panels, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
+  const Index together = packed ? 1 : max(ceil_div(panels * blocks, 2 * Index(thread_count())), 1);
+  const Index groups = ceil_div(panels, together), work = each * together * panel;
+  parallel(blocks * groups, max(parallel_work / max(work, 1), 1), [&](Index first, Index last) {
     for (Index j = first; j < last; ++j) {
-      const Index u = j / panels * each, n = min(each, f.n - u);
-      const Index k0 = j % panels * lanes<C>, nk = min(lanes<C>, p.features - k0);
-      const View<const C> g{f.g + u * f.row, f.row, 1};
+      const Index u = j / groups * each, n = min(each, f.n - u), i = j % groups * together;
+      const Index k0 = i * lanes<C>, nk = min(together * lanes<C>, p.features - k0);
       const View<C> to = y.at(f.first + u, k0);
       if (packed)
-        sweep_sums<C>(n, int(ceil_div(nk, width<C>)), size, g, packed + j % panels * panel, add, to,
-                      int(nk));
+        sweep_sums<C>(n, int(ceil_div(nk, width<C>)), size, {f.g + u * f.row, f.row, 1},
+                      packed + i * panel, add, to, int(nk));
       else
-        use_run<T>(p, f.run, n, g, k0, nk, add, to);
+        use_run<T>(p, f, u, n, k0, nk, add, to);
     }
   });
 }
@@ -196,15 +199,21 @@ static const Acc<T>* feature_rows(const HyperLinearGrad& p) {
 
 // G formed once; grad_h (pieces, features) may be null.
 template <class T>
-static void grad_by_runs(const HyperLinearGrad& p, const Staged<const Acc<T>>& grad,
-                         const Staged<const Acc<T>>& x, Acc<T>* grad_h) {
+static void grad_by_runs(HyperLinearGrad p, Staged<const Acc<T>> grad, Staged<const Acc<T>> x,
+                         Acc<T>* grad_h) {
   using C = Acc<T>;
+  const bool fixed = p.grad_weight || p.grad_bias || p.has_bias;  // the order of parameters
+  if (!fixed && p.matrix.out_stride < p.matrix.in_stride) {       // as the head lies
+    p.matrix = p.matrix.transposed();
+    std::swap(p.out, p.in);
+    std::swap(grad, x);
+  }
   const Index tasks = p.groups.pieces, block = formed_tasks(tasks, total_rows(p.groups));
   const Runs runs(p.out, p.in, p.has_bias, formed_elements<C> / block);
   const Index row = runs.longest() + 16;  // a line more against cache conflicts
   C* g = scratch<C>(Slot::formed, min(block, tasks) * row);
   C* packed = nullptr;
-  if (grad_h && p.plan != Plan::materialize)
+  if (grad_h && min(block, tasks) > 4 * tile_rows)  // fewer do not make up for it
     packed = scratch<C>(Slot::head, runs.longest() * round_up(p.features, lanes<C>));
   const TaskFeatures<C> h = p.grad_weight ? pack_features<T>(p) : TaskFeatures<C>{};
   const C* h_rows = p.transform == Transform::none ? nullptr : feature_rows<T>(p);

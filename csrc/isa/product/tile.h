@@ -57,6 +57,15 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] = load(init.data + m * init.row + v * w);
+  } else if (init.data && init.col == 1) {
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const C* from = init.data + m * init.row + v * w;
+        const int left = n - v * w;
+        if (left > 0) acc[m][v] = left < w ? load_part(from, left) : load(from);
+      }
   } else if (init.data) {
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < V * w; ++i)
@@ -92,8 +101,12 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
+        C* to = c.data + m * c.row + v * w;
         const int left = n - v * w;
-        if (left > 0) store_part(c.data + m * c.row + v * w, acc[m][v], left < w ? left : w);
+        if (left >= w)
+          store(to, acc[m][v]);
+        else if (left > 0)
+          store_part(to, acc[m][v], left);
       }
   } else {
 #pragma GCC unroll 6

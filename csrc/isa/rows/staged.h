@@ -51,7 +51,10 @@ static Staged<const Acc<T>> stage(const Rows& rows, const Groups& g, Index colum
   const Staged<Acc<T>> to = place<T>(rows, g, columns, slot);
   if (!in_place<T>(g))
     each_row<T>(rows, g, columns, [&](const T* from, Index at) {
-      for (Index i = 0; i < columns; ++i) to.data[at + i] = widen(from[i * rows.col]);
+      Index i = 0;
+      for (constexpr Index w = width<Acc<T>>; rows.col == 1 && i + w <= columns; i += w)
+        store(to.data + at + i, load_wide(from + i));
+      for (; i < columns; ++i) to.data[at + i] = widen(from[i * rows.col]);
     });
   return {to.data, to.task, to.row, to.col};
 }

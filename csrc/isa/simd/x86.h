@@ -50,6 +50,22 @@ static inline bool any(VecI mask) {
 
 #else
 
+// The first n of w lanes.
+static inline __m256i first_lanes(int n, std::int32_t) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline __m256i first_lanes(int n, std::int64_t) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <>
+inline Vec<float> load_part<float>(const float* p, int n) {
+  return Vec<float>(_mm256_maskload_ps(p, first_lanes(n, std::int32_t{})));
+}
+template <>
+inline Vec<double> load_part<double>(const double* p, int n) {
+  return Vec<double>(_mm256_maskload_pd(p, first_lanes(n, std::int64_t{})));
+}
+
 static inline Vec<float> load_wide(const bf16* p) {
   const __m128i half = _mm_loadu_si128((const __m128i*)p);
   return Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)));

@@ -5,7 +5,7 @@
 ``grouped``    rows times the given weights of their tasks, and the gradient of those
 ``network``    a generated network: in one kernel where it fits, else by its layers
 ``stored``     given networks: likewise
-``activation`` what follows a layer, inside a kernel
+``activation`` what follows a layer, and the transforms of weights, inside a kernel
 ``launch``     tiles, rows and tasks, the choice of a configuration
 
 Rows of mixed tasks are never moved: they are read, and written, through the order that a stable
@@ -25,7 +25,7 @@ from hyperfast.kernels.triton.layers import (
     task_linear_grad_weight,
 )
 from hyperfast.kernels.triton.network import hyper_mlp, hyper_mlp_backward
-from hyperfast.kernels.triton.stored import task_mlp
+from hyperfast.kernels.triton.stored import task_mlp, task_mlp_backward
 
 __all__ = [
     "hyper_linear",
@@ -37,4 +37,5 @@ __all__ = [
     "task_linear",
     "task_linear_grad_weight",
     "task_mlp",
+    "task_mlp_backward",
 ]

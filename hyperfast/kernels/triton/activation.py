@@ -1,4 +1,5 @@
-"""What follows a layer, as :data:`hyperfast.activations.KNOWN` says it, inside a kernel.
+"""What follows a layer, as :data:`hyperfast.activations.KNOWN` says it, inside a kernel; and what
+becomes of a weight before it is used, as :data:`hyperfast.layout.TRANSFORMS` does.
 
 Sums are fp32 or fp64 here. NaN passes through each of them, as it does in PyTorch.
 """
@@ -66,6 +67,12 @@ def activate(pre, NAME: tl.constexpr, PARAMETER: tl.constexpr):
         y = 0.5 * pre * (1 + _tanh((pre + pre * pre * pre * _CUBE) * _ROOT))
     elif NAME == "softplus":
         y = tl.where(pre > 20, pre, _log1p(tl.exp(tl.where(pre > 20, 0.0, pre))))
+    elif NAME == "abs":
+        y = tl.abs(pre)
+    elif NAME == "exp":
+        y = tl.exp(pre)
+    elif NAME == "square":
+        y = pre * pre
     else:
         tl.static_assert(NAME == "identity")
     return y
@@ -99,6 +106,12 @@ def slope(pre, NAME: tl.constexpr, PARAMETER: tl.constexpr):
         y = 0.5 * (1 + t) + 0.5 * pre * (1 - t * t) * (1 + pre * pre * (3 * _CUBE)) * _ROOT
     elif NAME == "softplus":
         y = tl.where(pre > 20, 1.0, tl.sigmoid(pre)).to(pre.dtype)
+    elif NAME == "abs":
+        y = ((pre > 0).to(tl.int32) - (pre < 0).to(tl.int32)).to(pre.dtype)
+    elif NAME == "exp":
+        y = tl.exp(pre)
+    elif NAME == "square":
+        y = 2 * pre
     else:
         tl.static_assert(False)
     return y

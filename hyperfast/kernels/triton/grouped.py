@@ -2,20 +2,25 @@
 
 ``_task_linear``  one layer; every touched weight is read from memory once
 ``_task_outer``   the gradient of its weights
+
+Weights may be given before their transform: a kernel applies it to what it has loaded, and
+multiplies a gradient by its slope before it is stored.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hyperfast.kernels import reference
 from hyperfast.kernels.triton import launch
-from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
+from hyperfast.kernels.triton.activation import NOTHING, Finish, activate, finish, slope
 from hyperfast.kernels.triton.launch import Config, Rows, deep, power, up
+from hyperfast.layout import TRANSFORMS
 from hyperfast.plans import gpu
 
 NONE = tl.constexpr(2147483647)  # the task of no row: behind all others
@@ -33,17 +38,28 @@ def owners(p, live, keys, order, per_task, RAGGED: tl.constexpr):
     return r, task
 
 
+@triton.jit
+def transformed(w, scales, HAS_SCALE: tl.constexpr, TRANSFORM: tl.constexpr, SUM: tl.constexpr):
+    """A tile of weights, a row an output, as its task uses it; steps of int8 are widened by their
+    ``scales (O,)`` before."""
+    w = w.to(SUM)
+    if HAS_SCALE:
+        w *= scales.to(SUM)[:, None]
+    return activate(w, TRANSFORM, 1.0)
+
+
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _task_linear(
     x, w, scale, bias, keys, order, pre, y, rows, per_task, I, O,
     x_r, x_i, w_t, w_o, w_i, scale_t, scale_o, bias_t, bias_o,
     RAGGED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``y[r] = scale[t] * (w[t] x[r]) + bias[t]`` for ``BM`` rows in the order of their tasks
-    ``t``, and what follows.
+    """``y[r] = f(scale[t] * w[t]) x[r] + bias[t]`` for ``BM`` rows in the order of their tasks
+    ``t``, and what follows; ``f`` is the transform.
 
     The tasks of a block take turns; a row keeps the product with its own weights only, so that
     a NaN in the weights of one task does not reach another.
@@ -62,6 +78,9 @@ def _task_linear(
         # The weights of all layers of a task lie in one piece, whose length is seldom a multiple of
         # 16; what it is a multiple of decides how wide the loads can be.
         w_row = w + tl.multiple_of(turn * w_t, ALIGNED) + o.to(tl.int64) * w_o
+        scales = o
+        if HAS_SCALE:
+            scales = tl.load(scale + turn * scale_t + o * scale_o, inside, 0.0)
         for i0 in range(0, I, BK):
             i = i0 + tl.arange(0, BK)
             x_tile = tl.load(
@@ -72,13 +91,14 @@ def _task_linear(
             w_tile = tl.load(
                 w_row[:, None] + i[None, :] * w_i, inside[:, None] & (i < I)[None, :], 0.0
             )
+            if TRANSFORM != "":
+                w_tile = transformed(w_tile, scales, HAS_SCALE, TRANSFORM, SUM)
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 product += tl.sum(w_tile.to(SUM) * x_tile.to(SUM), 1)[None, :]
             else:
                 w_tile = tl.trans(w_tile.to(x_tile.dtype))
                 product = tl.dot(x_tile, w_tile, product, input_precision=PRECISION, out_dtype=SUM)
-        if HAS_SCALE:
-            scales = tl.load(scale + turn * scale_t + o * scale_o, inside, 0.0)
+        if HAS_SCALE and TRANSFORM == "":
             product *= scales.to(SUM)[None, :]
         if HAS_BIAS:
             product += tl.load(bias + turn * bias_t + o * bias_o, inside, 0.0).to(SUM)[None, :]
@@ -91,12 +111,13 @@ def _task_linear(
 
 @triton.jit(do_not_specialize=["per_task"])
 def _task_outer(
-    g, x, order, starts, y, per_task, O, I,
-    g_r, g_o, x_r, x_i,
-    RAGGED: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    g, x, w, order, starts, y, per_task, O, I,
+    g_r, g_o, x_r, x_i, w_t, w_o, w_i, y_t, y_o, y_i,
+    RAGGED: tl.constexpr, TRANSFORM: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``y[t,o,i] = sum g[r,o] x[r,i]`` over the rows ``r`` of task ``t``, in their order."""
+    """``y[t,o,i] = f'(w[t,o,i]) sum g[r,o] x[r,i]`` over the rows ``r`` of task ``t``, in their
+    order; ``f'`` is the slope of the transform."""
     blocks_i = tl.cdiv(I, BN)
     blocks = tl.cdiv(O, BM) * blocks_i
     pid = tl.program_id(0)
@@ -128,12 +149,13 @@ def _task_outer(
             total += g_tile.to(SUM) * x_tile.to(SUM)
         else:
             total = tl.dot(g_tile, x_tile, total, input_precision=PRECISION, out_dtype=SUM)
-    y_row = y + task * O * I + o.to(tl.int64) * I
-    tl.store(
-        y_row[:, None] + i[None, :],
-        total.to(y.dtype.element_ty),
-        (o < O)[:, None] & (i < I)[None, :],
-    )
+    o_offset, i_offset = o.to(tl.int64)[:, None], i.to(tl.int64)[None, :]
+    mask = (o < O)[:, None] & (i < I)[None, :]
+    if TRANSFORM != "":
+        w_tile = tl.load(w + task * w_t + o_offset * w_o + i_offset * w_i, mask, 0.0)
+        total *= slope(w_tile.to(SUM), TRANSFORM, 1.0)
+    y_tile = y + task * y_t + o_offset * y_o + i_offset * y_i
+    tl.store(y_tile, total.to(y.dtype.element_ty), mask)
 
 
 TASK = {
@@ -144,6 +166,9 @@ TASK = {
 }
 # Rows a task from which padding a block of one task's rows to a matrix unit's 16 pays.
 MANY = 16
+# Rows a task from which a kernel would transform a weight again for every block of them, where
+# a pass over the weights before a library's product does so once.
+AGAIN = 64
 
 
 def linear(
@@ -152,15 +177,18 @@ def linear(
     bias: Tensor | None,
     rows: Rows,
     then: Finish = NOTHING,
+    transform: str = "",
     scale: Tensor | None = None,
 ) -> Tensor:
-    """``(R, O)`` from ``x (R, I)``, ``weight (B, O, I)`` and ``bias (B, O)``, and what follows.
+    """``(R, O)`` from ``x (R, I)``, ``weight (B, O, I)`` before its transform and ``bias (B, O)``,
+    and what follows.
 
     With ``scale (B, O)`` the weight is int8: steps of so much.
     """
     _, out, ins = weight.shape
-    if scale is None and by_library(rows):
+    if scale is None and by_library(rows, transform):
         shape = rows.tasks, rows.per_task
+        weight = TRANSFORMS[transform].value(weight) if transform else weight
         return then.by_torch(
             reference.task_linear(x.unflatten(0, shape), weight, bias).flatten(0, 1)
         )
@@ -169,7 +197,9 @@ def linear(
     kind = gpu.arithmetic(x.dtype)
     c = TASK[kind]
     block = rows_together(rows, kind)
-    columns, depth = min(power(out), c.columns), deep(ins, c.depth)
+    # A tile is in registers while it is transformed: one of 64 by 64 spills on sm_80.
+    most = max(c.depth // 2, 16) if transform else c.depth
+    columns, depth = min(power(out), c.columns), deep(ins, most)
     if block > 1:
         columns = max(columns, 16)
     else:
@@ -181,16 +211,16 @@ def linear(
         x, weight, s, b, keys, order, then.pre, y, rows.total, rows.per_task, ins, out,
         *x.stride(), *weight.stride(), *s.stride()[:2], *b.stride()[:2],
         RAGGED=rows.ragged, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        **then.options(), **launch.arithmetic(x.dtype),
+        TRANSFORM=transform, **then.options(), **launch.arithmetic(x.dtype),
         ALIGNED=math.gcd(weight.stride(0), 16), BM=block, BN=columns, BK=depth,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return y
 
 
-def by_library(rows: Rows) -> bool:
+def by_library(rows: Rows, transform: str = "") -> bool:
     """Whether a batched product of a library is as good as it gets."""
-    return not rows.ragged and rows.per_task >= MANY
+    return not rows.ragged and rows.per_task >= (AGAIN if transform else MANY)
 
 
 def rows_together(rows: Rows, kind: str) -> int:
@@ -200,27 +230,50 @@ def rows_together(rows: Rows, kind: str) -> int:
     return few if kind == "fp32" or few == 1 else max(few, 16)
 
 
-def outer(grad: Tensor, x: Tensor, rows: Rows) -> Tensor:
-    """``(B, O, I)``: the sum over the rows of each task of ``grad (R, O)`` times ``x (R, I)``."""
+def outer(
+    grad: Tensor,
+    x: Tensor,
+    rows: Rows,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+    transform: str = "",
+) -> Tensor:
+    """``(B, O, I)``: the sum over the rows of each task of ``grad (R, O)`` times ``x (R, I)``;
+    times the slope of the transform at ``weight (B, O, I)``. ``y`` is where to write it."""
     out, ins, tasks = grad.shape[-1], x.shape[-1], rows.tasks
-    if by_library(rows):
+    y = grad.new_empty(tasks, out, ins) if y is None else y
+    if by_library(rows, transform):
         shape = tasks, rows.per_task
-        return reference.task_linear_grad_weight(
-            grad.unflatten(0, shape), x.unflatten(0, shape), None, tasks
-        )
+        torch.bmm(grad.unflatten(0, shape).mT, x.unflatten(0, shape), out=y)
+        if transform:
+            assert weight is not None
+            y *= TRANSFORMS[transform].slope(weight)
+        return y
     _, order = rows.sorted
-    y = grad.new_empty(tasks, out, ins)
     kind = gpu.arithmetic(x.dtype)
     c = TASK[kind]
     depth = c.depth if rows.total >= MANY * tasks and min(out, ins) >= MANY else 1
     smallest = 1 if depth == 1 else 16
     block = max(min(power(out), c.rows), smallest)
     columns = max(min(power(ins), c.columns), smallest)
+    w = y if weight is None else weight
     launch.start(
         _task_outer,
         tasks * up(out, block) * up(ins, columns),
-        grad, x, order, rows.starts, y, rows.per_task, out, ins, *grad.stride(), *x.stride(),
-        RAGGED=rows.ragged, **launch.arithmetic(x.dtype),
+        grad, x, w, order, rows.starts, y, rows.per_task, out, ins,
+        *grad.stride(), *x.stride(), *w.stride(), *y.stride(),
+        RAGGED=rows.ragged, TRANSFORM=transform, **launch.arithmetic(x.dtype),
         BM=block, BN=columns, BK=depth, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return y
+
+
+def sums(each: Tensor, rows: Rows, y: Tensor | None = None) -> Tensor:
+    """``(B, C)``: the sum of the rows of each task; ``y`` is where to write it."""
+    total = outer(each, ones(each), rows, None if y is None else y.unsqueeze(2))
+    return total.squeeze(2)
+
+
+def ones(rows: Tensor) -> Tensor:
+    """A constant input feature: the gradient of a bias is that of its weight."""
+    return rows.new_ones(()).expand(len(rows), 1)

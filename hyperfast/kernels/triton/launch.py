@@ -62,6 +62,16 @@ class Rows:
     def ragged(self) -> bool:
         return self.keys is not None
 
+    @property
+    def few(self) -> bool:
+        """Whether mixed rows are fewer than the tasks."""
+        return self.ragged and self.total < self.tasks
+
+    def alone(self, h: Tensor) -> tuple[Tensor, Rows]:
+        """The mixed rows as tasks of their own, and what is theirs of ``h``, an entry a task."""
+        assert self.keys is not None
+        return h.index_select(0, self.keys), Rows(self.total, self.total, 1)
+
     @cached_property
     def sorted(self) -> tuple[Tensor | None, Tensor | None]:
         """The keys in order, and the rows that they belong to."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hyperfast.kernels import eager
 from hyperfast.kernels.triton import generated, grouped
 from hyperfast.kernels.triton.launch import agree, expect, rows_of
-from hyperfast.layout import Generated
+from hyperfast.layout import TRANSFORMS, Generated
 
 
 def hyper_linear(
@@ -34,11 +33,12 @@ def hyper_linear(
         vector_bias=vector_bias,
     )
     made.check(x.shape[-1], h.shape[1])
+    _known(transform)
     out, ins = matrix.shape[:2]
     rows = rows_of([x], [h], task_ids, len(h))
-    if transform or (plan == "tile" and rows.ragged):
+    if plan == "tile" and rows.ragged:
         return eager.hyper_linear(x, h, *made, task_ids, transform, plan)
-    y = generated.forward(x.reshape(-1, ins), h, made, rows, plan)
+    y = generated.forward(x.reshape(-1, ins), h, made, rows, transform, plan)
     return y.view(*x.shape[:-1], out)
 
 
@@ -54,25 +54,24 @@ def hyper_linear_backward(
     output_mask: Sequence[bool],
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if transform:
-        args = grad, x, h, matrix, matrix_bias, vector, task_ids, transform, output_mask, plan
-        return eager.hyper_linear_backward(*args)
-    none, has_vector = x.new_empty(0), vector is not None
-    whole = grad.reshape(1, -1, grad.shape[-1]), x.reshape(1, -1, x.shape[-1])
-    grad_bias = none
-    if output_mask[2]:
-        grad_bias = task_linear_grad_weight(*whole, None, 1).flatten()
-        if has_vector:
-            grad_bias = torch.cat([grad_bias, whole[0].sum((0, 1))])
-    return (
-        hyper_linear_grad_h(grad, x, matrix, vector, task_ids, len(h), plan)
-        if output_mask[0]
-        else none,
-        hyper_linear_grad_weight(grad, x, h, task_ids, has_vector, plan)
-        if output_mask[1]
-        else none,
-        grad_bias,
-    )
+    made = Generated(matrix, matrix_bias, vector)
+    agree(grad=grad, x=x, h=h, matrix=matrix, matrix_bias=matrix_bias, vector=vector)
+    made.check(x.shape[-1], h.shape[1])
+    _known(transform)
+    out, ins = matrix.shape[:2]
+    expect(grad, "grad", (*grad.shape[:-1], out))
+    rows = rows_of([grad, x], [h], task_ids, len(h))
+    if plan == "tile" and rows.ragged:
+        return eager.hyper_linear_backward(
+            grad, x, h, matrix, matrix_bias, vector, task_ids, transform, output_mask, plan
+        )
+    grad, x = grad.reshape(-1, out), x.reshape(-1, ins)
+    return generated.backward(grad, x, h, made, rows, output_mask, transform, plan)
+
+
+def _known(transform: str) -> None:
+    if transform not in ("", *TRANSFORMS):
+        raise ValueError(f"transform must be one of {['', *TRANSFORMS]}, got {transform!r}")
 
 
 def hyper_linear_grad_h(

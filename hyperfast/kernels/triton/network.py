@@ -1,4 +1,5 @@
-"""A generated network: in one kernel where its widths fit and rows are many, else by its layers.
+"""A generated network: in one kernel where its widths fit, rows are many and no weight is
+transformed, else by its layers.
 
 In the kernel a program takes a block of rows through all layers, so that a hidden layer is stored
 only where the backward pass will ask for it.
@@ -103,7 +104,7 @@ def _hyper_mlp(
     x_r, x_i, h_t, h_k, w_p, w_k, bias_p,
     SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, LOOPS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, KEPT: tl.constexpr, AT: tl.constexpr,
-    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
+    TARGET_BIASES: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``BM`` rows through a network; the arguments of the first ``KEPT`` activations are stored,
@@ -120,8 +121,8 @@ def _hyper_mlp(
         total = _layer(
             v, x_row, h_row, weight, by_feature, bias, live, K, step,
             x_i, h_k, w_p, w_k, bias_p,
-            SIZES[n], SIZES[n + 1], BEGINS[n], LOOPS[n], TARGET_BIAS, HAS_BIAS, SUM, PRECISION,
-            BM, TILES[n], TILES[n + 1], BK,
+            SIZES[n], SIZES[n + 1], BEGINS[n], LOOPS[n], TARGET_BIASES[n], HAS_BIAS,
+            SUM, PRECISION, BM, TILES[n], TILES[n + 1], BK,
         )  # fmt: skip
         o = tl.arange(0, TILES[n + 1])
         at = r[:, None] * SIZES[n + 1] + o[None, :]
@@ -160,7 +161,7 @@ def hyper_mlp(
     sizes = tuple(
         Sizes(
             *(rows.tasks, rows.total, v.in_features, v.out_features, h.shape[1]),
-            *(rows.ragged, net.has_bias),
+            *(rows.ragged, bool(v.bias), bool(v.transform)),
         )
         for v in net.layers
     )
@@ -170,7 +171,8 @@ def hyper_mlp(
         for n, pre in enumerate(_split(preactivations, widths, rows)):
             then[n] = then[n]._replace(pre=pre)
         for layer, follows in zip(net.layers, then, strict=True):
-            y = generated.forward(y, h, of_layer(weight, bias, layer), rows, then=follows)
+            made = of_layer(weight, bias, layer)
+            y = generated.forward(y, h, made, rows, layer.transform, then=follows)
     return y.view(*x.shape[:-1], net.sizes[-1]), preactivations
 
 
@@ -193,7 +195,7 @@ def hyper_mlp_backward(
     expect(grad, "grad", (*x.shape[:-1], net.sizes[-1]))
     expect(preactivations, "preactivations", (rows.total * sum(net.kept),))
     pres, then = _split(preactivations, net.kept, rows), followed(net)
-    of_x, of_h, of_weight, of_bias = output_mask
+    of_x, of_h, *_ = output_mask
     nothing = x.new_empty(0)
     inputs = [x.reshape(-1, net.sizes[0])]
     inputs += [f.by_torch(pre) for f, pre in zip(then[:-1], pres, strict=False)]
@@ -203,23 +205,22 @@ def hyper_mlp_backward(
     grad_h, weights, biases = nothing, [], []
     for n, layer in reversed(list(enumerate(net.layers))):
         made = of_layer(weight, bias, layer)
-        if of_h:
-            # Lest 16-bit sums over the layers be rounded after each.
-            part = generated.grad_h(grad, inputs[n], made.matrix, made.vector, rows)
-            part = part.to(torch.promote_types(part.dtype, torch.float32))
+        of_layer_h, of_rows, of_shared = generated.backward(
+            grad, inputs[n], h, made, rows, output_mask[1:], layer.transform
+        )
+        if of_h:  # lest 16-bit sums over the layers be rounded after each
+            part = of_layer_h.to(torch.promote_types(h.dtype, torch.float32))
             grad_h = grad_h.add_(part) if grad_h.numel() else part
-        if of_weight:
-            weights.append(generated.grad_weight(grad, inputs[n], h, rows, net.has_bias))
-        if of_bias:
-            biases += [grad.sum(0)] * net.has_bias + [(grad.mT @ inputs[n]).flatten()]
+        weights.append(of_rows)
+        biases.append(of_shared)
         if n or of_x:
             before = then[n - 1].backward(pres[n - 1]) if n else NOTHING
-            grad = generated.forward(grad, h, made.transposed, rows, then=before)
+            grad = generated.forward(grad, h, made.transposed, rows, layer.transform, then=before)
     return (
         grad.view(x.shape) if of_x else nothing,
         grad_h.to(x.dtype),
-        torch.cat(weights[::-1]) if of_weight else nothing,
-        torch.cat(biases[::-1]) if of_bias else nothing,
+        torch.cat(weights[::-1]),
+        torch.cat(biases[::-1]),
     )
 
 
@@ -263,9 +264,9 @@ def _whole(
             BEGINS=(0, *accumulate(layer.params for layer in layers[:-1])),
             ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
             KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
-            TARGET_BIAS=layers[0].bias, HAS_BIAS=bias is not None, RAGGED=rows.ragged,
-            **launch.arithmetic(x.dtype), BM=block(config), BK=deep(features, config.depth),
-            num_warps=config.warps, num_stages=config.stages,
+            TARGET_BIASES=tuple(layer.bias for layer in layers), HAS_BIAS=bias is not None,
+            RAGGED=rows.ragged, **launch.arithmetic(x.dtype), BM=block(config),
+            BK=deep(features, config.depth), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     key = ("network", x.dtype, sizes, features, launch.power(rows.total))

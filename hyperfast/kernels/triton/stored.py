@@ -1,12 +1,13 @@
 """Given networks on the rows of their tasks: in one kernel where the widths fit, else by layers.
 
 The rows are put in the order of their tasks once; every touched weight is read from memory once.
-Steps of int8 are widened in registers.
+Steps of int8 are widened, and weights transformed, in registers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import triton
@@ -14,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperfast.kernels.triton import grouped, launch
-from hyperfast.kernels.triton.activation import activate, followed
-from hyperfast.kernels.triton.grouped import NONE, owners
+from hyperfast.kernels.triton.activation import NOTHING, activate, followed
+from hyperfast.kernels.triton.grouped import NONE, owners, transformed
 from hyperfast.kernels.triton.launch import Rows, agree, expect, power, rows_of, tile, up
-from hyperfast.layout import Network
+from hyperfast.layout import Layer, Network
 from hyperfast.plans import gpu
 
 
@@ -26,13 +27,14 @@ def _task_mlp(
     x, weight, vectors, keys, order, y, rows, per_task, x_r, x_i, w_t, w_p, v_t, v_p,
     SIZES: tl.constexpr, TILES: tl.constexpr, WEIGHTS: tl.constexpr, SCALES: tl.constexpr,
     BIASES: tl.constexpr, ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, RAGGED: tl.constexpr,
+    TRANSFORMS: tl.constexpr, SCALED: tl.constexpr, RAGGED: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """``BM`` rows, in the order of their tasks, through the networks of these, which take turns.
 
     A row keeps what its own network makes of it, so that a NaN in one does not reach another. Of a
-    task's row of ``weight`` the matrix of layer ``n`` begins at ``WEIGHTS[n]``.
+    task's row of ``weight`` the matrix of layer ``n`` begins at ``WEIGHTS[n]``; its bias, if it has
+    one, at ``BIASES[n]`` of ``vectors``.
     """
     p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = p < rows
@@ -51,16 +53,21 @@ def _task_mlp(
         for n in tl.static_range(LAST):
             i, o = tl.arange(0, TILES[n]), tl.arange(0, TILES[n + 1])
             at = matrices + (WEIGHTS[n] + o[:, None] * SIZES[n] + i[None, :]).to(tl.int64) * w_p
-            w = tl.load(at, (o < SIZES[n + 1])[:, None] & (i < SIZES[n])[None, :], 0.0)
+            held = (o < SIZES[n + 1])[:, None] & (i < SIZES[n])[None, :]
+            w = tl.load(at, held, 0.0)
+            scale = o
+            if SCALED:
+                scale = tl.load(own + (SCALES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
+            if TRANSFORMS[n] != "":  # what lies past the inputs meets weights of 0
+                w = tl.where(held, transformed(w, scale, SCALED, TRANSFORMS[n], SUM), 0.0)
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
             else:
                 w = tl.trans(w.to(v.dtype))
                 total = tl.dot(v, w, input_precision=PRECISION, out_dtype=SUM)
-            if SCALED:
-                scale = tl.load(own + (SCALES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
+            if SCALED and TRANSFORMS[n] == "":
                 total *= scale.to(SUM)[None, :]
-            if HAS_BIAS:
+            if BIASES[n] is not None:
                 bias = tl.load(own + (BIASES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
                 total += bias.to(SUM)[None, :]
             v = activate(total, ACTIVATIONS[n], PARAMETERS[n]).to(y.dtype.element_ty)
@@ -83,15 +90,13 @@ def task_mlp(
     network: str,
 ) -> Tensor:
     net = Network.for_kernels(network)
-    tasks, vectors = len(weight), sum(net.sizes[1:])
-    scaled = scales_and_biases is not None
-    matrices = net.numel - net.has_bias * vectors
+    tasks, scaled = len(weight), scales_and_biases is not None
     agree(x=x, **({"scales_and_biases": scales_and_biases} if scaled else {"weight": weight}))
     if weight.device != x.device:
         raise TypeError(f"weight must be on the device of x, {x.device}, got {weight.device}")
     expect(x, "x", (*x.shape[:-1], net.sizes[0]))
-    expect(weight, "weight", (tasks, matrices if scaled else net.numel))
-    expect(scales_and_biases, "scales_and_biases", (tasks, vectors * (1 + net.has_bias)))
+    expect(weight, "weight", (tasks, net.weight_numel if scaled else net.numel))
+    expect(scales_and_biases, "scales_and_biases", (tasks, net.vector_numel))
     rows = rows_of([x], [weight], task_ids, tasks)
     flat = x.reshape(-1, net.sizes[0])
     whole = gpu.fits_one_kernel(net.sizes) and (scaled or not grouped.by_library(rows))
@@ -99,19 +104,66 @@ def task_mlp(
     return y.view(*x.shape[:-1], net.sizes[-1])
 
 
+def task_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    task_ids: Tensor | None,
+    network: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and ``weight``, layer by layer; the forward pass is made again."""
+    net = Network.for_kernels(network)
+    agree(x=x, grad=grad, weight=weight)
+    expect(x, "x", (*x.shape[:-1], net.sizes[0]))
+    expect(grad, "grad", (*x.shape[:-1], net.sizes[-1]))
+    expect(weight, "weight", (len(weight), net.numel))
+    rows = rows_of([grad, x], [weight], task_ids, len(weight))
+    pieces, then = list(_pieces(weight, None, net)), followed(net)
+    inputs, pres = [x.reshape(-1, net.sizes[0])], []
+    for (layer, w, _, bias), follows in zip(pieces[: len(net.kept)], then, strict=False):
+        pres.append(x.new_empty(rows.total, layer.out_features))
+        keeping = follows._replace(pre=pres[-1])
+        inputs.append(grouped.linear(inputs[-1], w, bias, rows, keeping, layer.transform))
+    grad = grad.reshape(-1, net.sizes[-1])
+    if len(pres) == len(then):
+        grad = then[-1].backward(pres[-1]).by_torch(grad)
+    of_x, of_weight = output_mask
+    nothing = x.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if of_weight else nothing
+    grads = list(_pieces(grad_weight, None, net)) if of_weight else []
+    for n, (layer, w, _, _) in reversed(list(enumerate(pieces))):
+        if of_weight:
+            _, of_matrix, _, of_bias = grads[n]
+            grouped.outer(grad, inputs[n], rows, of_matrix, w, layer.transform)
+            if of_bias is not None:
+                grouped.sums(grad, rows, of_bias)
+        if n or of_x:
+            before = then[n - 1].backward(pres[n - 1]) if n else NOTHING
+            grad = grouped.linear(grad, w.mT, None, rows, before, layer.transform)
+    return grad.view(x.shape) if of_x else nothing, grad_weight
+
+
+def _pieces(
+    weight: Tensor, scales_and_biases: Tensor | None, net: Network
+) -> Iterator[tuple[Layer, Tensor, Tensor | None, Tensor | None]]:
+    """Each layer with its matrix ``(B, O, I)``, scale and bias ``(B, O)``, views of its tasks'."""
+    scaled = scales_and_biases is not None
+    vectors = weight if scales_and_biases is None else scales_and_biases
+    for layer, place in zip(net.layers, net.places(scaled), strict=True):
+        out = layer.out_features
+        w = weight[:, place.matrix :][:, : layer.weight_numel]
+        scale = vectors[:, place.scale :][:, :out] if scaled else None
+        bias = vectors[:, place.bias :][:, :out] if layer.bias else None
+        yield layer, w.unflatten(1, (out, layer.in_features)), scale, bias
+
+
 def _by_layers(
     x: Tensor, weight: Tensor, scales_and_biases: Tensor | None, rows: Rows, net: Network
 ) -> Tensor:
-    scaled = scales_and_biases is not None
-    vectors = weight if scales_and_biases is None else scales_and_biases
-    then = followed(net)
-    for layer, place, follows in zip(net.layers, net.places(scaled), then, strict=True):
-        out = layer.out_features
-        w = weight[:, place.matrix :][:, : layer.weight_numel]
-        w = w.unflatten(1, (out, layer.in_features))
-        scale = vectors[:, place.scale :][:, :out] if scaled else None
-        bias = vectors[:, place.bias :][:, :out] if net.has_bias else None
-        x = grouped.linear(x, w, bias, rows, follows, scale)
+    pieces = _pieces(weight, scales_and_biases, net)
+    for (layer, w, scale, bias), follows in zip(pieces, followed(net), strict=True):
+        x = grouped.linear(x, w, bias, rows, follows, layer.transform, scale)
     return x
 
 
@@ -122,8 +174,11 @@ def _whole(
     most, warps = TOGETHER[kind]
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))
-    if block == 1:  # 32 weights a thread, whose loads are on their way together
-        warps = min(max(max(i * o for i, o in pairwise(tiles)) // 1024, 1), 4)
+    transforms = tuple(layer.transform for layer in net.layers)
+    if block == 1:  # 32 weights a thread, whose loads are on their way together; fp64 that are
+        # transformed would spill
+        share, warps = (512, 8) if kind == "fp64" and any(transforms) else (1024, 4)
+        warps = min(max(max(i * o for i, o in pairwise(tiles)) // share, 1), warps)
     keys, order = rows.sorted
     scaled = scales_and_biases is not None
     vectors = weight if scales_and_biases is None else scales_and_biases
@@ -134,9 +189,10 @@ def _whole(
         x, weight, vectors, keys, order, y, rows.total, rows.per_task,
         *x.stride(), *weight.stride(), *vectors.stride(),
         SIZES=net.sizes, TILES=tiles, WEIGHTS=tuple(p.matrix for p in places),
-        SCALES=tuple(p.scale for p in places), BIASES=tuple(p.bias for p in places),
+        SCALES=tuple(p.scale for p in places),
+        BIASES=tuple(p.bias if v.bias else None for p, v in zip(places, net.layers, strict=True)),
         ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
-        HAS_BIAS=net.has_bias, SCALED=scaled, RAGGED=rows.ragged,
+        TRANSFORMS=transforms, SCALED=scaled, RAGGED=rows.ragged,
         **launch.arithmetic(x.dtype), ALIGNED=math.gcd(weight.stride(0), 16), BM=block,
         num_warps=warps,
     )  # fmt: skip

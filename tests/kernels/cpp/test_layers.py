@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+from hyperfast.kernels import reference
+from hyperfast.layout import TRANSFORMS, Generated
 from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from hyperfast.plans.sizes import PLANS
 from tests.support import flat
-from tests.support.budget import assert_within_roundings
+from tests.support.budget import assert_as_good, assert_within_roundings, norm
 from tests.support.draw import draw
 
 if EXTENSION is None:
@@ -193,6 +195,63 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
     assert_within_roundings(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
     gv = op.hyper_linear_grad_weight(gs, xs, hs, ids, target_bias, plan)
     assert_within_roundings(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
+    gh, gv, gb = flat.backward(gs, xs, hs, vs, v0, ids, target_bias, "", plan)
+    assert_within_roundings(gh, lambda g, x, v: grad_flat(g, x) @ v, g, x, v, depth=n + len(v))
+    assert_within_roundings(gv, lambda g, x, h: grad_flat(g, x).mT @ h, g, x, h, depth=n + b)
+    assert_within_roundings(gb, lambda g, x: grad_flat(g, x).sum(0), g, x, depth=n * b)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("size", [(50, 2, 17, 66, 9), (100, 8, 17, 3, 16), (3, 300, 63, 40, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hyper_transforms(dtype, size, transform, ragged, plan):
+    b, n, i, o, k = size
+    x, g = rand(b, n, i, dtype=dtype), rand(b, n, o, dtype=dtype, seed=1)
+    h, v = rand(b, k, dtype=dtype, seed=2), rand(o * (i + 1), k, dtype=dtype, seed=3, scale=0.2)
+    v0, ids = rand(len(v), dtype=dtype, seed=4), None
+    if ragged:
+        ids, where = mix(n, b)
+        x, g = unsort(x, where), unsort(g, where)
+
+    def run(*args):
+        x, g, h, v, v0 = args
+        made = Generated.of_head(v, v0, i, True)
+        turned = reference.hyper_linear(g, h, *made.transposed, ids, transform)
+        y = reference.hyper_linear(x, h, *made, ids, transform)
+        grads = reference.hyper_linear_backward(g, x, h, *made[:3], ids, transform, [True] * 3)
+        return y, turned, *grads
+
+    args = x, g, h, v, v0
+    made = Generated.of_head(v, v0, i, True)
+    results = (
+        op.hyper_linear(x, h, *made, ids, transform, plan),
+        op.hyper_linear(g, h, *made.transposed, ids, transform, plan),
+        *flat.backward(g, x, h, v, v0, ids, True, transform, plan),
+    )
+    exact, plain = run(*(t.double() for t in args)), run(*args)
+    for result, one, other in zip(results, plain, exact, strict=True):
+        assert_as_good(result, one, other, size=norm)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_over_the_whole_range(transform, plan):
+    edges = [0.0, -0.0, 20, 20.5, 88.7, 89, 105, -87, -100, -103, -120, 1e-30, torch.inf, torch.nan]
+    w = torch.cat([torch.tensor(edges), torch.linspace(-110, 90, 3001)])
+    w, one, by = torch.cat([w, -w]).unsqueeze(1), torch.ones(1, 1, 1), TRANSFORMS[transform]
+    rows = torch.ones(len(w), 1, 1)
+    y = op.hyper_linear(rows, w, one, None, None, None, None, transform, plan).view(-1)
+    slope = op.hyper_linear_backward(
+        rows, rows, w, one, None, None, None, transform, [True, False, False], plan
+    )[0].view(-1)
+    w = w.view(-1).double()
+    for got, exact in ((y, by.value(w)), (slope, by.slope(w))):
+        rounded = exact.float().double()
+        same = (got.double() == rounded) | (got.isnan() & w.isnan())
+        error = (got.double() - exact).abs() <= 4 * 2.0**-24 * exact.abs() + 2.0**-126
+        assert bool((same | error).all()), w[~(same | error)]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -387,23 +446,26 @@ def test_fp16_and_bf16_keep_infinity_nan_and_subnormals():
     assert y.isinf().all()
 
 
-@pytest.mark.parametrize("plan", ["contract", "tile"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_result_does_not_depend_on_threads(plan):
     x, w = rand(9, 700, 65, dtype=torch.float32), rand(9, 33, 65, dtype=torch.float32)
     g, h = rand(9, 700, 33, dtype=torch.float32), rand(9, 40, dtype=torch.float32)
     v = rand(33 * 65, 40, dtype=torch.float32)
     before = torch.get_num_threads()
     results = []
-    for threads in (1, 2):
+    v0 = rand(len(v), dtype=torch.float32, seed=5)
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         y, gw = op.task_linear(x, w, None, None), op.task_linear_grad_weight(g, x, None, 9)
         hyper = flat.hyper_linear(x, h, v, None, None, False, plan)
         gx = flat.grad_x(g, h, v, None, None, plan)
         gh = flat.grad_h(g, x, v, None, 9, False, plan)
         gv = op.hyper_linear_grad_weight(g, x, h, None, False, plan)
-        results.append((y, gw, hyper, gx, gh, gv))
+        both = [flat.backward(g, x, h, v, v0, None, False, f, plan) for f in ("", "softplus")]
+        results.append((y, gw, hyper, gx, gh, gv, *both[0], *both[1]))
     torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 X, W, BIAS = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2, 5)

@@ -16,13 +16,15 @@ from hyperfast.activations import KNOWN
 from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
-from hyperfast.kernels.triton import grouped, launch, trilinear
+from hyperfast.kernels.triton import generated, grouped, launch, trilinear
 from hyperfast.kernels.triton import stored as stored_networks
+from hyperfast.layout import TRANSFORMS, Network
 from hyperfast.ops import network as networks
 from hyperfast.plans import gpu
 from tests.support.budget import assert_as_good, close, norm
 from tests.support.cases import (
     FUSED,
+    SIZES,
     VARIANTS,
     Sizes,
     Variant,
@@ -32,7 +34,18 @@ from tests.support.cases import (
     is_float,
     value_and_gradients,
 )
-from tests.support.networks import apply_stored, expected, random, stored, text
+from tests.support.draw import draw
+from tests.support.networks import (
+    MIXED,
+    apply_stored,
+    expected,
+    expected_stored,
+    random,
+    random_for,
+    stored,
+    stored_for,
+    text,
+)
 
 FP64, FP32 = torch.float64, torch.float32
 LARGE = [
@@ -43,6 +56,9 @@ LARGE = [
     (Sizes(5, 3, 17, 33, 17), FP32),
 ]
 STORED = [v for v in VARIANTS if v.plan in ("tile", "materialize") and v.bias and v.target_bias]
+TRANSFORMED = [v for v in VARIANTS if v.transform and not v.plan]
+every_transform = pytest.mark.parametrize("transform", TRANSFORMS)
+ragged_or_not = pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
 
 # What computes each op when the weights are not stored; a library does where rows are many.
 KERNELS = {
@@ -90,8 +106,112 @@ def test_value_of_larger_sizes(variant, sizes, dtype, launched):
 def test_stored_weights(variant, monkeypatch):
     """In one piece, and in blocks of a few tasks."""
     monkeypatch.setattr(gpu, "GPU_BLOCK", 8 * 60)
-    args = variant.random(Sizes(7, 3, 3, 4, 6))
-    close(variant.op(*args), variant.expected(*args))
+    value_and_gradients(variant, Sizes(7, 3, 3, 4, 6))
+
+
+@pytest.mark.parametrize("size", [*SIZES[1:], Sizes(2, 70, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize("variant", TRANSFORMED[-2:], ids=str)
+def test_transforms_of_every_size(variant, size):
+    """The last is of rows so many that a library multiplies."""
+    value_and_gradients(variant, size)
+
+
+@pytest.mark.parametrize("variant", TRANSFORMED, ids=str)
+def test_transforms(variant, launched):
+    """Value and gradients; the weights are transformed, and their gradients formed, in kernels."""
+    value_and_gradients(variant, Sizes())
+    assert launched["_task_linear"]
+    assert launched["_task_outer"]
+    assert not launched["_contract"]
+    assert not launched["_outer"]
+
+
+@ragged_or_not
+@every_transform
+def test_transforms_in_fp32(transform, ragged):
+    variant = Variant("hyper_linear", ragged, transform=transform)
+    args = variant.random(Sizes(5, 3, 17, 33, 17), dtype=FP32, grad=True)
+    exact = [a.detach().double().requires_grad_() if is_float(a) else a for a in args]
+    weight = torch.randn(5 * 3, 33)
+
+    def run(function, args):
+        y = function(*args)
+        seed = weight.view(y.shape).to(y.dtype)
+        return y, *torch.autograd.grad(y, floats(args), seed)
+
+    ours, plain = run(variant.op, args), run(variant.expected, args)
+    for a, b, c in zip(ours, plain, run(variant.expected, exact), strict=True):
+        assert a.dtype == FP32
+        assert_as_good(a, b, c, size=norm)
+
+
+@every_transform
+def test_transforms_of_fewer_rows_than_tasks(transform, monkeypatch):
+    """Weights are made for the rows, not for the tasks."""
+    made, whole = [], generated._weights
+
+    def weights(h, *rest):
+        made.append(len(h))
+        return whole(h, *rest)
+
+    monkeypatch.setattr(generated, "_weights", weights)
+    variant = Variant("hyper_linear", True, transform=transform)
+    x, h, *made_of, _, _, plan = variant.random(Sizes(9, 1), grad=True)
+    args = [x[:3], h, *made_of, torch.tensor([4, 1, 4]), transform, plan]
+    expected = variant.expected(*args)
+    weight, leaves = torch.randn_like(expected), [x, *floats(args[1:])]
+    gradients = torch.autograd.grad(expected, leaves, weight)
+    y = variant.op(*args)
+    close(y, expected)
+    close(torch.autograd.grad(y, leaves, weight), gradients)
+    assert set(made) == {3}
+
+
+@ragged_or_not
+@pytest.mark.parametrize("transform", ["", "exp"])
+@pytest.mark.parametrize("plan", ["", "tile"])
+def test_gradients_alone(plan, transform, ragged):
+    """Each as among all, and empty where it is not wanted."""
+    variant = Variant("hyper_linear", ragged, transform=transform, plan=plan)
+    x, h, matrix, matrix_bias, vector, _, ids, *options = variant.random()
+    grad = torch.randn(*x.shape[:-1], len(matrix), dtype=FP64)
+
+    def run(*mask):
+        given = grad, x, h, matrix, matrix_bias, vector, ids, options[0], mask, options[1]
+        return torch.ops.hyperfast.hyper_linear_backward(*given)
+
+    whole = run(True, True, True)
+    for n in range(3):
+        found = run(*(n == m for m in range(3)))
+        close(found[n], whole[n])
+        assert all(not t.numel() for m, t in enumerate(found) if m != n)
+
+
+def test_a_transform_that_is_none():
+    *args, _, plan = Variant("hyper_linear", False).random()
+    with pytest.raises(ValueError, match="transform must be one of"):
+        torch.ops.hyperfast.hyper_linear(*args, "cube", plan)
+    x, h, matrix, matrix_bias, vector, _, ids = args
+    given = torch.randn(3, 2, 5, dtype=FP64), x, h, matrix, matrix_bias, vector, ids, "cube"
+    with pytest.raises(ValueError, match="transform must be one of"):
+        torch.ops.hyperfast.hyper_linear_backward(*given, [True] * 3, plan)
+
+
+@pytest.mark.parametrize("how", ["transposed", "gaps", "expanded"])
+@ragged_or_not
+def test_strides_of_transforms(ragged, how):
+    variant = Variant("hyper_linear", ragged, transform="exp")
+    args = variant.random(Sizes(5, 2, 3, 4, 6))
+    args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
+    y = variant.expected(*args)
+    close(variant.op(*args), y)
+    x, h, matrix, matrix_bias, vector, _, ids, transform, plan = args
+    grad = strided(torch.randn_like(y), how)
+    given = grad, x, h, matrix, matrix_bias, vector, ids, transform, [True] * 3
+    close(
+        torch.ops.hyperfast.hyper_linear_backward(*given, plan),
+        reference.hyper_linear_backward(*given),
+    )
 
 
 @every_fused
@@ -188,9 +308,11 @@ def test_offsets_beyond_32_bits(monkeypatch):
         args = apart(2, 1, ins), h, weight, None, None, text((ins, 1), "tanh", bias)
         close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
     w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
-    x, net = apart(3, 3), text((3, 2, 1), "relu")
+    x, net = apart(3, 3), "3 > 2 b relu exp(W), 1 b"
     y = torch.ops.hyperfast.task_mlp(x, w, None, ids, net)
     close(y.double(), apply_stored(x, w, ids, net), 1e-5)
+    given = apart(3, 1), x, w, ids, net, [True, True]
+    close(torch.ops.hyperfast.task_mlp_backward(*given), networks._task_mlp_backward(*given), 1e-5)
 
 
 # sizes of the network, tasks, rows a task, features
@@ -204,22 +326,26 @@ NETWORKS = [
     ((5, 3, 2), 3, 0, 2),
 ]
 WIDE = ((3, 129, 2), 2, 3, 3)
-ragged_or_not = pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
 one_kernel_or_layers = pytest.mark.parametrize("whole", [False, True], ids=["layers", "one"])
 
 
 def choose(monkeypatch, whole):
-    """One kernel for a network, or one for each layer, whatever the plan says; and fp64 in blocks
-    of rows, as narrower types are."""
+    """One kernel for a network, or one for each layer, whatever the plan says, unless generated
+    weights are transformed; and fp64 in blocks of rows, as narrower types are."""
     monkeypatch.setitem(stored_networks.TOGETHER, "fp64", (16, 8))
-    monkeypatch.setattr(gpu, "one_kernel", lambda *args: whole)
+    monkeypatch.setattr(
+        gpu, "one_kernel", lambda layers, *_: whole and not any(v.transform for v in layers)
+    )
     monkeypatch.setattr(gpu, "fits_one_kernel", lambda sizes: whole)
 
 
-def check_network(size, activations, ragged, *, bias=True, target_bias=True, tolerance=1e-9):
-    """The value, what is kept, and every gradient."""
+def check_network(size, activations, ragged, *, bias=True, target_bias=True):
     args = random(*size, ragged=ragged, bias=bias, target_bias=target_bias)
-    net = text(size[0], activations, target_bias)
+    check(args, text(size[0], activations, target_bias))
+
+
+def check(args, net):
+    """The value, what is kept, and every gradient."""
     y = expected(*args, net)
     weight = torch.randn_like(y)
     tensors = [a for a in args[:4] if a is not None]
@@ -267,6 +393,112 @@ def test_a_wide_network_runs_by_its_layers(launched):
     check_network(WIDE, "relu,identity", False)
     assert launched["_contract"]
     assert not launched["_hyper_mlp"]
+
+
+every_mixed = pytest.mark.parametrize("network", MIXED)
+
+
+def check_stored(x, weight, ids, network):
+    """The value, both gradients, and each of them alone."""
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = expected_stored(x, weight, ids, network)
+    grad = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, weight), grad)
+    ours = torch.ops.hyperfast.task_mlp(x, weight, None, ids, network)
+    close(ours, y)
+    close(torch.autograd.grad(ours, (x, weight), grad), gradients)
+    for n in range(2):
+        given = grad, x.detach(), weight.detach(), ids, network, [n == 0, n == 1]
+        found = torch.ops.hyperfast.task_mlp_backward(*given)
+        close(found[n], gradients[n])
+        assert not found[1 - n].numel()
+
+
+@ragged_or_not
+@one_kernel_or_layers
+@every_mixed
+def test_transforms_and_mixed_biases(network, whole, ragged, monkeypatch, launched):
+    choose(monkeypatch, whole)
+    check(random_for(network, 3, 5, 4, ragged=ragged), network)
+    assert not launched["_hyper_mlp"]
+    check_stored(*stored_for(network, 3, 5, ragged=ragged, scale=0.5), network)
+    assert bool(launched["_task_mlp"]) == whole
+    assert launched["_task_outer"]
+
+
+@ragged_or_not
+@one_kernel_or_layers
+@every_mixed
+def test_transforms_of_int8(network, whole, ragged, monkeypatch):
+    """Steps are widened by their scales, then transformed."""
+    choose(monkeypatch, whole)
+    x, _, ids = stored_for(network, 3, 5, ragged=ragged)
+    net = Network.parse(network)
+    steps = torch.randint(-9, 9, (3, net.weight_numel), dtype=torch.int8)
+    vectors = draw(3, net.vector_numel, scale=0.1)
+    given = x, steps, vectors, ids, network
+    plain = networks.by_task_layers(*given, reference.task_linear)
+    close(torch.ops.hyperfast.task_mlp(*given), plain)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 63), (2, 70), (5, 1), (0, 2), (3, 0)], ids=str)
+@ragged_or_not
+def test_gradients_of_stored_networks(size, ragged):
+    """Of no rows, of one a task, and of so many that a library multiplies."""
+    check_stored(*stored_for(MIXED[0], *size, ragged=ragged), MIXED[0])
+
+
+@ragged_or_not
+def test_mixed_biases_in_one_kernel(ragged, monkeypatch, launched):
+    choose(monkeypatch, True)
+    network = "3 > 17 elu, 4 b tanh, 2"
+    for bias in (False, True):
+        check(random_for(network, 3, 5, 4, ragged=ragged, bias=bias), network)
+    assert launched["_hyper_mlp"]
+
+
+@ragged_or_not
+@every_mixed
+def test_transforms_of_networks_in_fp32(network, ragged):
+    args = random_for(network, 7, 3, 4, ragged=ragged)
+    x, weight, ids = stored_for(network, 7, 3, ragged=ragged, scale=0.5)
+
+    def compare(ours, plain, given):
+        def run(function, dtype):
+            at = [
+                a.detach().to(FP32).to(dtype).requires_grad_() if is_float(a) else a for a in given
+            ]
+            y = function(*at, network)
+            return y, *torch.autograd.grad(y.sum(), floats(at))
+
+        for a, b, c in zip(run(ours, FP32), run(plain, FP32), run(plain, FP64), strict=True):
+            assert a.dtype == FP32
+            assert_as_good(a, b, c, size=norm)
+
+    compare(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], expected, args)
+    compare(
+        lambda x, w, *rest: torch.ops.hyperfast.task_mlp(x, w, None, *rest),
+        expected_stored,
+        [x, weight, ids],
+    )
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "grad"])
+def test_shapes_and_dtypes_of_gradients(name):
+    x, weight, _ = stored_for(MIXED[0], 3, 2, ragged=False)
+    good = {"grad": torch.randn(3, 2, 2, dtype=FP64), "x": x, "weight": weight}
+
+    def run(bad):
+        args = (good | {name: bad}).values()
+        torch.ops.hyperfast.task_mlp_backward(*args, None, MIXED[0], [True, True])
+
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        run(good[name].repeat_interleave(2, -1))
+    with pytest.raises(ValueError, match="must"):
+        run(good[name][1:])
+    with pytest.raises(TypeError, match="dtype"):
+        run(good[name].float())
 
 
 @ragged_or_not
@@ -320,10 +552,11 @@ def test_strides_of_networks(whole, how, monkeypatch):
         close(torch.ops.hyperfast.hyper_mlp_backward(*given), networks._hyper_mlp_backward(*given))
     x, weight, _ = stored((3, 5, 4), 3, 2, ragged=False)
     x, weight = strided(x, how), strided(weight, how)
-    close(
-        torch.ops.hyperfast.task_mlp(x, weight, None, None, net),
-        apply_stored(x, weight, None, net),
-    )
+    y = torch.ops.hyperfast.task_mlp(x, weight, None, None, net)
+    close(y, apply_stored(x, weight, None, net))
+    given = strided(torch.randn_like(y), how), x, weight, None, "3 > 5 b relu exp(W), 4 b tanh"
+    found = torch.ops.hyperfast.task_mlp_backward(*given, [True, True])
+    close(found, networks._task_mlp_backward(*given, [True, True]))
 
 
 @ragged_or_not

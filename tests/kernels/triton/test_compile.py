@@ -23,7 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hyperfast.kernels import triton as kernels  # noqa: E402
 from hyperfast.kernels.triton import launch as launching  # noqa: E402
-from hyperfast.layout import Generated  # noqa: E402
+from hyperfast.layout import TRANSFORMS, Generated, Network  # noqa: E402
 from tests.support.networks import text  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
@@ -79,6 +79,15 @@ NETWORKS = [
     (8448, (64, 64, 10), "relu,identity", False),
     (4224, (8, 32, 1), "elu,identity", False),
 ]
+
+
+# Layers of transformed weights: one row a task, few and many.
+TRANSFORMED = [
+    (64, 1, 8, 32, 8, False),
+    (128, 4, 64, 10, 8, True),
+    (16, 64, 64, 64, 8, True),
+]
+TRANSFORMED_NETWORK = "64 > 64 b silu softplus(W), 64 relu abs(W), 10 b exp(W)"
 
 
 class Launch(NamedTuple):
@@ -150,8 +159,14 @@ def launches(kind, multiprocessors):
     def work():
         for size in {"bf16": SIZES, "fp16": SIZES[:1]}.get(kind, SIZES[::2]):
             run_all(KINDS[kind], *size)
+        for size in [] if kind == "fp16" else TRANSFORMED:
+            run_transformed(KINDS[kind], *size, "softplus")
+        for transform in TRANSFORMS if kind == "bf16" else ():
+            run_transformed(KINDS[kind], *TRANSFORMED[-1], transform)
         for network in {"bf16": NETWORKS, "fp16": []}.get(kind, NETWORKS[1:2]):
             run_network(KINDS[kind], *network)
+        if kind != "fp16":
+            run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
 
     return recorded(kind, multiprocessors, work)
 
@@ -178,8 +193,23 @@ def run_all(dtype, tasks, n, ins, out, features, ragged):
     kernels.task_linear_grad_weight(grad, x, ids, tasks)
 
 
+def run_transformed(dtype, tasks, n, ins, out, features, ragged, transform):
+    rows = (tasks * n,) if ragged else (tasks, n)
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
+    x, grad, h = empty(*rows, ins), empty(*rows, out), empty(tasks, features)
+    made = Generated.of_head(empty(out * ins + out, features), empty(out * ins + out), ins, True)
+    kernels.hyper_linear(x, h, *made, ids, transform, "materialize")
+    kernels.hyper_linear(grad, h, *made.transposed, ids, transform, "materialize")
+    mask = [True, True, True]
+    kernels.hyper_linear_backward(grad, x, h, *made[:3], ids, transform, mask, "materialize")
+
+
 def run_network(dtype, rows, sizes, activations, ragged):
-    """Generated, with what the backward pass needs; given, with few rows a task and with many."""
+    """Generated, with what the backward pass needs; given."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
@@ -195,11 +225,22 @@ def run_network(dtype, rows, sizes, activations, ragged):
         mask = [True, False, False, False]
         grad = empty(rows, sizes[-1])
         kernels.hyper_mlp_backward(grad, x, empty(rows, 64), *head, ids, hidden, network, mask)
-        for tasks in (rows, 500):
-            kernels.task_mlp(x, empty(1, params).expand(tasks, -1), None, ids, network)
-        bias = sum(sizes[1:])
-        steps = empty(1, params - bias, dtype=torch.int8).expand(rows, -1)
-        kernels.task_mlp(x, steps, empty(1, 2 * bias).expand(rows, -1), ids, network)
+        run_stored(dtype, rows, network)
+
+
+def run_stored(dtype, rows, network):
+    """Given networks, with few rows a task and with many; of int8."""
+    net = Network.parse(network)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    x, ids = empty(rows, net.sizes[0]), torch.zeros(rows, dtype=torch.int64)
+    for tasks in (rows, 500):
+        kernels.task_mlp(x, empty(1, net.numel).expand(tasks, -1), None, ids, network)
+    steps = empty(1, net.weight_numel, dtype=torch.int8).expand(rows, -1)
+    vectors = empty(1, net.vector_numel).expand(rows, -1)
+    kernels.task_mlp(x, steps, vectors, ids, network)
 
 
 class Binary(NamedTuple):

@@ -16,8 +16,25 @@ from hyperfast.kernels import reference
 from hyperfast.ops import network as networks
 from hyperfast.plans import gpu
 from tests.support.budget import assert_as_good, close, norm
-from tests.support.cases import FUSED, PAIRED, Sizes, Variant, every_fused, is_float
-from tests.support.networks import expected, random, stored, text
+from tests.support.cases import (
+    FUSED,
+    PAIRED,
+    VARIANTS,
+    Sizes,
+    Variant,
+    every_fused,
+    floats,
+    is_float,
+)
+from tests.support.networks import (
+    expected,
+    expected_stored,
+    random,
+    random_for,
+    stored,
+    stored_for,
+    text,
+)
 
 pytest.importorskip("triton")
 # Deterministic algorithms, which the poison needs, ask this of the library of matrix products.
@@ -37,6 +54,10 @@ LARGE = [
 FEW = [Sizes(), Sizes(63, 1, 3, 3, 1), Sizes(tasks=0), Sizes(rows=0)]
 # Each size and dtype is a compilation, a third of a second: hence no more.
 STORED = [v for v in PAIRED if v.plan in ("tile", "materialize")]
+TRANSFORMED = [v for v in VARIANTS if v.transform and v.plan in ("", "tile")]
+
+
+in_norm = partial(assert_as_good, size=norm)
 
 
 def to(args, device="cuda", dtype=None):
@@ -177,15 +198,29 @@ def test_value(variant, sizes, dtype):
     assert_as_good(variant.op(*args), variant.expected(*args), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", LARGE, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("variant", [v for v in TRANSFORMED if not v.plan], ids=str)
+def test_transforms(variant, sizes, dtype):
+    """Value and every gradient."""
+    given = to(variant.random(sizes, dtype=dtype))
+
+    def run(function, at):
+        args = [a.to(at).requires_grad_() if is_float(a) else a for a in given]
+        y = function(*args)
+        return y, *torch.autograd.grad(y.sum(), floats(args))
+
+    plain, exact = run(variant.expected, dtype), run(variant.expected, torch.float64)
+    for a, b, c in zip(run(variant.op, dtype), plain, exact, strict=True):
+        in_norm(a, b, c)
+
+
 # sizes of the network, tasks, rows a task, features, activations
 NETWORKS = [
     ((64, 64, 10), 9000, 1, 64, "relu,identity"),
     ((2, 64, 33, 1), 700, 3, 17, "sin:3.0,tanh,identity"),
     ((8, 32, 1), 64, 1, 20, "elu,sigmoid"),
 ]
-
-
-in_norm = partial(assert_as_good, size=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,6 +248,43 @@ def test_networks_in_one_kernel_and_by_layers(network, ragged, dtype, monkeypatc
             assert torch.equal(a, d)
 
 
+# Transforms, and biases in some layers: network, tasks, rows a task.
+MIXED = [
+    ("64 > 64 b elu abs(W), 1", 3000, 1),
+    ("16 > 33 elu exp(W), 20 b tanh, 2 b softplus(W)", 300, 7),
+    ("8 > 10 b square(W)", 40, 70),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("network", MIXED, ids=str)
+def test_transforms_and_mixed_biases(network, ragged, dtype):
+    """Generated and stored: value and every gradient."""
+    net, *size = network
+    args = random_for(net, *size, 20, ragged=ragged, grad=False)
+    x, weight, ids = stored_for(net, *size, ragged=ragged, scale=0.2)
+
+    def compare(ours, plain, given):
+        given = to(given, dtype=dtype)
+
+        def run(function, at):
+            args = [a.to(at).requires_grad_() if is_float(a) else a for a in given]
+            y = function(*args, net)
+            return y, *torch.autograd.grad(y.sum(), floats(args))
+
+        wanted = run(plain, dtype), run(plain, torch.float64)
+        for a, b, c in zip(run(ours, dtype), *wanted, strict=True):
+            in_norm(a, b, c)
+
+    compare(lambda *a: torch.ops.hyperfast.hyper_mlp(*a, True)[0], expected, args)
+    compare(
+        lambda x, w, *rest: torch.ops.hyperfast.task_mlp(x, w, None, *rest),
+        expected_stored,
+        [x, weight, ids],
+    )
+
+
 def plain_stored(x, weight, scales, ids, network):
     return networks.by_task_layers(x, weight, scales, ids, network, reference.task_linear)
 
@@ -238,7 +310,7 @@ def test_stored_networks(dtype, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", FEW, ids=lambda s: "x".join(map(str, s)))
-@every_fused
+@pytest.mark.parametrize("variant", [*FUSED, *TRANSFORMED], ids=str)
 def test_gradients(variant, sizes):
     args = to(variant.random(sizes))
     args = [a.requires_grad_() if is_float(a) else a for a in args]
@@ -260,7 +332,7 @@ def test_value_by_stored_weights(variant):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_every_time(dtype, ragged):
     """No order of summation is left to chance, and rows do not depend on their neighbours."""
-    for variant in (v for v in FUSED if v.ragged == ragged):
+    for variant in (v for v in [*FUSED, *TRANSFORMED] if v.ragged == ragged):
         args = to(variant.random(Sizes(500, 3, 33, 17, 20), dtype=dtype))
         first = variant.op(*args)
         assert all(torch.equal(variant.op(*args), first) for _ in range(3))
