@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from bench.catalog import RIVALS, WORKLOADS, field, sized
 from bench.measure import ceilings, machine, memory
 from bench.measure.contest import Outcome, hold
-from bench.rivals import RIVALS, entry
-from bench.workloads import WORKLOADS
 
 ABSENT = pytest.StashKey[list[dict[str, str]]]()
 MEMORY = pytest.StashKey[str]()
@@ -22,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=10, help="turns of each rival (10)")
     group.addoption("--threads", type=int, default=machine.cores(), help="for every rival alike")
     group.addoption("--scale", type=int, default=1, help="times as many tasks")
+    group.addoption("--small", action="store_true", help="real workloads at the size of a test")
 
 
 def chosen(option: str, known: Mapping[str, object]) -> list[str]:
@@ -50,6 +50,7 @@ def peaks(pytestconfig: pytest.Config) -> memory.Peaks:
             chosen(pytestconfig.getoption("--rivals"), RIVALS),
             pytestconfig.getoption("--threads"),
             pytestconfig.getoption("--scale"),
+            pytestconfig.getoption("--small"),
         )
     except RuntimeError as error:  # times stand without it, and the results say so
         pytestconfig.stash[MEMORY] = str(error)
@@ -61,8 +62,9 @@ def contest(request: pytest.FixtureRequest, peaks: memory.Peaks) -> dict[str, Ou
     """The whole race of one (workload, mode), held when the first of its tests asks for it."""
     workload, mode = request.param
     config = request.config
-    scaled = WORKLOADS[workload].scaled(config.getoption("--scale"))
-    rivals = [entry(name, scaled) for name in chosen(config.getoption("--rivals"), RIVALS)]
+    scaled = sized(workload, config.getoption("--scale"), config.getoption("--small"))
+    wanted = chosen(config.getoption("--rivals"), RIVALS)
+    rivals = [rival for name, rival in field(scaled).items() if name in wanted]
     return hold(scaled, mode, rivals, config.getoption("--rounds"))
 
 
@@ -70,6 +72,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, o
     output_json["hyperfast"] = {
         **machine.circumstances(config.getoption("--threads")),
         "scale": config.getoption("--scale"),
+        "small": config.getoption("--small"),
         "rounds": config.getoption("--rounds"),
         "ceilings": ceilings.measure(config.getoption("--threads")),
         "memory": config.stash[MEMORY],

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bench.workloads import AnyWorkload, BankWorkload, Workload
+from bench.real.real import Real, RealProblem
+from bench.workloads import MLP, BankWorkload, Workload
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sin": torch.sin}
 
@@ -95,10 +96,11 @@ class BankProblem:
         return [max(self.workload.sizes)]
 
 
-AnyProblem = Problem | BankProblem
+AnyWorkload = MLP | Real
+AnyProblem = Problem | BankProblem | RealProblem
 
 
-def target_weights(flat: Tensor, workload: AnyWorkload) -> list[tuple[Tensor, Tensor]]:
+def target_weights(flat: Tensor, workload: MLP) -> list[tuple[Tensor, Tensor]]:
     """(B, P) -> per layer a weight (B, out, in) and a bias (B, out), as views.
 
     One split, not a slice for each: the gradient of a slice is a zero-filled (B, P) tensor, which
@@ -127,10 +129,12 @@ def make_problem(
 ) -> AnyProblem:
     if isinstance(workload, BankWorkload):
         return make_bank(workload, seed, dtype)
+    if isinstance(workload, Real):
+        return workload.problem(seed, dtype)
     return make_hyper(workload, seed, dtype)
 
 
-def _fan_in(workload: AnyWorkload, like: Tensor) -> Tensor:
+def _fan_in(workload: MLP, like: Tensor) -> Tensor:
     """(P,): the inputs of the layer that each parameter belongs to."""
     return torch.cat([like.new_full((i * o + o,), float(i)) for i, o in workload.layers])
 
@@ -192,7 +196,7 @@ def make_hyper(workload: Workload, seed: int = 0, dtype: torch.dtype = torch.flo
     return problem.to(dtype)
 
 
-def apply_plainly(workload: AnyWorkload, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+def apply_plainly(workload: MLP, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     """x (B, N, in) through weights (B, out, in) and biases (B, out)."""
     for index, (weight, bias) in enumerate(layers):
         x = x if index == 0 else ACTIVATIONS[workload.activation](x)

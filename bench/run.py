@@ -11,17 +11,19 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bench.catalog import RIVALS, WORKLOADS
 from bench.measure import calibrate, machine
-from bench.rivals import OURS, RIVALS
+from bench.real.registry import REAL
+from bench.rivals import OURS
 from bench.show import calibration, plots, results_file, tables
-from bench.workloads import WORKLOADS
 
 BENCH = Path(__file__).resolve().parent
 CALIBRATION = BENCH / "results" / "calibration.json"
 
-# A smoke test: one small workload without and one with many rows, and no long compilation.
-QUICK_WORKLOADS = ("mlp8_1024", "digits_inr")
-QUICK_RIVALS = (OURS, "loop", "vmap", "bmm", "jax")
+# A smoke test: one small workload without and one with many rows, the real ones at the size of a
+# test; no long compilation, and no package that takes seconds to import.
+QUICK_WORKLOADS = ("mlp8_1024", "digits_inr", *REAL)
+QUICK_RIVALS = (OURS, "loop", "vmap", "bmm", "jax", "formula", "shortcut")
 QUICK_ROUNDS = 3
 ROUNDS = 10
 
@@ -44,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m hyperfast bench",
         description="Times hyperfast beside its rivals, in turns, on named workloads.",
     )
-    p.add_argument("--quick", action="store_true", help="a small smoke test, under a minute")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smoke test, real workloads at tiny sizes; about a minute",
+    )
     p.add_argument(
         "--only", type=_names(WORKLOADS), metavar="WORKLOAD,...", help=", ".join(WORKLOADS)
     )
@@ -98,6 +104,7 @@ def measure(args: argparse.Namespace) -> tuple[results_file.Results | None, int]
             *("--benchmark-columns", "median,iqr,rounds", "--benchmark-sort", "name"),
             *("--workloads", ",".join(workloads), "--rivals", ",".join(rivals)),
             *("--rounds", str(rounds), "--threads", str(args.threads), "--scale", str(args.scale)),
+            *(["--small"] if args.quick else []),
         ]
         status = subprocess.run(command, cwd=BENCH.parent).returncode
         if not file.exists() or not (text := file.read_text()):
@@ -113,8 +120,10 @@ def save(new: results_file.Results, path: Path, keep: bool) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed", file=sys.stderr)
         return
-    plots.speed(new, path.parent / "speed.png")
-    plots.roofline(new, path.parent / "roofline.png")
+    shapes = tables.part(new, False)
+    if shapes["workloads"]:
+        plots.speed(shapes, path.parent / "speed.png")
+        plots.roofline(shapes, path.parent / "roofline.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ came early. Here the rivals of one workload and mode are timed in turns beforeha
 each test replays its own samples into pytest-benchmark's clock.
 
 forward is timed without gradients; forward+backward asks for gradients of all parameters of the
-hypernetwork and of z, not of x.
+hypernetwork and of z, not of x; in a real workload, of its leaves.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
+from bench.catalog import RIVALS, WORKLOADS, field, sized
 from bench.conftest import ABSENT, chosen
 from bench.measure.contest import Outcome
 from bench.measure.machine import commit, versions
 from bench.measure.memory import Peaks
-from bench.rivals import RIVALS, entry
-from bench.workloads import WORKLOADS
 
 
 class ReplayClock:
@@ -44,11 +43,18 @@ pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("ig
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     workloads = chosen(metafunc.config.getoption("--workloads"), WORKLOADS)
-    contests = [(name, mode) for name in workloads for mode in WORKLOADS[name].modes]
-    ids = ["-".join(contest) for contest in contests]
     rivals = chosen(metafunc.config.getoption("--rivals"), RIVALS)
-    metafunc.parametrize("rival", rivals)
-    metafunc.parametrize("contest", contests, indirect=True, ids=ids, scope="module")
+    contests = [(name, mode) for name in workloads for mode in WORKLOADS[name].modes]
+    entries = [
+        (contest, rival)
+        for contest in contests
+        for rival in field(WORKLOADS[contest[0]])
+        if rival in rivals
+    ]
+    ids = ["-".join((*contest, rival)) for contest, rival in entries]
+    metafunc.parametrize(
+        ("contest", "rival"), entries, indirect=["contest"], ids=ids, scope="module"
+    )
 
 
 def test_speed(
@@ -72,7 +78,8 @@ def test_speed(
     benchmark.group = f"{name} {mode}"
     benchmark.pedantic(lambda: outcome.outputs, rounds=len(outcome.samples))
 
-    workload = WORKLOADS[name].scaled(request.config.getoption("--scale"))
+    option = request.config.getoption
+    workload = sized(name, option("--scale"), option("--small"))
     benchmark.extra_info.update(
         workload=name,
         mode=mode,
@@ -82,8 +89,8 @@ def test_speed(
         error_share_of_budget=outcome.share,
         foreign_load=outcome.foreign_load,
         flops=workload.flops(mode),
-        bytes=workload.bytes(mode, entry(rival, workload).dtype.itemsize),
-        threads=request.config.getoption("--threads"),
+        bytes=workload.bytes(mode, field(workload)[rival].dtype.itemsize),
+        threads=option("--threads"),
         versions=versions(),
         commit=commit(),
     )

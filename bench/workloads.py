@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 MODES = ("forward", "forward+backward")
 
@@ -42,6 +43,10 @@ class Workload:
     def hyper_params(self) -> int:
         """Parameters of the hypernetwork."""
         return self.H * (self.z_dim + 1) + self.P * (self.H + 1)
+
+    def facts(self) -> dict[str, Any]:
+        """What a results file says of it."""
+        return asdict(self) | {"sizes": list(self.sizes), "P": self.P}
 
     def scaled(self, factor: int) -> Workload:
         """The same work for `factor` times as many tasks."""
@@ -98,6 +103,9 @@ class BankWorkload:
         """Parameters of one network."""
         return sum(i * o + o for i, o in self.layers)
 
+    def facts(self) -> dict[str, Any]:
+        return asdict(self) | {"sizes": list(self.sizes), "P": self.P}
+
     def scaled(self, factor: int) -> BankWorkload:
         """As many times the tasks, and the rows."""
         return replace(self, tasks=self.tasks * factor, rows=self.rows * factor)
@@ -114,9 +122,10 @@ class BankWorkload:
         return itemsize * values + 8 * self.rows
 
 
-AnyWorkload = Workload | BankWorkload
+# What has one network shape.
+MLP = Workload | BankWorkload
 
-WORKLOADS: dict[str, AnyWorkload] = {
+WORKLOADS: dict[str, MLP] = {
     w.name: w
     for w in (
         Workload("mlp8_1024", B=1024, N=1, z_dim=120, H=64, sizes=(8, 32, 1)),

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "hyperfast": "__main__ | recipes | . info | server | distributed | nets | bank | nn"
     "| functional | ops | kernels | plans | layout activations checks",
-    "bench": "run | conftest test_speed serve gpu | show | measure | rivals | problem | workloads"
-    "| .",
+    "bench": "run | conftest test_speed serve gpu | show | measure | catalog | rivals | problem"
+    "| real | workloads absent | .",
 }
 
 

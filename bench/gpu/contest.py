@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from bench.absent import Unavailable
 from bench.gpu.device import DEVICE, KINDS, REHEARSAL, medians, peak_extra, select
 from bench.gpu.rivals import BANK_RIVALS, RIVALS
 from bench.problem import Problem, draw, make_bank, plain_forward, relative_error
-from bench.rivals.rival import Call, Unavailable
+from bench.rivals.rival import Call
 from bench.workloads import BankWorkload, Workload
 
 Row = dict[str, Any]

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.absent import Unavailable
 from bench.measure.load import ForeignLoad
 from bench.measure.race import Rounds, flat, race, ratio, warm_up
-from bench.problem import Judge, make_problem
+from bench.problem import AnyWorkload, Judge, make_problem
+from bench.real.real import Step
 from bench.rivals import OURS
-from bench.rivals.rival import Call, Rival, Unavailable
-from bench.workloads import AnyWorkload
+from bench.rivals.rival import Call, Rival
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def hold(
     with ForeignLoad() as load:
         times: dict[str, Rounds] = race(calls, rounds)
     for name, call in calls.items():
-        outputs = as_tensors(call())
+        results = call()
+        outputs = as_tensors(call.outputs(results) if isinstance(call, Step) else results)
         dtype = dtypes[name]
         if dtype not in judges:
             judges[dtype] = Judge(problems[dtype], mode)

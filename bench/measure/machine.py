@@ -17,7 +17,10 @@ ISA_FLAGS = (
     "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16",
 )  # fmt: skip
 
-PACKAGES = ("torch", "jax", "jaxlib", "numpy", "hypnettorch", "hyperlight", "hyper-nn")
+PACKAGES = (
+    "torch", "jax", "jaxlib", "numpy", "hypnettorch", "hyperlight", "hyper-nn",
+    "torch-geometric", "torchrl", "evotorch", "peft",
+)  # fmt: skip
 
 
 def cores() -> int:

@@ -76,12 +76,18 @@ def _in_new_thread(call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         return pool.submit(call).result()
 
 
-def weigh(workloads: Sequence[str], rivals: Sequence[str], threads: int, scale: int) -> Peaks:
+def weigh(
+    workloads: Sequence[str],
+    rivals: Sequence[str],
+    threads: int,
+    scale: int = 1,
+    small: bool = False,
+) -> Peaks:
     """Every chosen rival in a child process; one that cannot run there is left out. RuntimeError
     when the child itself ends early, as it does where memory is short."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "peaks.json"
-        task = json.dumps([list(workloads), list(rivals), threads, scale, str(file)])
+        task = json.dumps([list(workloads), list(rivals), threads, scale, small, str(file)])
         done = subprocess.run(
             [sys.executable, "-m", "bench.measure.memory", task],
             cwd=machine.ROOT,
@@ -92,23 +98,25 @@ def weigh(workloads: Sequence[str], rivals: Sequence[str], threads: int, scale: 
         return json.loads(file.read_text())
 
 
-def _child(workloads: list[str], rivals: list[str], threads: int, scale: int, file: str) -> None:
+def _child(
+    workloads: list[str], rivals: list[str], threads: int, scale: int, small: bool, file: str
+) -> None:
     machine.use_threads(threads)
     import torch
 
+    from bench.catalog import field, sized
     from bench.problem import make_problem
-    from bench.rivals import entry
-    from bench.workloads import WORKLOADS
 
     peaks: Peaks = {}
     for workload in workloads:
-        scaled = WORKLOADS[workload].scaled(scale)
+        scaled = sized(workload, scale, small)
         problem = make_problem(scaled)
         for mode in scaled.modes:
             torch._dynamo.reset()
-            for rival in rivals:
+            for rival, chosen in field(scaled).items():
+                if rival not in rivals:
+                    continue
                 try:
-                    chosen = entry(rival, scaled)
                     call = chosen.build(problem.to(chosen.dtype), mode)
                     call()  # compiles
                     peaks[f"{workload}/{mode}/{rival}"] = peak_extra(call)

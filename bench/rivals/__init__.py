@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bench.absent import Unavailable
 from bench.rivals.bank import BANK_RIVALS
 from bench.rivals.jax import JAX_RIVAL
 from bench.rivals.ours import HYPERFAST
 from bench.rivals.packages import PACKAGES
 from bench.rivals.plain import TORCH_RIVALS
-from bench.rivals.rival import Call, Rival, Unavailable
-from bench.workloads import AnyWorkload, BankWorkload
+from bench.rivals.rival import Call, Rival
+from bench.workloads import MLP, BankWorkload
 
 RIVALS = {r.name: r for r in (*HYPERFAST, *TORCH_RIVALS, JAX_RIVAL, *PACKAGES)}
 
@@ -25,7 +26,7 @@ NO_BANK = {
 }
 
 
-def entry(name: str, workload: AnyWorkload) -> Rival:
+def entry(name: str, workload: MLP) -> Rival:
     """What runs under that name on that workload; its build may raise Unavailable."""
     if not isinstance(workload, BankWorkload):
         return RIVALS[name]

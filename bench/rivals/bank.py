@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.absent import require
 from bench.problem import ACTIVATIONS, BankProblem, target_weights
 from bench.rivals.plain import apply_bmm
-from bench.rivals.rival import Call, Rival, on_one_thread, require
+from bench.rivals.rival import Call, Rival, on_one_thread
 from bench.workloads import BankWorkload
 
 # x (rows, in), task_ids (rows,) -> y (rows, out)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.absent import require
 from bench.problem import Problem
-from bench.rivals.rival import Call, Rival, require
+from bench.rivals.rival import Call, Rival
 
 
 def build(problem: Problem, mode: str) -> Call:

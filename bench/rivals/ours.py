@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bench.absent import Unavailable
 from bench.problem import Problem
 from bench.rivals.plain import compiled
 from bench.rivals.rival import (
     Call,
     Network,
     Rival,
-    Unavailable,
     load_linears,
     on_one_thread,
     torch_rival,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from bench.absent import require
 from bench.problem import ACTIVATIONS, Problem, target_weights
 from bench.rivals.plain import generator, target_module
-from bench.rivals.rival import Network, load_linears, require, torch_rival
+from bench.rivals.rival import Network, load_linears, torch_rival
 
 
 def hypnettorch(problem: Problem) -> Network:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from bench.problem import ACTIVATIONS, Problem, target_weights
 from bench.rivals.rival import Network, load_linears, torch_rival
-from bench.workloads import AnyWorkload, Workload
+from bench.workloads import MLP, Workload
 
 
 class Activation(nn.Module):
@@ -81,7 +81,7 @@ def vmap_functional_call(problem: Problem) -> Network:
     return function, leaves
 
 
-def apply_bmm(workload: AnyWorkload, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+def apply_bmm(workload: MLP, layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     activation = ACTIVATIONS[workload.activation]
     for index, (weight, bias) in enumerate(layers):
         x = x if index == 0 else activation(x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,10 +12,6 @@ from torch import Tensor, nn
 from bench.problem import Problem
 
 Call = Callable[[], tuple[Any, ...]]
-
-
-class Unavailable(Exception):
-    """This rival cannot do this work here; the message says why and goes into the results."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +84,3 @@ def load_linears(module: nn.Module, problem: Problem) -> tuple[Tensor, ...]:
                 raise ValueError(f"a parameter is {tuple(leaf.shape)}, not {tuple(value.shape)}")
             leaf.copy_(value)
     return tuple(leaves)
-
-
-def require(package: str) -> ModuleType:
-    """Imports an optional package, or says that it is missing."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise Unavailable(f"{package} cannot be imported: {error}") from error

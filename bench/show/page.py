@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from bench.workloads import MODES
 
 # Those that the page shows, each by its fastest member.
 SHOWN = ("Python loop", "vmap", "bmm", "compiled bmm", "JAX")
+
+# Of a real workload: who it is told against, eager and compiled, and what else PyTorch can do.
+PEERS = ("package", "formula")
+COMPILED = tuple(f"{name} compiled" for name in PEERS)
+SHORTCUTS = ("shortcut", "shortcut compiled")
+BAR = 3  # blocks for a doubling
 
 
 def work(fact: dict[str, Any]) -> str:
@@ -32,7 +39,7 @@ def times(ratio: float) -> str:
 def speeds(results: results_file.Results, mode: str) -> str:
     """Time of ours, and how many times longer the others take."""
     body = []
-    for name, by_rival in tables.rows_of(results, mode).items():
+    for name, by_rival in tables.rows_of(tables.part(results, False), mode).items():
         found = [fastest(by_rival, FAMILIES[family][2]) for family in SHOWN]
         cells = [times(row["ratio"]) if row else "-" for row in found]
         ours = tables.duration(by_rival[OURS]["median_s"])
@@ -40,11 +47,41 @@ def speeds(results: results_file.Results, mode: str) -> str:
     return "\n".join(tables.table(["workload: tasks x rows, sizes", OURS, *SHOWN], body, True))
 
 
+def real(results: results_file.Results, mode: str) -> str:
+    """The same of the real workloads: to the peer eager and compiled, to the faster of these, and
+    to the fastest plain PyTorch; the bar is on a logarithmic scale."""
+    body = []
+    for name, by_rival in tables.rows_of(tables.part(results, True), mode).items():
+        if OURS not in by_rival:
+            continue
+        eager, compiled, peer, shortcut = (
+            fastest(by_rival, names) for names in (PEERS, COMPILED, PEERS + COMPILED, SHORTCUTS)
+        )
+        ratio = peer["ratio"] if peer else 1.0
+        fact = results["workloads"][name]
+        body.append(
+            [
+                f"`{name}`: {fact['about']}",
+                tables.duration(by_rival[OURS]["median_s"]),
+                *(times(row["ratio"]) if row else "-" for row in (eager, compiled, peer)),
+                bar(ratio),
+                times(shortcut["ratio"]) if shortcut else "-",
+                *(tables.mebibytes(row) for row in (by_rival[OURS], peer)),
+            ]
+        )
+    header = ["workload", OURS, "peer", "compiled", "the faster", "", "shortcut", "MiB", "peer's"]
+    return "\n".join(tables.table(header, body, True))
+
+
+def bar(ratio: float) -> str:
+    return "█" * max(round(BAR * math.log2(max(ratio, 1))), 0)
+
+
 def limits(results: results_file.Results) -> str:
     """How near the machine's ceilings ours comes."""
     body = []
     for mode in MODES:
-        for name, by_rival in tables.rows_of(results, mode).items():
+        for name, by_rival in tables.rows_of(tables.part(results, False), mode).items():
             ours = by_rival[OURS]
             over = f"{tables.over_floor(ours, results['ceilings']):.1f}x"
             body.append(
@@ -55,4 +92,5 @@ def limits(results: results_file.Results) -> str:
 
 if __name__ == "__main__":
     found = results_file.read(Path(sys.argv[1]))
-    print("\n\n".join([*(speeds(found, mode) for mode in MODES), limits(found)]))
+    made = [show(found, mode) for show in (speeds, real) for mode in MODES]
+    print("\n\n".join([*made, limits(found)]))

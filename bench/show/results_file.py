@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.catalog import RIVALS, WORKLOADS, sized
 from bench.measure.race import rounded
-from bench.rivals import OURS, RIVALS
-from bench.workloads import MODES, WORKLOADS
+from bench.rivals import OURS
+from bench.workloads import MODES
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -53,12 +53,10 @@ def collect(report: Row) -> Results:
     rows = sorted((_row(benchmark) for benchmark in report["benchmarks"]), key=_key)
     names = {row["workload"] for row in rows} | {row["workload"] for row in absent}
     workloads = {}
-    for name, workload in WORKLOADS.items():
+    for name in WORKLOADS:
         if name in names:
-            scaled = workload.scaled(run["scale"])
-            workloads[name] = asdict(scaled) | {
-                "sizes": list(scaled.sizes),
-                "P": scaled.P,
+            scaled = sized(name, run["scale"], run["small"])
+            workloads[name] = scaled.facts() | {
                 "flops": {mode: scaled.flops(mode) for mode in scaled.modes},
                 "measured": {key: run[key] for key in ("date", "commit", "rounds", "versions")},
                 "bytes": {mode: scaled.bytes(mode) for mode in scaled.modes},
@@ -74,8 +72,8 @@ def collect(report: Row) -> Results:
 
 def merge(old: Results, new: Results) -> Results:
     """The new results, and the old ones of workloads that were not measured again."""
-    same = ("machine", "threads", "scale")
-    if any(old[key] != new[key] for key in same):
+    same = ("machine", "threads", "scale", "small")
+    if any(old.get(key, False) != new[key] for key in same):
         return new
     workloads = {**old["workloads"], **new["workloads"]}
 

@@ -18,10 +18,23 @@ def rows_of(results: Results, mode: str) -> dict[str, dict[str, Row]]:
     return found
 
 
-def _rivals(results: Results) -> list[str]:
-    seen = {row["rival"] for row in results["results"]} | {
-        row["rival"] for row in results["absent"]
+def is_real(fact: Row) -> bool:
+    """Whether a results file's workload is one of bench/real."""
+    return "about" in fact
+
+
+def part(results: Results, real: bool) -> Results:
+    """The results of the real workloads alone, or of the others."""
+    facts = {n: fact for n, fact in results["workloads"].items() if is_real(fact) == real}
+    rows = {
+        key: [row for row in results[key] if row["workload"] in facts]
+        for key in ("results", "absent")
     }
+    return {**results, "workloads": facts, **rows}
+
+
+def _rivals(results: Results) -> list[str]:
+    seen = {row["rival"] for row in results["results"] + results["absent"]}
     return [name for name in results["rivals"] if name in seen and name != OURS]
 
 
@@ -35,7 +48,7 @@ def _cell(row: Row | None) -> str:
     return f"{row['ratio']:.2f}x" if row["ratio"] is not None else duration(row["median_s"])
 
 
-def _memory(row: Row | None) -> str:
+def mebibytes(row: Row | None) -> str:
     if row is None or row["peak_extra_bytes"] is None:
         return "-"
     return f"{row['peak_extra_bytes'] / 2**20:.1f}"
@@ -72,8 +85,15 @@ def headline(results: Results) -> str:
 
 def text(results: Results, markdown: bool = False) -> str:
     """Times of ours and ratios of the others, peak memory, and who was absent and why."""
-    rivals = _rivals(results)
     lines = [headline(results), ""]
+    for real in (False, True):
+        lines += _races(part(results, real), markdown)
+    return "\n".join(lines + _limits(results, markdown) + _remarks(results)).rstrip()
+
+
+def _races(results: Results, markdown: bool) -> list[str]:
+    rivals = _rivals(results)
+    lines: list[str] = []
     for mode in MODES:
         rows = rows_of(results, mode)
         if not rows:
@@ -90,11 +110,11 @@ def text(results: Results, markdown: bool = False) -> str:
         if any(row["peak_extra_bytes"] is not None for by in rows.values() for row in by.values()):
             lines += [f"{mode}: peak extra memory in MiB, beyond inputs and what is returned", ""]
             body = [
-                [workload] + [_memory(by.get(name)) for name in (OURS, *rivals)]
+                [workload] + [mebibytes(by.get(name)) for name in (OURS, *rivals)]
                 for workload, by in rows.items()
             ]
             lines += [*table(["workload", OURS, *rivals], body, markdown), ""]
-    return "\n".join(lines + _limits(results, markdown) + _remarks(results)).rstrip()
+    return lines
 
 
 def over_floor(row: Row, ceilings: dict[str, float]) -> float:
@@ -116,9 +136,11 @@ def _limits(results: Results, markdown: bool) -> list[str]:
             *(f"{row['gbytes']:.2f}", f"{row['gbytes'] / read:.0%}"),
             f"{over_floor(row, ceilings):.1f}x",
         ]
-        for row in results["results"]
+        for row in part(results, False)["results"]
         if row["rival"] == OURS
     ]
+    if not body:
+        return []
     title = (
         f"{OURS} against ceilings of the same machine: {peak:.0f} GFLOP/s in products of floats, "
         f"{read:.1f} GB/s read; FLOPs of the textbook way, bytes that must be moved, and the time "

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.absent import Unavailable
 from bench.measure import ceilings, memory, race
 from bench.measure.contest import hold
 from bench.measure.load import ForeignLoad
 from bench.rivals import OURS
 from bench.rivals.plain import bmm
-from bench.rivals.rival import Unavailable, torch_rival
+from bench.rivals.rival import torch_rival
 from tests.support.workloads import TINY
 
 ROOT = Path(__file__).resolve().parents[2]

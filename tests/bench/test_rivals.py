@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+from bench.absent import Unavailable
 from bench.measure.contest import as_tensors
 from bench.problem import CORNER, Judge, _corner_distance, answer, make_problem
 from bench.rivals import OURS, RIVALS, entry
-from bench.rivals.rival import Rival, Unavailable, on_one_thread
+from bench.rivals.rival import Rival, on_one_thread
 from bench.workloads import WORKLOADS
 from tests.support.workloads import TINY, TINY_BANK, TINY_SINE, TINY_SINGLE
 

@@ -39,6 +39,7 @@ def made_up(workload: str = "mlp8_1024", date: str = "2026-01-01", **ratios: flo
                 "commit": "0" * 40,
                 "threads": 2,
                 "scale": 1,
+                "small": False,
                 "rounds": 7,
                 "machine": {"cpu": "a cpu", "cores": 2, "isa": ["avx2"], "system": "Linux"},
                 "versions": {"torch": "2.13.0"},
@@ -122,6 +123,28 @@ def test_report_shows_ratios_absence_and_load(markdown):
     assert "hyperlight cannot be imported" in text
     assert "mlp8_1024 forward (50%)" in text
     assert ("| mlp8_1024" in text) == markdown
+
+
+def test_a_real_workload_is_told_against_the_faster_of_its_peers():
+    found = made_up("agcrn", formula=3.0, **{"formula compiled": 2.0, "shortcut": 0.5})
+    table = page.real(found, "forward").splitlines()
+    about = "AGCRN's graph convolution, a matrix for every sensor"
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert cells == [
+        *(f"`agcrn`: {about}", "1 ms", "3.0x", "2.0x", "2.0x", "███", "0.50x", "1.0", "1.0")
+    ]
+    # It stands in tables of its own, and in no picture.
+    assert "agcrn" not in page.speeds(found, "forward")
+    text = tables.text(found)
+    assert "3.00x" in text
+    assert "of the textbook way" not in text
+
+
+def test_tables_hold_the_rivals_of_their_own_workloads():
+    both = results_file.merge(made_up("mlp8_1024", bmm=2.0), made_up("agcrn", formula=3.0))
+    heads = [line for line in tables.text(both).splitlines() if line.startswith("workload ")]
+    assert any("bmm" in line and "formula" not in line for line in heads)
+    assert any("formula" in line and "bmm" not in line for line in heads)
 
 
 def test_over_the_floor_is_against_the_nearer_ceiling():

@@ -52,7 +52,7 @@ def test_all_seeds_share_one_law_of_energies():
     stiffness = {}
     for seed in range(2):
         graphs = draw(100, seed)
-        source, to = graphs.bonds
+        _, to = graphs.bonds
         for edge in (to.bincount()[to] == 1).nonzero().flatten().tolist():
             ends = frozenset(graphs.element[graphs.bonds[:, edge]].tolist())
             strain = graphs.features[edge, KINDS]
