@@ -21,6 +21,7 @@ from hyperfast.layout import (
     Transform,
     at_least,
     check_transform,
+    text_of_one,
     transformed,
 )
 from hyperfast.ops import backends, layer, network, sharding
@@ -147,8 +148,16 @@ def hyper_linear(
         )
     if bias is not None and bias.shape != (params,):
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
-    made = Generated.of_head(weight, bias, ins, bool(target_bias), layout)
+    has_bias = bool(target_bias)
     by = None if index is None else destinations(index, dim_size, reduce, x)
+    name = check_transform("transform", transform)
+    simple = plan is None and by is None and layout == "oi" and ins > 0
+    if simple and name is not None and not _layer_by_layer() and not _shared(x, len(h), task_ids):
+        # As a network of one layer: its gradient is one piece, as the head's weight is.
+        checks.check_rows(x, ins, len(h), task_ids, "h")
+        text = text_of_one(ins, params // per_out, has_bias, name)
+        return _run_network(x, h, weight, bias, task_ids, text)
+    made = Generated.of_head(weight, bias, ins, has_bias, layout)
     return generated_linear(x, h, made, task_ids, transform, by, plan)
 
 
@@ -166,7 +175,7 @@ def generated_linear(
     if plan is not None and plan not in PLANS:
         raise ValueError(f"plan must be one of {list(PLANS)} or None, got {plan!r}")
     (tasks, features), (out, ins, _) = h.shape, made.matrix.shape
-    shared = task_ids is None and x.ndim == 3 and x.shape[0] == 1 != tasks
+    shared = _shared(x, tasks, task_ids)
     x = _for_all(x, tasks, task_ids)
     checks.check_rows(x, ins, tasks, task_ids, "h")
     name = check_transform("transform", transform)
@@ -320,8 +329,7 @@ def generated_mlp(
         x = _for_all(x, tasks, task_ids)
     checks.check_rows(x, spec.sizes[0], tasks, task_ids, source)
     text = spec.describe(activations, transform)
-    in_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if text is None or in_transform or backends.forced == "reference":
+    if text is None or _layer_by_layer():
         numels = [v.numel for v in spec.layers]
         biases = [None] * len(numels) if bias is None else bias.split(numels)
         linears = [
@@ -338,6 +346,18 @@ def generated_mlp(
         ]
         return run_layers(x, linears, activations)
     x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
+    return _run_network(x, h, weight, bias, task_ids, text)
+
+
+def _run_network(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    text: str,
+) -> Tensor:
+    """The op ``hyper_mlp``; ``(B, in)`` is one row a task."""
     if backends.forced is not None:
         backends.insist(backends.forced, "hyper_mlp", x.device.type)
     if type(x) is not Tensor:
@@ -345,6 +365,13 @@ def generated_mlp(
     single = task_ids is None and x.ndim == 2
     y = network.run(x.unsqueeze(1) if single else x, h, weight, bias, task_ids, text)
     return y.squeeze(1) if single else y
+
+
+def _layer_by_layer() -> bool:
+    """Whether networks must run by the ops of their layers, which have rules for every transform,
+    or by the reference."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or backends.forced == "reference"
 
 
 def stored_mlp(
@@ -360,8 +387,7 @@ def stored_mlp(
     name = check_transform("weight_transform", transform)
     text = None if name is None else spec.describe(activations, name)
     x = _for_all(x, len(flat), task_ids)
-    in_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if text is None or in_transform:
+    if text is None or _layer_by_layer():
         views = iter(spec.split(flat))
         linears = [
             partial(
@@ -398,10 +424,14 @@ def task_mlp(
     return network.task_mlp(x, weight, scales_and_biases, task_ids, text)
 
 
+def _shared(x: Tensor, tasks: int, task_ids: Tensor | None) -> bool:
+    """Whether the rows are ``(1, N, in)``, the same for all of several tasks."""
+    return task_ids is None and x.ndim == 3 and x.shape[0] == 1 != tasks
+
+
 def _for_all(x: Tensor, tasks: int, task_ids: Tensor | None) -> Tensor:
-    """Rows ``(1, N, in)`` for each of the tasks; others as they are."""
-    shared = task_ids is None and x.ndim == 3 and x.shape[0] == 1
-    return x.expand(tasks, -1, -1) if shared else x
+    """Shared rows for each of the tasks; others as they are."""
+    return x.expand(tasks, -1, -1) if _shared(x, tasks, task_ids) else x
 
 
 def _run(

@@ -445,6 +445,13 @@ def _text(
 _known_text = lru_cache(maxsize=4096)(_text)
 
 
+def text_of_one(in_features: int, out_features: int, has_bias: bool, transform: str) -> str:
+    """The text of a network of one layer that nothing follows."""
+    text = _text if torch.compiler.is_compiling() else _known_text
+    sizes = in_features, out_features
+    return text(sizes, (has_bias,), (("identity", 1.0),), transform)
+
+
 @lru_cache(maxsize=4096)
 def _network(
     sizes: tuple[int, ...], biases: tuple[bool, ...], activations: tuple[tuple[str, float], ...]
@@ -485,15 +492,17 @@ class Generated(NamedTuple):
         matrix lies ``(out, in)`` in them, or ``(in, out)`` in layout ``"io"``."""
         per_output = in_features + int(has_bias)  # a trace adds no bool
         out = weight.shape[0] // per_output if per_output else 0
-        sizes = [out * in_features, out] if has_bias else [out * in_features]
-        matrix, *vector = weight.split(sizes)
-        shared, *constant = [None, None] if bias is None else bias.split(sizes)
+        matrix, vector, shared, constant = weight, None, bias, None
+        if has_bias:  # a split's gradient is a copy
+            sizes = [out * in_features, out]
+            matrix, vector = weight.split(sizes)
+            shared, constant = (None, None) if bias is None else bias.split(sizes)
         lies = (out, in_features) if layout == "oi" else (in_features, out)
         matrix = matrix.view(*lies, weight.shape[1])  # needs no copy, whatever its strides
         shared = None if shared is None else shared.view(lies)
         if layout == "io":
             matrix, shared = matrix.transpose(0, 1), None if shared is None else shared.mT
-        return cls(matrix, shared, vector[0] if vector else None, constant[0] if constant else None)
+        return cls(matrix, shared, vector, constant)
 
     def check(self, in_features: int, features: int) -> None:
         """Raises ValueError unless all shapes agree, with these numbers of inputs and features."""

@@ -19,6 +19,10 @@ from hyperfast.layout import MLPSpec, Transform, check_transform, transformed
 from hyperfast.nn.copies import apart
 from hyperfast.ops import backends
 
+# Rows a task from which on a copy of the weights, side by side, costs little beside what one op
+# saves in hidden layers: 100 tasks of 10-8-8-1 with 16,700 rows each train in half the time.
+ROWS = 16
+
 
 class TargetNet(nn.Module):
     """An MLP without parameters: ``forward(x, weights)`` takes them.
@@ -89,6 +93,9 @@ class TargetNet(nn.Module):
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
         flat = _flat(layers)
+        if flat is None and x.ndim > 1 and math.prod(x.shape[:-1]) >= ROWS * len(weights[0]):
+            checks.check_and_cast(x=x, **{f"weights[{n}]": w for n, w in enumerate(weights)})
+            flat = torch.cat([w.flatten(1) for w in weights], 1)
         if flat is not None:
             sizes = (layers[0][0].shape[2], *(w.shape[1] for w, _ in layers))
             spec = MLPSpec(sizes, [b is not None for _, b in layers])
