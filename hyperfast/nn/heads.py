@@ -17,6 +17,7 @@ from hyperfast.layout import (
     Transform,
     check_transform,
     positive,
+    text_of_one,
     transformed,
 )
 from hyperfast.plans.sizes import Sizes
@@ -79,6 +80,16 @@ class LayerHead:
         """Whether what is generated are the weights themselves, one after the other."""
         shared = self.bias == "shared" or self.layout == "io"
         return self.rank is None and self.transform is None and not shared
+
+    @property
+    def network(self) -> str | None:
+        """The text of the network of this layer alone, if a network's head can be its own."""
+        if not isinstance(self.transform, str | None) or self.rank or self.layout != "oi":
+            return None
+        if self.bias == "shared":
+            return None
+        has_bias = self.bias == "generated"
+        return text_of_one(self.in_features, self.out_features, has_bias, self.transform or "")
 
     def check_base(self) -> None:
         """Raises ValueError where the layer cannot start as its base, generating zero."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.functional import destinations, task_linear
+from hyperfast.functional import Destinations, destinations, hyper_linear, task_linear
 from hyperfast.layout import Transform, positive
 from hyperfast.nn.gate import is_plain_linear
 from hyperfast.nn.heads import LayerHead, cut
@@ -152,23 +152,33 @@ class HyperLinear(nn.Module):
         by = None
         if index is not None:
             by = destinations(index, dim_size, reduce, x, x.shape[:-1])
-        if is_plain_linear(self.head):
-            given = checks.check_and_cast(h=flat, weight=weight, bias=self.head.bias)
-            features, head_weight, head_bias = given
-            pieces = cut(features, head_weight, head_bias, self.layer.spec)
-            bias = None if self.bias is None else self.bias.to(features.dtype)
-            y = self.layer.apply(rows.to(features.dtype), pieces, bias, task_ids, by)
-        else:
-            w, b = self.layer.weights(self.head(flat))
-            b = self.bias.expand(len(w), -1) if b is None and self.bias is not None else b
-            y = task_linear(rows, w, b, task_ids)
-            y = y if by is None else by.reduce(y)
+        y = self._generated(rows, flat, task_ids, by)
         if self.base is not None:
             shared = self.base(rows)
             y = y + (shared if by is None else by.reduce(shared))
         if by is not None or task_ids is not None:
             return y
         return y.reshape(*lead, *y.shape[1:])
+
+    def _generated(
+        self, x: Tensor, h: Tensor, task_ids: Tensor | None, by: Destinations | None
+    ) -> Tensor:
+        """The layer without its base, of features ``(B, K)``."""
+        made, head = self.layer, self.head
+        if not is_plain_linear(head):
+            w, b = made.weights(head(h))
+            b = self.bias.expand(len(w), -1) if self.bias is not None else b
+            y = task_linear(x, w, b, task_ids)
+            return y if by is None else by.reduce(y)
+        given = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
+        x, h, weight, bias = given
+        if made.network is not None and by is None:
+            has_bias = made.bias is not None
+            return hyper_linear(
+                *(x, h, weight, bias, task_ids), target_bias=has_bias, transform=made.transform
+            )
+        shared = None if self.bias is None else self.bias.to(h.dtype)
+        return made.apply(x, cut(h, weight, bias, made.spec), shared, task_ids, by)
 
     def extra_repr(self) -> str:
         made = self.layer

@@ -103,21 +103,24 @@ def explain(
         size for v in heads for size in v.sizes(tasks, rows, features, ragged, bool(transform))
     )
     title = f"x {x_shape}, z {z_shape}, {str(dtype).removeprefix('torch.')} on {weight.device.type}"
-    whole = False
+    whole, network = False, None
     if mlp is not None and mlp.whole:
         names = mlp.target.layer_activations(len(layers))
         network = mlp.spec.describe(names, mlp.transform)
-        if network is not None and device in gpu.GPU:
+    elif mlp is None and dim_size is None and not shared:
+        network = layer.network
+    if network is not None:
+        if device in gpu.GPU:
             if gpu.one_kernel(layers, dtype.itemsize, device):
                 title += ", in one kernel"
-        elif network is not None and device == "cpp":
+        elif device == "cpp":
             whole = cpu.runs_whole(network, dtype, ragged, tasks, rows, features)
     chosen = []
     for n, v in enumerate(layers):
         last = n + 1 == len(layers)
         cost = None
         if whole:
-            total = mlp.spec.numel
+            total = sum(layer.params for layer in layers)
             cost = _whole(v, total, dtype.itemsize, costs(v, dtype, device)["materialize"])
         elif dim_size is not None and last:
             cost = orders.destinations(v, dim_size, dtype.itemsize)
