@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, relu, softmax
 
 from bench.real.pools import joined, split
-from bench.real.real import Draw, Network, Real, Tensors, adopt, fresh
+from bench.real.real import Draw, Network, Real, Tensors, adopt, fresh, plain
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,25 @@ class AGCRN(Real):
         weight = torch.einsum("nk,kio->nio", p["embedding"], p["pool.weights"])
         bias = p["embedding"] @ p["pool.bias"]
         return torch.einsum("bni,nio->bno", self.neighbours(p), weight) + bias
+
+    def formula(self, leaves: Tensors) -> Network:
+        """The graph beside the identity, whose product is computed too."""
+
+        def function(p: Tensors, x: Tensors) -> Tensor:
+            embedding = p["embedding"]
+            graph = softmax(relu(embedding @ embedding.mT), 1)
+            supports = torch.stack([torch.eye(self.sensors, dtype=graph.dtype), graph])
+            weight = torch.einsum(
+                "nd,dkio->nkio", embedding, p["pool.weights"].unflatten(1, (2, -1))
+            )
+            rows = torch.einsum("knm,bmc->bknc", supports, p["rows"]).permute(0, 2, 1, 3)
+            return torch.einsum("bnki,nkio->bno", rows, weight) + embedding @ p["pool.bias"]
+
+        return plain(function, leaves)
+
+    def shortcut(self, leaves: Tensors) -> Network:
+        """Without the identity's product."""
+        return plain(self.definition, leaves)
 
     def ours(self, leaves: Tensors) -> Network:
         from hyperfast import HyperLinear

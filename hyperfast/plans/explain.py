@@ -108,7 +108,7 @@ def explain(
         names = mlp.target.layer_activations(len(layers))
         network = mlp.spec.describe(names, mlp.transform)
     elif mlp is None and dim_size is None and not shared:
-        network = layer.network
+        network = heads[0].network
     if network is not None:
         if device in gpu.GPU:
             if gpu.one_kernel(layers, dtype.itemsize, device):
