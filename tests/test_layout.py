@@ -136,14 +136,23 @@ def test_modules_of_a_network_describe_it():
     assert network.spec.describe(network.modules()) == text
 
 
-@pytest.mark.parametrize("text", ["3 > 4 b relu, 2", "3 > 4 relu, 2 b", "3 > 4 b abs(W), 2 b"])
-def test_a_network_that_no_spec_describes(text):
+@pytest.mark.parametrize(
+    "text", ["3 > 4 b relu, 2", "3 > 4 relu, 2 b", "3 > 4 b abs(W), 2 b abs(W)"]
+)
+def test_a_spec_describes_mixed_biases_and_one_transform(text):
     network = Network.for_kernels(text)
     assert network.numel == network.weight_numel + sum(
         layer.out_features for layer in network.layers if layer.bias
     )
-    with pytest.raises(ValueError, match="network must have biases"):
-        _ = network.spec
+    assert network.spec.describe(network.modules(), network.transform) == text
+    assert network.spec.numel == network.numel
+
+
+def test_what_no_spec_describes():
+    with pytest.raises(ValueError, match="no shared biases"):
+        _ = Network.parse("3 > 4 s, 2").spec
+    with pytest.raises(ValueError, match="one transform"):
+        _ = Network.parse("3 > 4 abs(W), 2").transform
 
 
 def test_kernels_know_no_shared_biases():

@@ -93,7 +93,11 @@ class TargetNet(nn.Module):
             tasks = weights[0].shape[0]
             return from_jagged(x, task_ids, tasks, lambda r, ids: self.forward(r, weights, ids))
         flat = _flat(layers)
-        if flat is None and x.ndim > 1 and math.prod(x.shape[:-1]) >= ROWS * len(weights[0]):
+        # A size that is compared is fixed in a graph.
+        many = not torch.compiler.is_compiling() and math.prod(x.shape[:-1]) >= ROWS * len(
+            weights[0]
+        )
+        if flat is None and many and x.ndim > 1:
             checks.check_and_cast(x=x, **{f"weights[{n}]": w for n, w in enumerate(weights)})
             flat = torch.cat([w.flatten(1) for w in weights], 1)
         if flat is not None:
