@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 Weights: TypeAlias = Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.ParameterDict
@@ -198,6 +199,18 @@ def check_rows_match(
             f"{tasks} tasks of shapes {[*map(shape, per_task)]}, and task_ids of shape "
             f"{None if ids is None else shape(ids)}"
         )
+
+
+def check_in_range_if_known(ids: Tensor, tasks: int, name: str) -> None:
+    """:func:`check_in_range` where there are values to read: not while a graph is traced, not of
+    tensors without data, and not under transforms of ``torch.func``."""
+    if (
+        not torch.compiler.is_compiling()
+        and not ids.is_meta
+        and not isinstance(ids, FakeTensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
+    ):
+        check_in_range(ids, tasks, name)
 
 
 def check_in_range(ids: Tensor | None, tasks: int, name: str = "task_ids") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -107,7 +107,7 @@ def hyper_linear(
         transform: of the matrix before it is used: ``"abs"``, ``"exp"``, ``"softplus"``,
             ``"square"``, or a function, for which the weights are stored.
         index: int64, the destination of every row, of the shape of ``x`` without its last
-            dimension.
+            dimension; where all tasks share their rows, it is the same for all.
         dim_size: how many destinations there are; by default one more than the largest, which
             reads ``index`` back and cannot be compiled.
         reduce: ``"sum"`` or ``"mean"``, which is 0 for a destination without rows.
@@ -149,12 +149,19 @@ def hyper_linear(
     if bias is not None and bias.shape != (params,):
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     has_bias = bool(target_bias)
-    by = None if index is None else destinations(index, dim_size, reduce, x)
+    by = None
+    if index is not None:
+        by = destinations(index, dim_size, reduce, x).of_tasks(h.shape[0], x, task_ids)
     name = check_transform("transform", transform)
     simple = plan is None and by is None and layout == "oi" and ins > 0
-    if simple and name is not None and not _layer_by_layer() and not _shared(x, len(h), task_ids):
+    if (
+        simple
+        and name is not None
+        and not _layer_by_layer()
+        and not _shared(x, h.shape[0], task_ids)
+    ):
         # As a network of one layer: its gradient is one piece, as the head's weight is.
-        checks.check_rows(x, ins, len(h), task_ids, "h")
+        checks.check_rows(x, ins, h.shape[0], task_ids, "h")
         text = text_of_one(ins, params // per_out, has_bias, name)
         return _run_network(x, h, weight, bias, task_ids, text)
     made = Generated.of_head(weight, bias, ins, has_bias, layout)
@@ -187,10 +194,12 @@ def generated_linear(
         return y if by is None else by.reduce(y)
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix a dynamic one
     bias = made.vector is not None
-    sizes = Sizes(tasks, rows, ins, out, features, task_ids is not None, bias, bool(name))
+    counts = _example(tasks), _example(rows)
+    sizes = Sizes(*counts, ins, out, features, task_ids is not None, bias, bool(name))
     if plan is None and backends.forced is None:
-        if by is not None and orders.destinations(sizes, by.count, x.dtype.itemsize):
+        if by is not None and orders.destinations(sizes, _example(by.count), x.dtype.itemsize):
             if task_ids is not None:
+                checks.check_in_range_if_known(task_ids, tasks, "task_ids")
                 h = h.index_select(0, task_ids)
             elif x.ndim == 3:
                 h = h.unsqueeze(1).expand(-1, x.shape[1], -1)
@@ -210,6 +219,11 @@ class Destinations:
     index: Tensor
     count: int
     mean: bool
+
+    def of_tasks(self, tasks: int, x: Tensor, task_ids: Tensor | None) -> Destinations:
+        """Those of the rows of all tasks, where ``x`` holds the same rows for all."""
+        shared = _shared(x, tasks, task_ids)
+        return replace(self, index=self.index.repeat(tasks)) if shared else self
 
     def reduce(self, y: Tensor) -> Tensor:
         """``(count, O)``, of rows ``y (..., O)``."""
@@ -247,8 +261,7 @@ def destinations(
     if dim_size is None:
         dim_size = int(flat.max()) + 1 if flat.numel() else 0
     count = at_least("dim_size", dim_size, 0)
-    if not torch.compiler.is_compiling():
-        checks.check_in_range(flat, count, name)
+    checks.check_in_range_if_known(flat, count, name)
     return Destinations(flat, count, reduce == "mean")
 
 
@@ -386,7 +399,7 @@ def stored_mlp(
     activations and the transform; else, and under transforms of ``torch.func``, layer by layer."""
     name = check_transform("weight_transform", transform)
     text = None if name is None else spec.describe(activations, name)
-    x = _for_all(x, len(flat), task_ids)
+    x = _for_all(checks.check_tensor("x", x), len(flat), task_ids)
     if text is None or _layer_by_layer():
         views = iter(spec.split(flat))
         linears = [
@@ -422,6 +435,15 @@ def task_mlp(
     if backends.forced is not None:
         backends.insist(backends.forced, "task_mlp", x.device.type)
     return network.task_mlp(x, weight, scales_and_biases, task_ids, text)
+
+
+def _example(size: int) -> int:
+    """A size that chooses between orders. In an export a dynamic one must not be bound to what the
+    choice holds for: there it is that of the example, or 0 if it has none. (``torch.compile`` may
+    choose again.)"""
+    if not isinstance(size, torch.SymInt) or torch.compiler.is_dynamo_compiling():
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 0
 
 
 def _shared(x: Tensor, tasks: int, task_ids: Tensor | None) -> bool:

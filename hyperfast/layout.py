@@ -544,8 +544,9 @@ def positive(name: str, value: int) -> int:
 
 def at_least(name: str, value: int, least: int) -> int:
     """``value`` as an int, not below ``least``; raises as :func:`positive`."""
-    try:
-        number = operator.index(value)
+    exact = type(value) is int or isinstance(value, torch.SymInt)
+    try:  # index() would fix a dynamic size to what it is
+        number = value if exact else operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):

@@ -92,10 +92,9 @@ class NNConv(Module):
         if checks.check_tensor("edge_index", edge_index).ndim != 2 or len(edge_index) != 2:
             raise ValueError(f"edge_index must have shape (2, E), got {checks.shape(edge_index)}")
         edges = checks.check_tensor("edge_attr", edge_attr).shape[:1]
-        given = edge_index[1], len(own), AGGREGATIONS[self.aggr], source, edges
+        given = edge_index[1], own.shape[0], AGGREGATIONS[self.aggr], source, edges
         by = destinations(*given, "edge_index[1]")
-        if not torch.compiler.is_compiling():
-            checks.check_in_range(edge_index[0], len(source), "edge_index[0]")
+        checks.check_in_range_if_known(edge_index[0], source.shape[0], "edge_index[0]")
         y = self._convolve(source.index_select(0, edge_index[0]), edge_attr, by)
         if self.lin is not None:
             y = y + self.lin(own)
@@ -108,13 +107,13 @@ class NNConv(Module):
         for module in trunk:
             h = module(h)
         numel, plain = self.in_channels * self.out_channels, is_plain_linear(head)
-        if plain and (*h.shape, head.out_features) == (len(x), head.in_features, numel):
+        if plain and (*h.shape, head.out_features) == (x.shape[0], head.in_features, numel):
             x, h, w, b = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
             made = Generated.of_head(w, b, self.in_channels, False, "io")
             return generated_linear(x, h, made, by=by)
         weight = head(h)
         if weight.shape[:1] != x.shape[:1] or weight.shape[1:].numel() != numel:
-            wanted = f"{(len(x), numel)}, in_channels * out_channels numbers an edge"
+            wanted = f"{(x.shape[0], numel)}, in_channels * out_channels numbers an edge"
             raise ValueError(f"nn must return shape {wanted}, got {checks.shape(weight)}")
-        weight = weight.reshape(len(x), self.in_channels, self.out_channels)
+        weight = weight.reshape(x.shape[0], self.in_channels, self.out_channels)
         return by.reduce(task_linear(x, weight.mT))

@@ -23,6 +23,7 @@ class QMixer(nn.Module):
     b1(s)) + V(s)``, whose weights are made of the state.
 
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
+
     Args:
         n_agents: how many values are mixed.
         state_dim: size of the state; a state of several dimensions is flattened before.

@@ -401,11 +401,11 @@ class HyperNet(nn.Module):
         """The linear part of every layer as a function of its rows, which does not form the
         weights; of the features that enter the one head, or the head of every tensor."""
         assert self.layers is not None
-        if type(self.generator) is not Separate:
-            (h,), (head,) = features, heads
-            made = cut(h, head.weight, head.bias, self.generated)
-        else:
-            made = [Rows(h, m.weight, m.bias) for h, m in zip(features, heads, strict=True)]
+        rows = [
+            Rows(*checks.check_and_cast(h=h, weight=head.weight, bias=head.bias))
+            for h, head in zip(features, heads, strict=True)
+        ]
+        made = rows if type(self.generator) is Separate else cut(*rows[0], self.generated)
         base = iter(() if self.base is None else self.spec.split(self.base))
         at = 0
         for n, v in enumerate(self.layers):
@@ -424,6 +424,9 @@ class HyperNet(nn.Module):
                 shared: Tensor | None = shared,
                 base: tuple[Tensor, Tensor | None] | None = own_base,
             ) -> Tensor:
+                x = x.to(own[0].h.dtype)  # that of autocast
+                if shared is not None:
+                    shared = shared.to(x.dtype)
                 y = layer.apply(x, own, shared, task_ids)
                 return y if base is None else y + F.linear(x, *base)
 

@@ -127,7 +127,7 @@ class HyperLinear(nn.Module):
             h: ``(B, K)``, or ``(..., K)``.
             task_ids: ``(R,)`` int64, the task of every row.
             index: int64, of the shape of the rows: the destination of each, by which they are
-                added up.
+                added up; of rows that all tasks share, for all tasks.
             dim_size: how many destinations there are, by default ``index.max() + 1``.
             reduce: ``"sum"`` or ``"mean"``, which is 0 for a destination without rows.
 
@@ -151,11 +151,14 @@ class HyperLinear(nn.Module):
         rows = rows_of_tasks(x, lead, ins, task_ids)
         by = None
         if index is not None:
-            by = destinations(index, dim_size, reduce, x, x.shape[:-1])
+            by = destinations(index, dim_size, reduce, x).of_tasks(flat.shape[0], rows, task_ids)
         y = self._generated(rows, flat, task_ids, by)
         if self.base is not None:
             shared = self.base(rows)
-            y = y + (shared if by is None else by.reduce(shared))
+            if by is not None:
+                each = shared if shared.ndim == 2 else shared.expand(flat.shape[0], -1, -1)
+                shared = by.reduce(each)
+            y = y + shared
         if by is not None or task_ids is not None:
             return y
         return y.reshape(*lead, *y.shape[1:])
@@ -167,7 +170,7 @@ class HyperLinear(nn.Module):
         made, head = self.layer, self.head
         if not is_plain_linear(head):
             w, b = made.weights(head(h))
-            b = self.bias.expand(len(w), -1) if self.bias is not None else b
+            b = self.bias.expand(w.shape[0], -1) if self.bias is not None else b
             y = task_linear(x, w, b, task_ids)
             return y if by is None else by.reduce(y)
         given = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)

@@ -77,7 +77,7 @@ class TaskMLP(nn.Module):
         super().__init__()
         self.spec, self.target = spec, target
         self.weight = nn.Parameter(torch.empty(tasks, spec.numel, device=device, dtype=dtype))
-        self._template: nn.Module | None = None
+        self._template: tuple[nn.Module, ...] = ()  # in a tuple it is no part of this module
 
     @classmethod
     def from_modules(cls, modules: Iterable[nn.Module]) -> TaskMLP:
@@ -125,7 +125,7 @@ class TaskMLP(nn.Module):
         many._build(len(nets), spec, target, rows[0].device, rows[0].dtype)
         with torch.no_grad():
             torch.stack(rows, out=many.weight)
-        many._template = clone(nets[0])
+        many._template = (clone(nets[0]),)
         return many
 
     @property
@@ -174,8 +174,8 @@ class TaskMLP(nn.Module):
 
     def _one(self) -> nn.Module:
         kind: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
-        if self._template is not None:
-            return clone(self._template).to(**kind)
+        for template in self._template:
+            return clone(template).to(**kind)
         layers: list[nn.Module] = []
         activations = self.target.layer_activations(len(self.spec.layers))
         for (i, o), bias, activation in zip(

@@ -19,7 +19,7 @@ from hyperfast.ops.layer import hyper_linear_grad_h, task_linear_grad_weight
 def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
     """``(count, C)``: the sums of ``rows (R, C)`` by ``index (R,)``, each in the order of its
     rows."""
-    ones = rows.new_ones(()).expand(len(rows), 1)
+    ones = rows.new_ones(()).expand(rows.shape[0], 1)
     return task_linear_grad_weight(rows, ones, index, count).squeeze(2)
 
 
@@ -38,20 +38,22 @@ def sum_by_destination(x: Tensor, h: Tensor, made: Generated, index: Tensor, cou
 
 def degrees(index: Tensor, count: int) -> Tensor:
     """``(count,)`` int64: how many rows each destination has."""
-    return index.new_zeros(count).index_add(0, index, index.new_ones(()).expand(len(index)))
+    return index.new_zeros(count).index_add(0, index, index.new_ones(()).expand(index.shape[0]))
 
 
 def project(x: Tensor, h: Tensor, made: Generated) -> Tensor:
     """``(B, N, O)``: the generated layers of features ``h (B, K)``, applied to the same rows
     ``x (N, I)``."""
-    matrix, matrix_bias, vector, vector_bias = made
+    matrix, matrix_bias, vector, vector_bias = made  # sizes may be dynamic, which len() would fix
     out, ins, features = matrix.shape
     rows = x @ matrix.transpose(0, 1).reshape(ins, out * features)
-    rows = rows.view(len(x), out, features)
+    rows = rows.view(x.shape[0], out, features)
     if vector is not None:
         rows = rows + vector
     constant = None if matrix_bias is None else x @ matrix_bias.mT
     if vector_bias is not None:
-        constant = vector_bias.expand(len(x), -1) if constant is None else constant + vector_bias
+        constant = (
+            vector_bias.expand(x.shape[0], -1) if constant is None else constant + vector_bias
+        )
     y = F.linear(h, rows.flatten(0, 1), None if constant is None else constant.flatten())
-    return y.view(len(h), len(x), out)
+    return y.view(h.shape[0], x.shape[0], out)

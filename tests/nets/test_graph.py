@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import hyperfast
 from hyperfast.nets import NNConv
@@ -197,6 +198,20 @@ def test_export():
     program = torch.export.export(conv, args)
     more = graph(grad=False)
     equal(program.module()(*more), conv(*more))
+
+
+def test_sizes_stay_dynamic(dynamo):
+    conv, counter = make(aggr="mean"), CompileCounter()
+    compiled = torch.compile(conv, fullgraph=True, backend=counter)
+    for nodes, edges in ((10, 30), (12, 40), (13, 55), (20, 60), (21, 64)):
+        args = graph(nodes, edges, grad=False)
+        equal(compiled(*args), conv(*args))
+    assert counter.frame_count <= 2
+    nodes, edges = torch.export.Dim("nodes", min=2), torch.export.Dim("edges", min=2)
+    sizes = {0: nodes}, {1: edges}, {0: edges}
+    program = torch.export.export(conv, graph(9, 30, grad=False), dynamic_shapes=sizes)
+    for args in (graph(2, 3, grad=False), graph(50, 900, grad=False)):
+        equal(program.module()(*args), conv(*args))
 
 
 def test_autocast():

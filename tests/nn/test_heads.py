@@ -68,6 +68,21 @@ def test_fused_equals_stored(options, own_trunk, separate):
     close(model(draw(7, 4).fill_(1.0), z[0]), target(torch.ones(7, 4, **F64), hyper(z[0])))
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["one", "separate"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_autocast(options, separate):
+    model = HyperMLP(make(separate=separate, **options).float())
+    x, z, ids = torch.randn(5, 4), torch.randn(B, Z), torch.tensor([1, 0, 3, 1, 1])
+    exact = model(x, z, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, stored = model(x, z, ids), TargetNet("tanh")(x, model.hyper(z), ids)
+    assert y.dtype == torch.bfloat16
+    error, other = ((t.float() - exact).abs().max() for t in (y, stored))
+    assert 0 < error <= 2 * other + 2**-7 * exact.abs().max()
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_weights_have_the_shapes_of_the_spec_whatever_makes_them(options):
     hyper = make(**options)

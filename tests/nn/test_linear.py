@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations
 
 import hyperfast
@@ -165,7 +166,40 @@ def test_no_rows_no_tasks_no_destinations():
     assert layer(torch.randn(0, INS), torch.randn(0, K), index=none).shape == (0, OUTS)
 
 
-def test_sums_have_no_preference_among_threads_or_runs():
+@pytest.mark.parametrize("lead", [(3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("rows", [4, 50])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2}, {"base": True}, {"transform": "abs"}], ids=str
+)
+def test_rows_that_all_tasks_share_are_added_up_for_all(options, rows, lead):
+    layer = stir(HyperLinear(INS, OUTS, K, **options, **F64))
+    x, h, index = draw(rows, INS, grad=True), draw(*lead, K, grad=True), torch.randint(4, (rows,))
+    one, copies = (1,) * len(lead), x.expand(*lead, rows, INS).clone()
+    for reduce in ("sum", "mean"):
+        by = {"dim_size": 5, "reduce": reduce}
+        same(
+            lambda by=by: layer(x.view(*one, rows, INS), h, index=index.view(*one, rows), **by),
+            lambda by=by: layer(copies, h, index=index.expand(*lead, rows), **by),
+            *(h, *layer.parameters()),
+        )
+
+
+def test_destinations_may_differ_from_call_to_call_of_vmap():
+    layer, index = HyperLinear(INS, OUTS, K, **F64), torch.randint(3, (2, B))
+    x, h = draw(2, B, INS), draw(2, B, K)
+    summed = torch.vmap(lambda x, h, index: layer(x, h, index=index, dim_size=3))(x, h, index)
+    for n in range(2):
+        close(summed[n], layer(x[n], h[n], index=index[n], dim_size=3))
+
+
+def test_sums_of_tensors_without_data():
+    layer = HyperLinear(INS, OUTS, K, device="meta")
+    x, h = torch.randn(B, INS, device="meta"), torch.randn(B, K, device="meta")
+    index = torch.zeros(B, dtype=torch.int64, device="meta")
+    assert layer(x, h, index=index, dim_size=7).shape == (7, OUTS)
+
+
+def test_sums_are_the_same_in_every_run():
     layer, index = HyperLinear(INS, OUTS, K), torch.randint(7, (300,))
     x, h = torch.randn(300, INS), torch.randn(300, K)
     first = layer(x, h, index=index, dim_size=7)
@@ -232,6 +266,33 @@ def test_compiles_and_exports():
     program = torch.export.export(net, (x, h, index))
     for mine, wanted in zip(program.module()(x, h, index), net(x, h, index), strict=True):
         torch.testing.assert_close(mine, wanted)
+
+
+class Summed(HyperLinear):
+    def forward(self, x, h, index=None):
+        return super().forward(x, h, index=index, dim_size=None if index is None else 3)
+
+
+def test_sizes_stay_dynamic(dynamo):
+    layer, counter = HyperLinear(INS, OUTS, K), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for rows, count in ((30, 10), (40, 12), (55, 13), (60, 20), (64, 21)):
+        x, h, index = torch.randn(rows, INS), torch.randn(rows, K), torch.randint(count, (rows,))
+        y = compiled(x, h, index=index, dim_size=count)
+        torch.testing.assert_close(y, layer(x, h, index=index, dim_size=count))
+    assert counter.frame_count <= 2
+    layer, rows = Summed(INS, OUTS, K), torch.export.Dim("rows", min=2)
+    for given, dynamic in (
+        ((torch.randn(9, INS), torch.randn(9, K), torch.randint(3, (9,))), ({0: rows},) * 3),
+        ((torch.randn(1, 9, INS), torch.randn(7, K)), ({1: rows}, None)),
+    ):
+        program = torch.export.export(layer, given, dynamic_shapes=dynamic)
+        for n in (2, 100):
+            more = [
+                t if d is None else torch.cat([t] * n, next(iter(d)))
+                for t, d in zip(given, dynamic, strict=True)
+            ]
+            torch.testing.assert_close(program.module()(*more), layer(*more))
 
 
 @pytest.mark.parametrize("base", [True, "given"])
@@ -336,6 +397,8 @@ X, H, TO = torch.randn(5, 3), torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 2])
         (TypeError, "dim_size must be an int", lambda: LAYER(X, H, index=TO, dim_size=2.0)),
         (ValueError, "reduce must be one of", lambda: LAYER(X, H, index=TO, reduce="max")),
         (IndexError, r"task_ids must be in \[0, 5\), got 5", lambda: LAYER(X, H, task_ids=TO + 3)),
+        (IndexError, r"task_ids must be in \[0, 5\), got 5",
+         lambda: LAYER(X, H, task_ids=TO + 3, index=TO * 0, dim_size=1)),
     ],
 )  # fmt: skip
 def test_bad_input(error, message, call):

@@ -104,6 +104,15 @@ def test_from_modules_and_back(one):
     assert all(p.any() for p in nets[0].parameters())
 
 
+def test_modules_that_were_given_are_no_part_of_the_network():
+    net = TaskMLP.from_modules([nn.Linear(INS, OUTS, dtype=torch.float64) for _ in range(T)])
+    assert [*net.state_dict()] == [name for name, _ in net.named_parameters()] == ["weight"]
+    again = TaskMLP(T, INS, (), OUTS, dtype=torch.float64)
+    again.load_state_dict(net.state_dict())
+    x = draw(T, N, INS)
+    close(again(x), net(x))
+
+
 def test_to_modules_without_a_template():
     net = make(bias=[True, False, True])
     nets, x = net.to_modules(), draw(T, N, INS)
@@ -198,6 +207,8 @@ def test_errors():
         net(draw(1, INS), torch.tensor([T]))
     with pytest.raises(TypeError, match="dtype"):
         net(torch.randn(T, INS))
+    with pytest.raises(TypeError, match="x must be a Tensor, got list"):
+        net([[1.0] * INS] * T)
     with pytest.raises(ValueError, match="tasks must be at least 1"):
         TaskMLP(0, 3, 4, 2)
     with pytest.raises(TypeError, match="tasks must be an int"):
