@@ -150,6 +150,7 @@ def hyper_linear(
         raise ValueError(f"bias must have shape ({params},), got {checks.shape(bias)}")
     has_bias = bool(target_bias)
     by = None
+    check_reduction(index, dim_size, reduce)
     if index is not None:
         by = destinations(index, dim_size, reduce, x).of_tasks(h.shape[0], x, task_ids)
     name = check_transform("transform", transform)
@@ -188,7 +189,7 @@ def generated_linear(
     name = check_transform("transform", transform)
     if name is None:
         weights = reference.weights(h, made.matrix, made.matrix_bias)
-        w = transformed(transform, weights)
+        w = transformed(transform, weights, "transform")
         b = reference.biases(h, made.vector, made.vector_bias)
         y = task_linear(x, w, b, task_ids)
         return y if by is None else by.reduce(y)
@@ -210,6 +211,17 @@ def generated_linear(
             return y if by is None else by.reduce(y)
     y = _run("hyper_linear", x, (h, *made), task_ids, (name,), plan or "")
     return y if by is None else by.reduce(y)
+
+
+def check_reduction(index: Tensor | None, dim_size: int | None, reduce: str) -> None:
+    """Raises ValueError for an unknown reduction, and for one of rows without destinations."""
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {list(REDUCTIONS)}, got {reduce!r}")
+    if index is None and (dim_size is not None or reduce != "sum"):
+        raise ValueError(
+            "index must be given with dim_size and reduce, "
+            f"got None with dim_size={dim_size} and reduce={reduce!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -246,8 +258,6 @@ def destinations(
     """The destinations of the rows of ``x``, checked; ``rows`` is their shape, by default that of
     ``x`` without its last dimension. ``name`` is that of the argument."""
     rows = x.shape[:-1] if rows is None else rows
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {list(REDUCTIONS)}, got {reduce!r}")
     if checks.check_tensor(name, index).dtype != torch.int64:
         raise TypeError(f"{name} must have dtype torch.int64, got {index.dtype}")
     if index.shape != rows:
@@ -259,7 +269,7 @@ def destinations(
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {index.device}")
     flat = index.reshape(-1)
     if dim_size is None:
-        dim_size = int(flat.max()) + 1 if flat.numel() else 0
+        dim_size = max(int(flat.max()) + 1, 0) if flat.numel() else 0
     count = at_least("dim_size", dim_size, 0)
     checks.check_in_range_if_known(flat, count, name)
     return Destinations(flat, count, reduce == "mean")

@@ -108,7 +108,10 @@ class MLPSpec(ParamSpec):
         if len(sizes) < 2:
             raise ValueError(f"sizes must hold at least an input and an output width, got {sizes}")
         sizes = tuple(positive("sizes", s) for s in sizes)
-        biases = tuple(map(bool, one_each("bias", bias, len(sizes) - 1)))
+        biases = one_each("bias", bias, len(sizes) - 1)
+        if not all(isinstance(b, bool | int) for b in biases):
+            raise TypeError(f"bias must be a bool, or one a layer, got {bias!r}")
+        biases = tuple(map(bool, biases))
         shapes: list[tuple[int, ...]] = []
         for i, o, has_bias in zip(sizes, sizes[1:], biases, strict=False):
             shapes += [(o, i), (o,)] if has_bias else [(o, i)]
@@ -250,8 +253,8 @@ def check_transform(name: str, transform: Transform | None) -> str | None:
     return None
 
 
-def transformed(transform: Transform | None, w: Tensor) -> Tensor:
-    """``transform`` of matrices.
+def transformed(transform: Transform | None, w: Tensor, name: str = "weight_transform") -> Tensor:
+    """``transform`` of matrices; ``name`` is that of the argument.
 
     Raises:
         ValueError: it is a function that does not keep their shape.
@@ -263,9 +266,7 @@ def transformed(transform: Transform | None, w: Tensor) -> Tensor:
     y = transform(w)
     if not isinstance(y, Tensor) or y.shape != w.shape:
         got = checks.shape(y) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(
-            f"weight_transform must keep the shape of a weight, {checks.shape(w)}, got {got}"
-        )
+        raise ValueError(f"{name} must keep the shape of a weight, {checks.shape(w)}, got {got}")
     return y
 
 

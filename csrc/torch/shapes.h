@@ -49,8 +49,7 @@ inline Grouping group_rows(const Arg& x, const OptionalTensor& task_ids, Index t
 // takes less time. `sums` over rows, the gradients of weights, walk over x more often than what is
 // one product a row. Measured with 8 to 2,048 rows of 64 columns a task:
 // - rows by task_ids, as columns of a (64, 16,384) matrix: 15 to 9 ms (task_linear), 17 to 4 ms
-// (its
-//   gradient), as each column of a row is in a line of its own, which other rows fetch again;
+//   (gradient of weights), as each column is in a line of its own, which other rows fetch again;
 // - sums where neither rows nor columns lie side by side: 30 to 12 ms (512 tasks of 32 rows);
 // - sums where less than a line of rows does: 12 to 4 ms (512 tasks of 8 rows);
 // - products where each column of a row is in a line of its own: 156 to 50 ms (862 tasks of 16 rows

@@ -26,7 +26,7 @@ class QMixer(nn.Module):
 
     Args:
         n_agents: how many values are mixed.
-        state_dim: size of the state; a state of several dimensions is flattened before.
+        state_dim: size of the state; one of several dimensions comes flattened.
         embed_dim: width of the mixing network.
         hypernet_layers: 1 or 2, of the networks that make ``W1`` and ``W2``.
         hypernet_embed: width of these, where they have two.

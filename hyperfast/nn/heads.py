@@ -117,7 +117,7 @@ class LayerHead:
             tensors = [w.mT for w in tensors]
         if self.rank is not None:
             return tensors[1] @ tensors[0], bias
-        return transformed(self.transform, tensors[0]), bias
+        return transformed(self.transform, tensors[0], "transform"), bias
 
     def apply(
         self,

@@ -121,6 +121,8 @@ class HyperNet(nn.Module):
             LayerHead(i, o, kind, transform, rank)
             for (i, o), kind in zip(pairwise(sizes), kinds, strict=True)
         ]
+        if not isinstance(base, bool | None):
+            raise TypeError(f"base must be a bool, got {base!r}")
         super().__init__()
         self._describe(MLPSpec(sizes, [kind is not None for kind in kinds]), init, layers)
         if base:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.functional import Destinations, destinations, hyper_linear, task_linear
+from hyperfast.functional import (
+    Destinations,
+    check_reduction,
+    destinations,
+    hyper_linear,
+    task_linear,
+)
 from hyperfast.layout import Transform, positive
 from hyperfast.nn.gate import is_plain_linear
 from hyperfast.nn.heads import LayerHead, cut
@@ -34,8 +40,9 @@ class HyperLinear(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        head: ``nn.Linear(hyper_features, P)``; its rows are the matrix in the layer's layout (of a
-            rank ``A (rank, in)``, then ``B (out, rank)``), then the generated bias.
+        head: ``nn.Linear(hyper_features, P)``; its rows are the matrix in the layer's layout, then
+            the generated bias. Of a rank they are ``A (rank, in)`` and ``B (out, rank)``, in layout
+            ``"io"`` ``A (in, rank)`` and ``B (rank, out)``.
         bias: the shared bias ``(out,)``, or ``None``.
         base: an ``nn.Linear``, or ``None``.
 
@@ -73,6 +80,7 @@ class HyperLinear(nn.Module):
         shared = torch.empty(made.out_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(shared) if bias == "shared" else None
         self.base = as_base(base, made.in_features, made.out_features, device, dtype)
+        self.own_base = base is True
         if self.base is not None:
             made.check_base()
         self._fill()
@@ -85,10 +93,11 @@ class HyperLinear(nn.Module):
         return self.head.in_features
 
     def reset_parameters(self) -> None:
-        """Initialises the layer anew, its base included: for features of unit second moment the
-        generated matrix has entries of second moment ``1 / in_features``, whatever the options
-        (hyperfan-in, Chang, Flokas, Lipson 2020), and biases are zero; with a base it is zero."""
-        if self.base is not None:
+        """Initialises the layer anew, and a base that it made itself. For features of unit second
+        moment the generated matrix has entries of second moment ``1 / in_features``, whatever the
+        options (hyperfan-in, Chang, Flokas, Lipson 2020), and biases are zero; with a base it is
+        zero."""
+        if self.base is not None and self.own_base:
             self.base.reset_parameters()
         self._fill()
 
@@ -150,6 +159,7 @@ class HyperLinear(nn.Module):
         flat = h.reshape(math.prod(lead), self.hyper_features)
         rows = rows_of_tasks(x, lead, ins, task_ids)
         by = None
+        check_reduction(index, dim_size, reduce)
         if index is not None:
             by = destinations(index, dim_size, reduce, x).of_tasks(flat.shape[0], rows, task_ids)
         y = self._generated(rows, flat, task_ids, by)
@@ -238,6 +248,9 @@ class TaskLinear(nn.Module):
         self.tasks, self.in_features, self.out_features = sizes.values()
         self.rank = self_rank
         self.base = as_base(base, self.in_features, self.out_features, device, dtype)
+        self.own_base = base is True
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias must be a bool, got {bias!r}")
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(self.tasks, *shape, device=device, dtype=dtype))
@@ -256,9 +269,9 @@ class TaskLinear(nn.Module):
         return [self.weight] if self.rank is None else [self.weight_a, self.weight_b]
 
     def reset_parameters(self) -> None:
-        """Initialises every task as ``nn.Linear`` is, the base too; with a base, the tasks' own
-        weights start at zero, of a rank those of ``B``."""
-        if self.base is not None:
+        """Initialises every task as ``nn.Linear`` is, and a base that the layer made itself; with a
+        base, the tasks' own weights start at zero, of a rank those of ``B``."""
+        if self.base is not None and self.own_base:
             self.base.reset_parameters()
         self._fill()
 
@@ -314,7 +327,7 @@ def as_base(
     """The layer that all tasks share, a new one for ``True``.
 
     Raises:
-        TypeError: it is no ``nn.Linear``.
+        TypeError: it is no ``nn.Linear``, or of another dtype than the layer.
         ValueError: it has another shape.
     """
     if base is None or base is False:
@@ -328,6 +341,9 @@ def as_base(
             f"base must map {in_features} to {out_features} features, "
             f"got {base.in_features} to {base.out_features}"
         )
+    wanted = torch.get_default_dtype() if dtype is None else dtype
+    if base.weight.dtype != wanted:
+        raise TypeError(f"base must have dtype {wanted}, got {base.weight.dtype}")
     return base
 
 

@@ -57,8 +57,7 @@ def explain(
 
     Args:
         model: a :class:`hyperfast.HyperMLP`, or a :class:`hyperfast.HyperLinear`.
-        x_shape: ``(B, N, in)`` or ``(B, in)``, or ``(R, in)`` with ``ragged``; of a HyperLinear
-            ``(1, N, in)`` too.
+        x_shape: ``(B, N, in)``, ``(1, N, in)``, ``(B, in)``, or ``(R, in)`` with ``ragged``.
         z_shape: ``(B, z_dim)``; of a HyperLinear the features ``(B, K)``.
         ragged: whether rows name their tasks by ``task_ids``.
         dim_size: how many destinations the rows of a HyperLinear are summed into.
@@ -91,7 +90,7 @@ def explain(
     if len(z_shape) != 2 or z_shape[1] != z_dim:
         raise ValueError(f"z_shape must be (B, {z_dim}), got {z_shape}")
     (tasks, _), ins = z_shape, heads[0].in_features
-    shared = mlp is None and not ragged and len(x_shape) == 3 and x_shape[0] == 1 != tasks
+    shared = not ragged and len(x_shape) == 3 and x_shape[0] == 1 != tasks
     fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == tasks
     if not (fits or shared) or x_shape[-1] != ins:
         want = f"(R, {ins})" if ragged else f"({tasks}, N, {ins}) or ({tasks}, {ins})"
@@ -124,7 +123,7 @@ def explain(
             cost = _whole(v, total, dtype.itemsize, costs(v, dtype, device)["materialize"])
         elif dim_size is not None and last:
             cost = orders.destinations(v, dim_size, dtype.itemsize)
-        if cost is None and shared and n == 0:
+        if cost is None and shared and n == 0 and (mlp is None or not mlp.whole):
             cost = orders.project(v, dtype.itemsize)
         plan = "materialize" if callable(transform) else choose(v, dtype, device)
         cost = cost or costs(v, dtype, device)[plan]

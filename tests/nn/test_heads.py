@@ -221,6 +221,7 @@ def test_compiles(options):
         (ValueError, "transform must be None for a matrix of rank 1",
          {"rank": 1, "transform": "abs"}),
         (ValueError, "transform must generate zeros", {"base": True, "transform": "softplus"}),
+        (TypeError, "base must be a bool, got 'net'", {"base": "net"}),
         (TypeError, "trunk must be a module, got function", {"trunk": lambda z: z}),
         (ValueError, r"trunk must map \(2, 5\) to \(2, H\), got \(2, 5, 1\)",
          {"trunk": nn.Unflatten(1, (5, 1))}),

@@ -312,6 +312,18 @@ def test_a_layer_starts_as_its_base_and_leaves_its_base_alone(options, base):
         assert any(p.grad.any() for p in layer.parameters() if p.grad is not None)
 
 
+def test_a_given_base_is_not_initialised_anew():
+    base = nn.Linear(INS, OUTS)
+    before = base.weight.clone()
+    for layer in (HyperLinear(INS, OUTS, K, base=base), TaskLinear(B, INS, OUTS, base=base)):
+        layer.reset_parameters()
+        assert torch.equal(base.weight, before)
+    own = HyperLinear(INS, OUTS, K, base=True)
+    before = own.base.weight.clone()
+    own.reset_parameters()
+    assert not torch.equal(own.base.weight, before)
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("transform", [None, *TRANSFORMS])
 def test_a_layer_starts_with_the_variance_of_a_linear_one(transform, rank):
@@ -369,6 +381,9 @@ def test_autocast():
         (TypeError, "base must be True or an nn.Linear, got Conv1d",
          lambda: TaskLinear(5, 3, 2, base=nn.Conv1d(3, 2, 1))),
         (ValueError, "rank must be at least 1", lambda: TaskLinear(5, 3, 2, rank=-1)),
+        (TypeError, "bias must be a bool", lambda: TaskLinear(5, 3, 2, bias="shared")),
+        (TypeError, "base must have dtype torch.float32, got torch.float64",
+         lambda: HyperLinear(3, 2, 4, base=nn.Linear(3, 2, dtype=torch.float64))),
         (ValueError, "tasks must be at least 1", lambda: TaskLinear(0, 3, 2)),
     ],
 )  # fmt: skip
@@ -396,6 +411,8 @@ X, H, TO = torch.randn(5, 3), torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 2])
         (ValueError, "dim_size must be at least 0", lambda: LAYER(X, H, index=TO, dim_size=-1)),
         (TypeError, "dim_size must be an int", lambda: LAYER(X, H, index=TO, dim_size=2.0)),
         (ValueError, "reduce must be one of", lambda: LAYER(X, H, index=TO, reduce="max")),
+        (ValueError, "index must be given with dim_size", lambda: LAYER(X, H, dim_size=3)),
+        (IndexError, r"index must be in \[0, 0\), got -5", lambda: LAYER(X, H, index=TO * 0 - 5)),
         (IndexError, r"task_ids must be in \[0, 5\), got 5", lambda: LAYER(X, H, task_ids=TO + 3)),
         (IndexError, r"task_ids must be in \[0, 5\), got 5",
          lambda: LAYER(X, H, task_ids=TO + 3, index=TO * 0, dim_size=1)),

@@ -211,5 +211,7 @@ def test_errors():
         net([[1.0] * INS] * T)
     with pytest.raises(ValueError, match="tasks must be at least 1"):
         TaskMLP(0, 3, 4, 2)
+    with pytest.raises(TypeError, match="bias must be a bool"):
+        TaskMLP(2, 3, 4, 2, bias="shared")
     with pytest.raises(TypeError, match="tasks must be an int"):
         TaskMLP(2.0, 3, 4, 2)
