@@ -71,7 +71,8 @@ class SirenHyper(Real):
 
     @property
     def width(self) -> int:
-        return max(self.hidden, self.hyper)
+        # A sine multiplies a rounding of the sum before it by the frequency.
+        return self.frequency**2 * max(self.hidden, self.hyper)
 
     @property
     def rows(self) -> int:
