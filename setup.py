@@ -19,6 +19,8 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"
 FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # gcc 12: in its own AVX-512 headers
 LINK = ["-Wl,--strip-all"] if platform.system() == "Linux" else []
 if os.environ.get("HYPERFAST_SANITIZE") == "1":
+    cpuinfo = Path("/proc/cpuinfo")  # what this machine cannot run need not be built for its tests
+    AMX = AMX and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]  # of two -O the last one counts
     LINK = SANITIZE
