@@ -63,4 +63,4 @@ def test_the_order_that_is_shown_is_the_one_that_runs():
     summed = ops(lambda: layer(x, h, index=index, dim_size=20))
     assert summed == {"hyperfast::hyper_linear_grad_h", "hyperfast::task_linear_grad_weight"}
     assert ops(lambda: layer(x[None, :4], h)) == set()
-    assert ops(lambda: layer(x, h)) == {"hyperfast::hyper_mlp"}
+    assert "hyperfast::hyper_mlp" in ops(lambda: layer(x, h))
