@@ -17,12 +17,17 @@ namespace hyperfast {
   namespace isa {             \
   extern const Kernels table; \
   }
+// setup.py says which are built.
 #ifdef HF_AMX
 HF_DECLARE(amx)
 #endif
-#ifdef HF_X86
+#ifdef HF_AVX512_BF16
 HF_DECLARE(avx512_bf16)
+#endif
+#ifdef HF_AVX512
 HF_DECLARE(avx512)
+#endif
+#ifdef HF_AVX2
 HF_DECLARE(avx2)
 #endif
 HF_DECLARE(portable)
@@ -56,19 +61,26 @@ bool matrix_unit() {
 std::vector<Candidate> candidates() {
 #ifdef HF_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") &&
+                                     __builtin_cpu_supports("fma") &&
+                                     __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return {
 #ifdef HF_AMX
       {&amx::table, bf16, matrix_unit},
 #endif
-#ifdef HF_X86
-      {&avx512_bf16::table, bf16},      {&avx512::table, avx512}, {&avx2::table, avx2},
+#ifdef HF_AVX512_BF16
+      {&avx512_bf16::table, bf16},
+#endif
+#ifdef HF_AVX512
+      {&avx512::table, avx512},
+#endif
+#ifdef HF_AVX2
+      {&avx2::table, avx2},
 #endif
       {&portable::table, true},
   };
