@@ -413,7 +413,7 @@ class HyperNet(nn.Module):
         for n, v in enumerate(self.layers):
             own = made[at : at + len(v.spec.shapes)]
             at += len(own)
-            layer = replace(v, transform=transform or None)
+            layer = v if v.transform == (transform or None) else replace(v, transform=transform)
             shared = None if self.biases is None or v.bias != "shared" else self.biases[n]
             own_base = (
                 (next(base), next(base) if v.bias else None) if self.base is not None else None
