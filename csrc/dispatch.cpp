@@ -30,7 +30,9 @@ HF_DECLARE(avx512)
 #ifdef HF_AVX2
 HF_DECLARE(avx2)
 #endif
+#ifdef HF_PORTABLE
 HF_DECLARE(portable)
+#endif
 #undef HF_DECLARE
 
 namespace {
@@ -82,7 +84,9 @@ std::vector<Candidate> candidates() {
 #ifdef HF_AVX2
       {&avx2::table, avx2},
 #endif
+#ifdef HF_PORTABLE
       {&portable::table, true},
+#endif
   };
 }
 

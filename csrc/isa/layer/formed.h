@@ -57,28 +57,23 @@ struct Runs {
   Index longest() const { return max(tall * wide, vector_tall); }
 };
 
-// g (no, ni) = A^T B for m rows of A and B, m so many that both are copied: B into panels of lanes,
-// A into such of a tile's outputs. As they lie, rows a power of two apart share few sets of the
-// first-level cache.
+// g (no, ni) = A^T B for so many rows of A and B that both are copied: as they lie, they may be
+// pages apart, and those a power of two apart share few sets of the first-level cache.
 template <class C>
 static void multiply_rows(Index m, Index no, Index ni, View<const C> a, View<const C> b, C* g) {
-  for (Index k = 0; k < m; k += depth_block) {
-    const Index dk = min(depth_block, m - k);
-    C* outputs = scratch<C>(Slot::local_b, dk * round_up(no, tile_rows));
-    for (Index o = 0; o < no; o += tile_rows)
-      for (Index j = 0, n = min(tile_rows, no - o); j < dk; ++j)
-        for (Index l = 0; l < n; ++l)
-          outputs[o * dk + j * tile_rows + l] = a.data[(k + j) * a.row + (o + l) * a.col];
+  const Index most = min(m, depth_block), a_row = odd_lines<C>(no), b_row = odd_lines<C>(ni);
+  C* const outputs = scratch<C>(Slot::local_b, most * a_row);
+  C* const inputs = scratch<C>(Slot::panel, most * b_row);
+  for (Index k = 0; k < m; k += most) {
+    const Index depth = min(most, m - k);
+    for (Index j = 0; j < depth; ++j) {
+      pack<C, C>(1, no, a.at(k + j, 0), outputs + j * a_row, a_row, no);
+      pack<C, C>(1, ni, b.at(k + j, 0), inputs + j * b_row, b_row, b_row);
+    }
     for (Index i = 0; i < ni; i += lanes<C>) {
-      const int n = int(min(lanes<C>, ni - i)), vecs = int(ceil_div(n, width<C>));
-      const Index row = vecs * width<C>;
-      C* panel = scratch<C>(Slot::panel, dk * row);
-      pack<C, C>(dk, n, b.at(k, i), panel, row, row);
-      for (Index o = 0; o < no; o += tile_rows) {
-        C* to = g + o * ni + i;
-        sweep<C, false>(min(tile_rows, no - o), vecs, dk, {outputs + o * dk, 1, tile_rows}, panel,
-                        row, 0, {k ? to : nullptr, ni, 1}, {to, ni, 1}, n);
-      }
+      const int n = int(min(lanes<C>, ni - i));
+      sweep<C, false>(no, int(ceil_div(n, width<C>)), depth, {outputs, 1, a_row}, inputs + i, b_row,
+                      0, {k ? g + i : nullptr, ni, 1}, {g + i, ni, 1}, n);
     }
   }
 }
@@ -92,7 +87,7 @@ static void form(const Run& run, Index m, View<const C> grad, View<const C> x, C
   if (run.ni < run.no &&
       (m > 1 || run.vector)) {  // lanes along the longer side; one row's g is written as it lies
     multiply<C, C>(run.ni, run.no, m, x.transposed(), grad, {}, {g, 1, run.ni});
-  } else if (m >= depth_block && run.no >= 4 * tile_rows && run.ni >= lanes<C>) {
+  } else if (m >= 16 && run.no >= 4 * tile_rows && run.ni >= lanes<C>) {
     multiply_rows<C>(m, run.no, run.ni, grad, x, g);
   } else {
     multiply<C, C>(run.no, run.ni, m, grad.transposed(), x, {}, {g, run.ni, 1});

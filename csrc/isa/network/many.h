@@ -11,15 +11,9 @@ namespace hyperfast::HF_ISA {
 template <class C>
 struct Many {
   Index m;
-  Index row;  // elements from a column's values to the next one's, m rounded up
+  Index row;  // elements from a column's values to the next one's
 
-  // Cache lines to a row; of many an odd number, so that the lines of a column of vectors do not
-  // fall into the same set of the cache.
-  explicit Many(Index m) : m(m) {
-    constexpr Index line = 64 / Index(sizeof(C));
-    const Index lines = ceil_div(m, line);
-    row = (lines > 8 ? lines | 1 : lines) * line;
-  }
+  explicit Many(Index m) : m(m), row(odd_lines<C>(m)) {}
 
   Index size(Index columns) const { return row * columns; }
 

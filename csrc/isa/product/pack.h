@@ -2,7 +2,7 @@
 #pragma once
 
 #include "isa/simd/vector.h"
-#include "kernels.h"
+#include "isa/common.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -14,6 +14,15 @@ struct View {
   View<T> transposed() const { return {data, col, row}; }
   View<T> at(Index i, Index j) const { return {data + i * row + j * col, row, col}; }
 };
+
+// n elements rounded up to cache lines; to an odd number of many, so that the lines of a column of
+// vectors do not fall into the same set of the cache.
+template <class C>
+static inline Index odd_lines(Index n) {
+  constexpr Index line = 64 / Index(sizeof(C));
+  const Index lines = ceil_div(n, line);
+  return (lines > 8 ? lines | 1 : lines) * line;
+}
 
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
 template <class C, class T>

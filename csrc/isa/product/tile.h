@@ -36,11 +36,28 @@ using PairDot = std::conditional_t<has_pair_dot && std::is_same_v<C, float>, Add
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// C's tile = init + A B: `tail` > 0 means that the last vector of B's rows holds only so many
-// elements.
+// What a tile computes: C = init + A B. In one struct, of which each tile moves four pointers on: as
+// arguments the views would be written and read again for every tile, which waits for the stores.
+template <class C>
+struct TileOf {
+  Index depth;
+  View<const C> a;
+  const C* b;
+  Index b_row;
+  int tail;  // > 0: the last vector of B's rows holds only so many elements
+  View<const C> init;
+  View<C> c;
+  int n;           // columns of C
+  const C* ahead;  // a line of it is fetched at each step
+};
+
 template <int M, int V, bool Tail, class C, class Step>
-static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail,
-                 View<const C> init, View<C> c, int n, const C* ahead) {
+static void tile(const TileOf<C>& t) {
+  const View<const C> a = t.a, init = t.init;
+  const View<C> c = t.c;
+  const C *b = t.b, *const ahead = t.ahead;
+  const Index depth = t.depth, b_row = t.b_row;
+  const int n = t.n, tail = t.tail;
   constexpr int w = width<C>;
   // Sums start from init on every way, so that a result does not depend on how C is cut into tiles.
   // Plain: whole vectors side by side, as nearly always; no branch for each of them.
@@ -119,8 +136,7 @@ static void tile(Index depth, View<const C> a, const C* b, Index b_row, int tail
 }
 
 template <class C>
-using Tile = void (*)(Index, View<const C>, const C*, Index, int, View<const C>, View<C>, int,
-                      const C*);
+using Tile = void (*)(const TileOf<C>&);
 
 template <class C, bool Tail, class Step, int M>
 constexpr Tile<C> pick(int vecs) {
@@ -136,16 +152,18 @@ constexpr Tile<C> pick(int vecs) {
 template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row,
                   int tail, View<const C> init, View<C> c, int n, const C* ahead = nullptr) {
-  Index i = 0;
-  if (!ahead) ahead = b + depth * b_row;
+  TileOf<C> t{depth, a, b, b_row, tail, init, c, n, ahead ? ahead : b + depth * b_row};
   const auto steps = [&](int height, Tile<C> f) {
-    for (; i + height <= m; i += height) {
-      f(depth, a.at(i, 0), b, b_row, tail, init.data ? init.at(i, 0) : init, c.at(i, 0), n, ahead);
-      ahead += depth * (64 / Index(sizeof(C)));
+    for (; m >= height; m -= height) {
+      f(t);
+      t.a.data += height * a.row;
+      if (init.data) t.init.data += height * init.row;
+      t.c.data += height * c.row;
+      t.ahead += depth * (64 / Index(sizeof(C)));
     }
   };
   steps(6, pick<C, Tail, Step, 6>(vecs));
-  if (i == m) return;
+  if (m == 0) return;
   steps(4, pick<C, Tail, Step, 4>(vecs));
   steps(2, pick<C, Tail, Step, 2>(vecs));
   steps(1, pick<C, Tail, Step, 1>(vecs));
