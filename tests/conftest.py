@@ -1,5 +1,11 @@
+import os
+
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
