@@ -1,4 +1,4 @@
-"""Five tasks, one after the other, and none forgotten: continual learning with a hypernetwork.
+"""Five tasks, one after the other, and little forgotten: continual learning with a hypernetwork.
 
 The method of von Oswald, Henning, Sacramento, Grewe 2020 ("Continual learning with hypernetworks")
 on scikit-learn's digits, split into five tasks: 0 or 1, 2 or 3, and so on. Tasks come one by one,
@@ -161,7 +161,7 @@ def picture(found: dict[str, Tensor]) -> Figure:
     """The accuracies ``(after, of)`` of every learner."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(found), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4 * len(found), 4.6), dpi=150, layout="compressed")
     labels = [f"{2 * task} or {2 * task + 1}" for task in range(TASKS)]
     axes = figure.subplots(1, len(found), sharey=True)
     for ax, (name, matrix) in zip(axes, found.items(), strict=True):

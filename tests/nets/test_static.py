@@ -87,3 +87,13 @@ def test_any_chunks_and_parameters():
 def test_bad_arguments(error, message, args):
     with pytest.raises(error, match=message):
         StaticHyperNet(*args)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_compiles_and_exports_for_any_number_of_images(dynamo):
+    static = StaticHyperNet(net(), 6, chunks=(4, 3)).eval()
+    x, images = draw(5, 2, 6, 6), torch.export.Dim("images", min=2)
+    exported = torch.export.export(static, (x,), dynamic_shapes=({0: images},)).module()
+    compiled = torch.compile(static, fullgraph=True, backend="aot_eager")
+    close(exported(x[:2]), static(x[:2]))
+    close(compiled(x), static(x))

@@ -23,9 +23,9 @@ def test_main_learns_generated_kernels_and_draws_them(recorded, tmp_path, capsys
     found = recorded(static, "accuracy")
     assert static.main(["--quick", "--out", str(tmp_path / "a.png")]) == 0
     own, generated, narrow = torch.tensor(found).view(2, 3).mean(0).tolist()
-    assert own > 0.96
-    assert generated > 0.94  # a generator that does not learn reaches 0.82
-    assert narrow > 0.94
+    assert own > 0.95
+    assert generated > 0.92  # a generator that does not learn reaches 0.82
+    assert narrow > 0.92
     said = capsys.readouterr().out
     for name, score in zip(NETWORKS, (own, generated, narrow), strict=True):
         (line,) = (line for line in said.splitlines() if line.startswith(f"  {name}  "))
