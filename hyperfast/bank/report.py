@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hyperfast.bank.contents import Contents, copy_module, own_activations
 from hyperfast.bank.formats import run_by_layers
 from hyperfast.layout import MLPSpec
+from hyperfast.nn.chunked import Chunked
 from hyperfast.plans.choose import DEVICES
 
 TASKS = 256  # compared at a time
@@ -177,8 +178,11 @@ def explain(contents: Contents) -> Costs:
     if hyper is None or latents is None:
         raise ValueError("only a bank with a hypernetwork can generate weights again")
     machine = DEVICES.get(contents.device.type, DEVICES["cuda"])
-    linears = [m for m in hyper.generator.modules() if isinstance(m, nn.Linear)]
-    flops = sum(2 * m.in_features * m.out_features for m in linears)
+    if isinstance(hyper.generator, Chunked):
+        flops = hyper.generator.flops
+    else:
+        linears = [m for m in hyper.generator.modules() if isinstance(m, nn.Linear)]
+        flops = sum(2 * m.in_features * m.out_features for m in linears)
     width, dtype = latents.columns[0]
     stored, latent = contents.format.task_bytes, width * dtype.itemsize
     return Costs(

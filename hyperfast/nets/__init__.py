@@ -1,6 +1,7 @@
-"""Published networks that are made of generated layers; they load published weights."""
+"""Published networks that are made of generated layers; those with published weights load them."""
 
 from hyperfast.nets.graph import NNConv
 from hyperfast.nets.mixers import QMixer
+from hyperfast.nets.static import StaticHyperNet
 
-__all__ = ["NNConv", "QMixer"]
+__all__ = ["NNConv", "QMixer", "StaticHyperNet"]

@@ -23,14 +23,14 @@ class Separate(nn.ModuleList):
         return torch.cat([generator(z) for generator in self], -1)
 
 
-def chain(
-    widths: Sequence[int], activations: Sequence[nn.Module], numel: int, **kind: Any
-) -> nn.Sequential:
-    """An MLP of these widths, activated after every layer, and a head that returns ``numel``."""
-    layers: list[nn.Module] = []
+def trunk_of(
+    widths: Sequence[int], activations: Sequence[nn.Module], **kind: Any
+) -> list[nn.Module]:
+    """The modules of an MLP of these widths, activated after every layer."""
+    modules: list[nn.Module] = []
     for (i, o), activation in zip(pairwise(widths), activations, strict=True):
-        layers += [nn.Linear(i, o, **kind), activation]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], numel, **kind))
+        modules += [nn.Linear(i, o, **kind), activation]
+    return modules
 
 
 def modules_of(generator: nn.Module) -> list[nn.Module]:
@@ -67,8 +67,8 @@ def reset_all(module: nn.Module) -> None:
 
 
 def start_trunk(modules: Sequence[nn.Module]) -> tuple[nn.Linear, float]:
-    """Initialises the trunk of a :func:`chain`; returns the head, and the second moment of the
-    features that enter it. Latents are taken to have variance 1.
+    """Initialises a :func:`trunk_of`; returns the head behind it, and the second moment of features
+    that enter this. Latents are taken to have variance 1.
 
     Raises:
         TypeError: these are not linear layers with weights of their own, and activations between.
@@ -90,9 +90,9 @@ def start_trunk(modules: Sequence[nn.Module]) -> tuple[nn.Linear, float]:
     return head, moment  # type: ignore[return-value]
 
 
-def given_trunk(modules: Sequence[nn.Module], z_dim: int) -> tuple[nn.Linear, float]:
+def given_trunk(modules: Sequence[nn.Module], width: int) -> tuple[nn.Linear, float]:
     """The head behind a trunk that was given, and the second moment of the features that a sample
-    of latents has; 1 where there is none to be had.
+    of ``width`` numbers has; 1 where there is none to be had.
 
     Raises:
         TypeError: the last module is no linear layer with a weight of its own.
@@ -100,7 +100,7 @@ def given_trunk(modules: Sequence[nn.Module], z_dim: int) -> tuple[nn.Linear, fl
     *trunk, head = modules
     if not _is_linear(head):
         raise TypeError(f"the head must be an nn.Linear to be initialised, got {head}")
-    z, moment = _latents(head, 1024, z_dim), math.nan
+    z, moment = _latents(head, 1024, width), math.nan
     if not z.is_meta:
         moment = float(_quietly(nn.Sequential(*trunk), z).double().square().mean())
     return head, moment if 0 < moment < math.inf else 1.0  # type: ignore[return-value]

@@ -14,22 +14,24 @@ from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
-from hyperfast.layout import MLPSpec, ParamSpec, Transform, one_each, positive
+from hyperfast.layout import MLPSpec, ParamSpec, Transform, at_least, one_each, positive
 from hyperfast.nn.any_module import ModuleTarget, Params, as_mlp, select
+from hyperfast.nn.chunked import Chunked
+from hyperfast.nn.chunks import Chunks, check_chunks, layout_of
 from hyperfast.nn.copies import apart
 from hyperfast.nn.generator import (
     Separate,
     anew,
-    chain,
     features_of,
     first_parameter,
     given_trunk,
     modules_of,
     reset_all,
     start_trunk,
+    trunk_of,
 )
 from hyperfast.nn.heads import LayerHead, Rows, cut
-from hyperfast.nn.init import HeadRows, start_at, start_layers, starts
+from hyperfast.nn.init import HeadRows, Start, start_at, start_layers, starts
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
@@ -77,7 +79,8 @@ class HyperNet(nn.Module):
 
     Attributes:
         generator: ``nn.Sequential``, trunk and head, or with ``separate`` one of these for every
-            tensor; ``generator(z)`` is the flat vector of what is generated.
+            tensor, or with ``chunks`` a module that makes all of them chunk by chunk;
+            ``generator(z)`` is the flat vector of what is generated.
         spec: the layout of the weights; that vector's too, unless there are ranks, shared biases.
         total_target_params: the number ``P`` of a target's weights.
         base: ``(P,)``, laid out as ``spec`` says, or ``None``.
@@ -144,6 +147,8 @@ class HyperNet(nn.Module):
         activation: Activation = "relu",
         trunk: nn.Module | None = None,
         separate: bool = False,
+        chunks: Chunks | None = None,
+        chunk_dim: int | None = None,
         base: str | None = None,
         init: str = "hyperfan_in",
         device: torch.device | str | None = None,
@@ -162,30 +167,59 @@ class HyperNet(nn.Module):
         of a net on the meta device are those that its modules' ``reset_parameters`` sets, zero
         where none does.
 
+        With ``chunks``, one small generator makes all parameters, chunk by chunk, each of the
+        latent and a learned embedding of the chunk: far fewer parameters than a head that has a row
+        for every weight. Parameters have a learned scale each, by which they start as above,
+        whatever layers their chunks belong to. The weights are formed, and no path is fused.
+
         Args:
             net: the module. It is left as it is.
-            z_dim: size of the latent of one task.
+            z_dim: size of the latent of one task. With ``chunks`` it may be 0: then the weights are
+                made of the embeddings alone, as those of :class:`hyperfast.nets.StaticHyperNet`.
             params: which parameters are generated: ``None`` for all; a name, a glob pattern or a
                 sequence of them; or a predicate ``(name, parameter) -> bool``. The others are
                 trained with the target and shared by all tasks.
-            hidden, activation, trunk, separate, init: as of the constructor.
+            hidden, activation, trunk, separate, init: as of the constructor. With ``chunks``, a
+                given trunk takes latent and embedding, ``(R, z_dim + chunk_dim)``.
+            chunks: a size: the flat vector of all chosen parameters, those of norms and biases too,
+                is cut into pieces of so many numbers, the last of which is padded: numbers beyond
+                the end are made and left out (von Oswald et al. 2020). Or ``(rows, cols)``: every
+                matrix or kernel ``(out, in, ...)`` is cut into blocks of so many outputs and
+                inputs, and vectors into ``rows`` numbers, padded likewise where these do not
+                divide; then the head is that of Ha, Dai, Le 2016, section 3.1, of features ``h``:
+                ``a_i = W_i h + b_i`` for each input, and ``W_out a_i + b_out``. Kernels of
+                another size have a head of their own, as have vectors.
+            chunk_dim: size of a chunk's embedding; by default ``z_dim``.
             base: ``"net"``: generated numbers are added to the parameters of ``net``, from which
                 all tasks start.
             device, dtype: of the hypernetwork and of the target, by default those of the first
                 generated parameter of ``net``.
 
         Raises:
-            TypeError: ``net`` is not a module, or a chosen parameter is not floating-point.
-            ValueError: ``params`` that match nothing, lazy parameters, an unknown base.
+            TypeError: ``net`` is not a module, or a chosen parameter is not floating-point; a size
+                that is not an int.
+            ValueError: ``params`` that match nothing, lazy parameters, an unknown base; a size
+                below one, ``chunks`` of another form or with ``separate``, ``chunk_dim`` alone.
 
         Example:
             >>> net = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3), torch.nn.Flatten())
             >>> model = hyperfast.HyperMLP(*hyperfast.HyperNet.for_module(net, z_dim=16))
             >>> model(torch.rand(5, 7, 1, 8), torch.randn(5, 16)).shape  # 7 rows a task
             torch.Size([5, 7, 24])
+            >>> wide = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 10))
+            >>> hyper, target = hyperfast.HyperNet.for_module(wide, z_dim=16, chunks=99)
+            >>> hyper.total_target_params, sum(p.numel() for p in hyper.parameters())
+            (19210, 11937)
         """
         if base not in BASES:
             raise ValueError(f"base must be one of {list(BASES)}, got {base!r}")
+        if chunks is not None:
+            chunks, z_dim = check_chunks(chunks), at_least("z_dim", z_dim, 0)
+            chunk_dim = positive("chunk_dim", z_dim if chunk_dim is None else chunk_dim)
+            if separate:
+                raise ValueError("separate must be False with chunks, which one generator makes")
+        elif chunk_dim is not None:
+            raise ValueError(f"chunk_dim must be None without chunks, got {chunk_dim!r}")
         names = select(net, params)
         first = net.get_parameter(names[0])
         mlp = as_mlp(net) if len(names) == len(list(net.parameters())) else None
@@ -208,6 +242,7 @@ class HyperNet(nn.Module):
         hyper._describe(spec, init, layers, tuple(starts(net, names, whole=base is not None)))
         hyper._build(
             *(z_dim, hidden, activation, gain, trunk, separate, base is not None),
+            *(chunks, chunk_dim or 0),
             device=device,
             dtype=dtype,
         )
@@ -242,12 +277,15 @@ class HyperNet(nn.Module):
         trunk: nn.Module | None,
         separate: bool,
         base: bool,
+        chunks: Chunks | None = None,
+        chunk_dim: int = 0,
         **kind: Any,
     ) -> None:
-        self.z_dim = positive("z_dim", z_dim)
+        self.z_dim = at_least("z_dim", z_dim, 1 if chunks is None else 0)
+        self.chunk_dim = chunk_dim
         self.given_trunk = trunk is not None
         numels = self.generated.numels if separate else (self.generated.numel,)
-        widths = self.z_dim, *_widths("hidden", hidden)
+        widths = self.z_dim + chunk_dim, *_widths("hidden", hidden)
         depth = 0 if trunk is not None else len(widths) - 1
         *activations, of_target = apart(
             [
@@ -258,18 +296,25 @@ class HyperNet(nn.Module):
         given = isinstance(target_activation, nn.Module)
         self.target_activation = of_target if given else target_activation
         if trunk is None:
-            chains = [
-                chain(widths, activations[n * depth : (n + 1) * depth], numel, **kind)
-                for n, numel in enumerate(numels)
+            features = widths[-1]
+            trunks = [
+                trunk_of(widths, activations[n * depth : (n + 1) * depth], **kind)
+                for n in range(len(numels))
             ]
         else:
-            features = features_of(trunk, self.z_dim)
-            trunks = [trunk, *(anew(trunk) for _ in numels[1:])]
+            features = features_of(trunk, widths[0])
+            trunks = [[trunk], *([anew(trunk)] for _ in numels[1:])]
+        self.generator: Any
+        if chunks is not None:
+            values = [None] * len(self._start) if base else self._start
+            made = layout_of(self.spec, chunks), features, chunk_dim, self.spec, values
+            self.generator = Chunked(trunks[0], *made, **kind)
+        else:
             chains = [
-                nn.Sequential(own, nn.Linear(features, numel, **kind))
+                nn.Sequential(*own, nn.Linear(features, numel, **kind))
                 for own, numel in zip(trunks, numels, strict=True)
             ]
-        self.generator = Separate(chains) if separate else chains[0]
+            self.generator = Separate(chains) if separate else chains[0]
         zeros = partial(torch.zeros, **kind)
         shared = [v.out_features * (v.bias == "shared") for v in self.layers or ()]
         self.biases = nn.ParameterList(map(zeros, shared)) if any(shared) else None
@@ -303,7 +348,9 @@ class HyperNet(nn.Module):
         return torch.device("cpu") if parameter is None else parameter.device
 
     def _chains(self) -> list[list[nn.Module]]:
-        """The modules of the generator, or of each."""
+        """Trunk and head of the generator, or of each."""
+        if isinstance(self.generator, Chunked):
+            return [self.generator.chain()]
         several = type(self.generator) is Separate
         return [modules_of(g) for g in (self.generator if several else [self.generator])]
 
@@ -324,14 +371,19 @@ class HyperNet(nn.Module):
 
     @torch.no_grad()
     def _reset(self) -> None:
-        rows = []
+        heads = []
         for modules in self._chains():
             head, moment = (
-                given_trunk(modules, self.z_dim) if self.given_trunk else start_trunk(modules)
+                given_trunk(modules, self.z_dim + self.chunk_dim)
+                if self.given_trunk
+                else start_trunk(modules)
             )
-            rows.append(HeadRows(head.weight, head.bias, moment))
-        if type(self.generator) is not Separate:
-            rows = rows[0].split(self.generated)
+            heads.append(HeadRows(head.weight, head.bias, moment))
+        rows: Sequence[Start] = heads
+        if isinstance(self.generator, Chunked):
+            rows = self.generator.start(heads[0].moment)
+        elif type(self.generator) is not Separate:
+            rows = heads[0].split(self.generated)
         width = self.spec.sizes[1] if isinstance(self.spec, MLPSpec) else 1
         gain2 = 1 / second_moment(resolve(self.target_activation), width)
         base = None if self.base is None else self.spec.split(self.base.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ def before(transform: Transform | None, moment: float) -> tuple[float, float]:
     return 0.0, math.sqrt(moment)
 
 
+class Start(Protocol):
+    """What says how a generated tensor starts."""
+
+    def fill(self, mean: float | Tensor, deviation: float) -> None: ...
+
+    def zero(self) -> None: ...
+
+
 class HeadRows(NamedTuple):
     """A head's rows ``(n, K)`` and biases ``(n,)``, and the second moment of its features."""
 
@@ -42,8 +50,9 @@ class HeadRows(NamedTuple):
         pieces = cut(self.weight, self.weight, self.bias, spec)
         return [HeadRows(weight, bias, self.moment) for _, weight, bias in pieces]
 
-    def fill(self, mean: float, deviation: float) -> None:
-        """They generate numbers of this mean and deviation; without a bias there is no mean.
+    def fill(self, mean: float | Tensor, deviation: float) -> None:
+        """They generate numbers of this mean, one or one each, and deviation; without a bias there
+        is no mean.
         Zeros are but next to zero: the sum of squares of a row must not vanish in float32, or
         weight normalisation divides zero by zero; 2**-24 is the least that float16 has."""
         if deviation == 0:
@@ -52,7 +61,11 @@ class HeadRows(NamedTuple):
         else:
             spread = math.sqrt(self.moment * self.weight.shape[1])
             nn.init.normal_(self.weight, std=deviation / spread)
-        if self.bias is not None:
+        if self.bias is None:
+            return
+        if isinstance(mean, Tensor):
+            self.bias.copy_(mean)
+        else:
             nn.init.constant_(self.bias, mean)
 
     def zero(self) -> None:
@@ -65,7 +78,7 @@ class HeadRows(NamedTuple):
 @torch.no_grad()
 def start_layer(
     layer: LayerHead,
-    rows: Sequence[HeadRows],
+    rows: Sequence[Start],
     *,
     zero: bool = False,
     gain2: float = 1.0,
@@ -94,7 +107,7 @@ def start_layer(
 
 def start_layers(
     layers: Sequence[LayerHead],
-    rows: Sequence[HeadRows],
+    rows: Sequence[Start],
     base: Sequence[Tensor] | None,
     gain2: float,
     out_fan: bool,
@@ -114,7 +127,7 @@ def start_layers(
 def start_at(
     values: Sequence[Tensor | None],
     spec: ParamSpec,
-    rows: Sequence[HeadRows],
+    rows: Sequence[Start],
     base: Sequence[Tensor] | None,
     gain2: float,
     out_fan: bool,
@@ -133,9 +146,7 @@ def start_at(
             else:
                 base[n].copy_(value)
             continue
-        own.fill(0.0, deviation)
-        if value is not None and own.bias is not None:
-            own.bias.copy_(value.flatten())
+        own.fill(0.0 if value is None else value.flatten(), deviation)
 
 
 def starts(net: nn.Module, names: Sequence[str], whole: bool = False) -> Iterator[Tensor | None]:

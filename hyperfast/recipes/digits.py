@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from hyperfast.recipes import options
 from hyperfast.recipes.digits_model import SIDE, ZOOM, load, load_digits, psnr, replace, save, train
 from hyperfast.recipes.digits_picture import picture
 from hyperfast.recipes.digits_rivals import bicubic, interpolate, neighbours, race, radial
@@ -55,28 +54,10 @@ def peak_memory() -> float | None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; what cannot work ends here, before anything is learned."""
-    parser = argparse.ArgumentParser("python -m hyperfast demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="learn for a shorter time")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("digits.png"),
-        metavar="PATH.png",
-        help="the picture (default: %(default)s); the model goes beside it, as PATH.safetensors",
-    )
-    args = parser.parse_args(argv)
-    missing = [name for name, module in EXTRAS.items() if not importlib.util.find_spec(module)]
-    if missing:
-        parser.error(f"{', '.join(missing)} not found; try: pip install 'hyperfast[demo]'")
-    if args.out.suffix != ".png":
-        parser.error(f"--out must end in .png, got {args.out}")
-    if not os.access(args.out.parent, os.W_OK):
-        parser.error(
-            f"--out must lie in a folder that exists and can be written to, got {args.out}"
-        )
-    if args.out.is_dir():
-        parser.error(f"--out must be a file, got the folder {args.out}")
-    return args
+    parser = options.parser_of("python -m hyperfast demo", __doc__)
+    what = "the picture (default: %(default)s); the model goes beside it, as PATH.safetensors"
+    options.add_out(parser, "digits.png", what)
+    return options.finish(parser, argv, EXTRAS)
 
 
 @torch.no_grad()

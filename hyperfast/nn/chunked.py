@@ -1,0 +1,121 @@
+"""A generator that makes all parameters chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hyperfast.layout import ParamSpec
+from hyperfast.nn.chunks import Blocks, Pieces
+from hyperfast.nn.init import HeadRows
+
+
+class Spread(NamedTuple):
+    """The start of one parameter: its scale ``()`` and what is added to it, ``(numel,)``, ``(1,)``
+    for all entries, or ``(0,)`` for nothing. What chunks hold has variance 1."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def fill(self, mean: float | Tensor, deviation: float) -> None:
+        """It starts with this mean and deviation."""
+        self.scale.fill_(deviation)
+        if isinstance(mean, Tensor) and len(self.offset):
+            self.offset.copy_(mean[: len(self.offset)])
+
+    def zero(self) -> None:
+        """It starts at zeros, exactly."""
+        self.scale.zero_()
+
+
+class Chunked(nn.Module):
+    """One small generator of all parameters: its trunk takes the latent and the embedding of a
+    chunk, one behind the other, and a head makes the chunk.
+
+    Every parameter has a scale of its own, by which layers of different fans start with the spread
+    of each; and what starts at values of a net adds them.
+
+    Args:
+        trunk: modules ``(R, z_dim + chunk_dim) -> (R, features)``.
+        layout: how parameters are cut.
+        features: that enter the heads.
+        chunk_dim: size of the embedding of a chunk.
+        spec: the layout of what is generated.
+        values: at which each parameter starts; ``None`` for a random one.
+
+    Attributes:
+        embeddings: ``(chunks, chunk_dim)``, those of one head behind those of another.
+        heads: one for every kind of chunk.
+        scale: ``(parameters,)``.
+        offset: what is added, one behind another: all numbers of parameters of rank one, one of
+            those that are constant, none of random ones; or ``None``.
+    """
+
+    def __init__(
+        self,
+        trunk: Sequence[nn.Module],
+        layout: Pieces | Blocks,
+        features: int,
+        chunk_dim: int,
+        spec: ParamSpec,
+        values: Sequence[Tensor | None],
+        **kind: Any,
+    ):
+        super().__init__()
+        self.layout, self.numels = layout, spec.numels
+        self.offsets = [0 if v is None else v.numel() if v.ndim < 2 else 1 for v in values]
+        self.embeddings = nn.Parameter(torch.zeros(sum(layout.counts), chunk_dim, **kind))
+        self.trunk = nn.Sequential(*trunk)
+        self.heads = nn.ModuleList(layout.heads(features, **kind))
+        self.scale = nn.Parameter(torch.zeros(len(self.numels), **kind))
+        total = sum(self.offsets)
+        self.offset = nn.Parameter(torch.zeros(total, **kind)) if total else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The flat vectors ``(B, P)`` of latents ``(B, z_dim)``."""
+        tasks, count = z.shape[0], self.embeddings.shape[0]  # an export fixes what len() returns
+        pairs = [z.unsqueeze(1).expand(-1, count, -1), self.embeddings.expand(tasks, -1, -1)]
+        h = self.trunk(torch.cat(pairs, -1).flatten(0, 1)).unflatten(0, (tasks, count))
+        parts = h.split(self.layout.counts, 1)
+        flat = self.layout.join([head(h) for head, h in zip(self.heads, parts, strict=True)])
+        scales = zip(self.scale.split(1), self.numels, strict=True)
+        flat = flat * torch.cat([scale.expand(n) for scale, n in scales])
+        if self.offset is None:
+            return flat
+        offsets = zip(self.offset.split(self.offsets), self.numels, strict=True)
+        return flat + torch.cat([o.expand(n) if len(o) else o.new_zeros(n) for o, n in offsets])
+
+    def chain(self) -> list[nn.Module]:
+        """The trunk and the first layer behind it."""
+        return [*self.trunk, self.heads[0][0]]  # type: ignore[index]
+
+    @property
+    def flops(self) -> int:
+        """Of the linear layers, for one latent."""
+        trunk = [m for m in self.trunk.modules() if isinstance(m, nn.Linear)]
+        total = len(self.embeddings) * sum(2 * m.in_features * m.out_features for m in trunk)
+        for head, count in zip(self.heads, self.layout.counts, strict=True):
+            first, *others = (m for m in head.modules() if isinstance(m, nn.Linear))
+            # The second of two runs once for every piece of what the first returns.
+            per_output = first.in_features + sum(m.out_features for m in others)
+            total += 2 * count * first.out_features * per_output
+        return total
+
+    def start(self, moment: float) -> list[Spread]:
+        """Initialises embeddings and heads, which take features of this second moment; returns the
+        start of every parameter, which is the caller's."""
+        nn.init.normal_(self.embeddings)
+        for head in self.heads:
+            entering = moment
+            for layer in head:  # type: ignore[attr-defined]
+                if isinstance(layer, nn.Linear):
+                    HeadRows(layer.weight, layer.bias, entering).fill(0.0, 1.0)
+                    entering = 1.0
+        offset = self.scale.data[:0] if self.offset is None else self.offset.data
+        return [*map(Spread, self.scale.data, offset.split(self.offsets))]
+
+    def extra_repr(self) -> str:
+        return f"chunks={len(self.embeddings)}"

@@ -1,0 +1,111 @@
+"""How parameters are cut into chunks of one kind, and joined of them again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hyperfast.layout import ParamSpec, positive
+
+Chunks: TypeAlias = int | tuple[int, int]
+
+
+def check_chunks(chunks: Chunks) -> Chunks:
+    """``chunks`` as a size, or as rows and columns; raises TypeError or ValueError."""
+    if not isinstance(chunks, Iterable) or getattr(chunks, "ndim", None) == 0:
+        return positive("chunks", chunks)  # type: ignore[arg-type]
+    sizes = tuple(chunks)
+    if len(sizes) != 2 or isinstance(chunks, str):
+        raise ValueError(f"chunks must be a size, or a pair (rows, cols), got {chunks!r}")
+    return positive("chunks[0]", sizes[0]), positive("chunks[1]", sizes[1])
+
+
+def layout_of(spec: ParamSpec, chunks: Chunks) -> Pieces | Blocks:
+    """How the parameters of ``spec`` are cut."""
+    return Blocks(spec, *chunks) if isinstance(chunks, tuple) else Pieces(spec, chunks)
+
+
+class Pieces:
+    """The flat vector in pieces of one size (von Oswald et al. 2020); the end of the last is not
+    used.
+
+    Attributes:
+        counts: the number of chunks that each head makes.
+    """
+
+    def __init__(self, spec: ParamSpec, size: int):
+        self.numel, self.size = spec.numel, size
+        self.counts = (-(-spec.numel // size),)
+
+    def heads(self, features: int, **kind: Any) -> list[nn.Sequential]:
+        """Of each kind of chunk, what makes it of features."""
+        return [nn.Sequential(nn.Linear(features, self.size, **kind))]
+
+    def join(self, made: Sequence[Tensor]) -> Tensor:
+        """The flat vectors ``(B, P)`` of what heads made, ``(B, count, ...)`` each."""
+        return made[0].flatten(1)[:, : self.numel]
+
+
+class _Grid(NamedTuple):
+    """A parameter in blocks: which head makes these, how many lie below and beside each other, and
+    what of them is used."""
+
+    head: int
+    down: int
+    across: int
+    out_features: int
+    in_features: int
+
+
+class Blocks:
+    """Every parameter ``(out, in, ...)`` in blocks of ``rows x cols``, cut off at its ends where
+    they do not fit; a vector is taken for ``(out, 1)``, in blocks of ``rows x 1``.
+
+    Blocks of one width and one kernel size have a head in common, with the two layers of Ha, Dai,
+    Le 2016, section 3.1: features ``h`` become ``a_i = W_i h + b_i`` for each input channel, of the
+    width of ``h``, and each of these ``W_out a_i + b_out``, its kernels of all outputs.
+
+    Attributes:
+        counts: the number of chunks that each head makes.
+    """
+
+    def __init__(self, spec: ParamSpec, rows: int, cols: int):
+        self.rows = rows
+        counts: dict[tuple[int, int], list[int]] = {}  # of a width and a kernel size
+        self.grids = []
+        for shape in spec.shapes:
+            out, ins, *kernel = (*shape, *(1, 1)[len(shape) :])
+            kind = cols if len(shape) > 1 else 1, math.prod(kernel)
+            own = counts.setdefault(kind, [])
+            grid = _Grid([*counts].index(kind), -(-out // rows), -(-ins // kind[0]), out, ins)
+            own.append(grid.down * grid.across)
+            self.grids.append(grid)
+        self.kinds = tuple(counts)
+        self.each = tuple(counts.values())
+        self.counts = tuple(map(sum, self.each))
+
+    def heads(self, features: int, **kind: Any) -> list[nn.Sequential]:
+        """As of :class:`Pieces`."""
+        return [
+            nn.Sequential(
+                nn.Linear(features, cols * features, **kind),
+                nn.Unflatten(-1, (cols, features)),
+                nn.Linear(features, self.rows * kernel, **kind),
+            )
+            for cols, kernel in self.kinds
+        ]
+
+    def join(self, made: Sequence[Tensor]) -> Tensor:
+        """As of :class:`Pieces`."""
+        pieces = [iter(t.split(each, 1)) for t, each in zip(made, self.each, strict=True)]
+        flat = []
+        for head, down, across, out, ins in self.grids:
+            blocks = next(pieces[head])  # (B, down * across, cols, rows * kernel)
+            blocks = blocks.unflatten(1, (down, across)).unflatten(-1, (self.rows, -1))
+            whole = blocks.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+            flat.append(whole[:, :out, :ins].flatten(1))
+        return torch.cat(flat, 1)
