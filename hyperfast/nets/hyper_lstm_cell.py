@@ -146,7 +146,7 @@ class HyperLSTMCell(nn.Module):
         state = None if hx is None else self.check_state(hx, checks.shape(input)[:-1])
         if state is not None and single:
             state = State(*(t.unsqueeze(0) for t in state))
-        states = self.unroll(rows, state, [len(rows)])
+        states = self.unroll(rows, state, [rows.shape[0]])
         return State(*(t.squeeze(0) for t in states)) if single else states
 
     def check_state(self, hx: Sequence[Tensor], lead: tuple[int, ...]) -> State:

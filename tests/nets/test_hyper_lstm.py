@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 from hyperfast.nets import HyperLSTM, HyperLSTMCell
 from tests.support.draw import draw
 
+# PyTorch's compiler and forward derivatives still use torch.jit.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
 INS, HIDDEN, HYPER, NZ = 5, 6, 4, 3
 GATES = "ifgo"
 STEPS, BATCH = 4, 3
