@@ -39,12 +39,13 @@ def backward(
         mask = None if keep is None else keep[rows]
         dy = _update(made.main, later.h, later.c, w.norm, mask, sums.norm)
         sums.bias.add_(dy.sum(1, keepdim=True))
-        dd = torch.empty_like(made.d)
+        d_h, d_x = torch.bmm(made.z[:8], w.d[:8].mT).split(4)
+        dd = dy.new_empty(12, b, H)
         torch.mul(dy, by_gate(made.p), out=dd[:4])
         torch.mul(dy, by_gate(x[rows, : 4 * H]), out=dd[4:8])
         dd[8:] = dy
-        torch.mul(dy, made.d[:4], out=by_gate(dp[rows, : 4 * H]))
-        torch.mul(dy, made.d[4:8], out=by_gate(dx[rows, : 4 * H]))
+        torch.mul(dy, d_h, out=by_gate(dp[rows, : 4 * H]))
+        torch.mul(dy, d_x, out=by_gate(dx[rows, : 4 * H]))
         sums.d.baddbmm_(dd.mT, made.z)
         dz[rows].unflatten(1, (12, -1)).transpose(0, 1).copy_(torch.bmm(dd, w.d))
         later.hyper_h.addmm_(dz[rows], w.z)

@@ -80,19 +80,18 @@ class Step(NamedTuple):
 
     p: Tensor  # (b, 4H), h times its weights, not yet scaled
     z: Tensor  # (12, b, n_z)
-    d: Tensor  # (12, b, H)
     main: Cell
     hyper: Cell
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return *self[:3], *self.main, *self.hyper
+        return *self[:2], *self.main, *self.hyper
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Step:
         """The inverse of :meth:`tensors`."""
         n = len(Cell._fields)
-        p, z, d, *cells = tensors
-        return Step(p, z, d, Cell(*cells[:n]), Cell(*cells[n:]))
+        p, z, *cells = tensors
+        return Step(p, z, Cell(*cells[:n]), Cell(*cells[n:]))
 
 
 def by_gate(t: Tensor) -> Tensor:
@@ -141,4 +140,4 @@ def step(x: Tensor, keep: Tensor | None, state: State, w: Weights) -> tuple[Stat
     y = torch.addcmul(w.bias, d_h, by_gate(p))
     y = torch.addcmul(y, d_x, by_gate(x_main)).add_(d_b)
     h, c, main = update(y, state.c, w.norm, keep)
-    return State(h, c, hyper_h, hyper_c), Step(p, z, d, main, hyper)
+    return State(h, c, hyper_h, hyper_c), Step(p, z, main, hyper)
