@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ import torch
 from hyperfast.recipes.digits_model import SIDE, ZOOM, load, load_digits, psnr, replace, save, train
 from hyperfast.recipes.digits_picture import picture
 from hyperfast.recipes.digits_rivals import bicubic, interpolate, neighbours, race, radial
+from hyperfast.recipes.options import check_picture
 
 EXTRAS = {
     "matplotlib": "matplotlib",
@@ -68,14 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     missing = [name for name, module in EXTRAS.items() if not importlib.util.find_spec(module)]
     if missing:
         parser.error(f"{', '.join(missing)} not found; try: pip install 'hyperfast[demo]'")
-    if args.out.suffix != ".png":
-        parser.error(f"--out must end in .png, got {args.out}")
-    if not os.access(args.out.parent, os.W_OK):
-        parser.error(
-            f"--out must lie in a folder that exists and can be written to, got {args.out}"
-        )
-    if args.out.is_dir():
-        parser.error(f"--out must be a file, got the folder {args.out}")
+    check_picture(parser, args.out)
     return args
 
 
