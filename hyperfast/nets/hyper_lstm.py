@@ -22,9 +22,9 @@ class HyperLSTM(nn.Module):
     (Ha, Dai, Le 2016, "HyperNetworks", section 3.2 and appendix A.2.2), with the interface of
     ``nn.LSTM``, in one direction.
 
-    The products of all inputs are one product; so are, backwards, those that make the gradient of a
-    weight. That derivative is written by hand; under ``torch.compile``, ``torch.func`` transforms
-    and for derivatives of higher order the steps run in plain PyTorch.
+    The products of all inputs are one product; so are, backwards, those that make the gradients of
+    the large matrices. That derivative is written by hand; under ``torch.compile``, ``torch.func``
+    transforms and for derivatives of higher order the steps run in plain PyTorch.
 
     Args:
         input_size: features of the input, I.

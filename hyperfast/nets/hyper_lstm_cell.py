@@ -174,7 +174,7 @@ class HyperLSTMCell(nn.Module):
         w = Weights.of(checks.cast(wanted, *self._weights().tensors()))
         keep = None
         if self.training and self.recurrent_dropout:
-            keep = F.dropout(x.new_ones(len(rows), H), self.recurrent_dropout)
+            keep = F.dropout(x.new_ones(rows.shape[0], H), self.recurrent_dropout)
         return unroll(F.linear(x, w_ih, bias), keep, State(*checks.cast(wanted, *start)), sizes, w)
 
     def _weights(self) -> Weights:

@@ -23,8 +23,8 @@ def test_main_learns_and_names_the_better(recorded, capsys, tmp_path):
     ends = {"LSTM": first[-1][1], "HyperLSTM": second[-1][1]}
     frequencies = load().held.bincount() / len(load().held)
     alone = -(frequencies * frequencies.clamp(min=1e-9).log2()).sum()
-    assert ends["LSTM"] < alone - 0.5  # knowing how frequent every character is
-    assert ends["HyperLSTM"] < alone - 0.9
+    assert ends["LSTM"] < alone - 0.9  # knowing how frequent every character is
+    assert ends["HyperLSTM"] < ends["LSTM"] - 0.2  # 0.17 if what comes from later steps is lost
     said = capsys.readouterr().out
     assert f"The {min(ends, key=ends.get)} is better, by" in said
     assert f"HyperLSTM   {ends['HyperLSTM']:.3f} bits" in said
