@@ -1,5 +1,5 @@
-"""The derivative of a HyperLSTM's steps, by hand: the gradient of a large matrix is one product over
-all steps, where autograd would make and add up one a step."""
+"""The derivative of a HyperLSTM's steps, by hand: the gradient of a large matrix is one product
+over all steps, where autograd would make and add up one a step."""
 
 from __future__ import annotations
 
