@@ -92,7 +92,7 @@ class HyperLSTM(nn.Module):
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor | PackedSequence, State]:
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
         """The output of the last layer at all steps, and every layer's state after the last.
 
         Args:
@@ -116,7 +116,7 @@ class HyperLSTM(nn.Module):
             rows, state = self._layers(data, start, sizes)
             if back is not None:
                 state = State(*(t.index_select(1, back) for t in state))
-            return PackedSequence(rows, batch_sizes, order, back), state
+            return PackedSequence(rows, batch_sizes, order, back), tuple(state)
         single = checks.check_tensor("input", input).ndim == 2
         if input.ndim not in (2, 3):
             wanted = "(N, T, I)" if self.batch_first else "(T, N, I)"
@@ -129,8 +129,8 @@ class HyperLSTM(nn.Module):
         rows, state = self._layers(x.flatten(0, 1), start, [b] * steps)
         y = rows.unflatten(0, (steps, b))
         if single:
-            return y.squeeze(1), State(*(t.squeeze(1) for t in state))
-        return y.transpose(0, 1) if self.batch_first else y, state
+            return y.squeeze(1), tuple(t.squeeze(1) for t in state)
+        return y.transpose(0, 1) if self.batch_first else y, tuple(state)
 
     def _start(
         self, hx: Sequence[Tensor], lead: tuple[int, ...], order: Tensor | None = None

@@ -127,7 +127,7 @@ class HyperLSTMCell(nn.Module):
         dropout = f", recurrent_dropout={self.recurrent_dropout}" if self.recurrent_dropout else ""
         return f"{sizes}, n_z={self.n_z}, layer_norm={self.layer_norm}{dropout}"
 
-    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> State:
+    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
         """The next state ``(h, c, hyper_h, hyper_c)``, of shapes ``(N, H)`` twice and ``(N, E)``.
 
         Args:
@@ -147,7 +147,8 @@ class HyperLSTMCell(nn.Module):
         if state is not None and single:
             state = State(*(t.unsqueeze(0) for t in state))
         states = self.unroll(rows, state, [rows.shape[0]])
-        return State(*(t.squeeze(0) for t in states)) if single else states
+        # A plain tuple: programs that return a class of their own cannot be saved.
+        return tuple(t.squeeze(0) if single else t for t in states)
 
     def check_state(self, hx: Sequence[Tensor], lead: tuple[int, ...]) -> State:
         """``hx`` as a state, of these leading dimensions."""
