@@ -5,7 +5,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do what they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 
 @pytest.fixture(autouse=True)

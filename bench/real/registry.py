@@ -7,6 +7,7 @@ from bench.real import (
     condinst,
     dlinear,
     himnet,
+    hyper_lstm,
     hypertab,
     lora,
     metarl,
@@ -19,6 +20,6 @@ from bench.real.real import Real
 
 FILES = (
     *(nnconv, himnet, nmix, metarl, hypertab, dlinear),
-    *(population, condinst, agcrn, siren, lora),
+    *(population, condinst, agcrn, siren, lora, hyper_lstm),
 )
 REAL: dict[str, Real] = {w.name: w for file in FILES for w in file.WORKLOADS}

@@ -15,6 +15,7 @@ def parse(
     about: str | None,
     needs: Mapping[str, str],
     picture: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> argparse.Namespace:
     """The options of ``python -m hyperfast.recipes.NAME``; what cannot work ends here, before
     anything is learned.
@@ -25,11 +26,19 @@ def parse(
         about: its docstring, of which ``--help`` shows the first line.
         needs: packages of the extra ``demo`` and the modules by which they are imported.
         picture: whether it writes one, by default ``NAME.png``.
+        files: names and explanations of options that take a file, which must exist.
     """
     parser = parser_of(f"python -m hyperfast.recipes.{name}", about)
+    for option, text in (files or {}).items():
+        parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=text)
     if picture:
         add_out(parser, f"{name}.png", "the picture (default: %(default)s)")
-    return finish(parser, argv, needs)
+    args = finish(parser, argv, needs)
+    for option in files or {}:
+        path = getattr(args, option)
+        if path is not None and not path.is_file():
+            parser.error(f"--{option} must be a file, got {path}")
+    return args
 
 
 def parser_of(command: str, about: str | None) -> argparse.ArgumentParser:

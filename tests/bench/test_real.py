@@ -90,6 +90,9 @@ def test_sizes_are_those_of_the_published_networks():
     assert shapes("lora")["A"] == (64, 8, 512)
     assert shapes("hypertab")["chosen"] == (100, 20)
     assert shapes("hypertab")["x"] == (1000, 40)
+    assert shapes("hyper_lstm")["input"] == (100, 128, 128)
+    assert shapes("hyper_lstm")["w_h.g"] == (256, 256)
+    assert shapes("hyper_lstm")["d_x.o.weight"] == (256, 16)
 
 
 def test_a_ragged_graph_has_in_degrees_of_1_to_40():
