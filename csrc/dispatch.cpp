@@ -101,6 +101,8 @@ const Kernels& choose() {
                                   " is not available on this machine");
     known += (known.empty() ? "" : ", ") + std::string(c.table->isa);
   }
+  if (!wanted || !*wanted)
+    throw std::runtime_error("this machine runs none of the builds: " + known);
   throw std::invalid_argument("HYPERFAST_ISA must be one of " + known + ", got " + wanted);
 }
 

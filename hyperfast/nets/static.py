@@ -27,8 +27,8 @@ class StaticHyperNet(nn.Module):
     learned scale besides, so that it starts with the variance that its fan asks for. Kernels of
     another size have layers of their own.
 
-    ``forward`` takes one input of ``net``, or a tuple or dict of its arguments, and returns what
-    ``net`` returns.
+    ``forward`` takes one input of ``net``, or a tuple or dict of its arguments unless ``net`` is a
+    plain stack of linear layers, and returns what ``net`` returns.
 
     Args:
         net: the network. It is left as it is; what is not generated starts as a copy.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hyperfast.layout import ParamSpec
 from hyperfast.nn.chunks import Blocks, Pieces
+from hyperfast.nn.generator import is_linear
 from hyperfast.nn.init import HeadRows
 
 
@@ -23,8 +24,10 @@ class Spread(NamedTuple):
     def fill(self, mean: float | Tensor, deviation: float) -> None:
         """It starts with this mean and deviation."""
         self.scale.fill_(deviation)
-        if isinstance(mean, Tensor) and len(self.offset):
+        if isinstance(mean, Tensor):
             self.offset.copy_(mean[: len(self.offset)])
+        else:
+            self.offset.fill_(mean)
 
     def zero(self) -> None:
         """It starts at zeros, exactly."""
@@ -82,11 +85,12 @@ class Chunked(nn.Module):
         parts = h.split(self.layout.counts, 1)
         flat = self.layout.join([head(h) for head, h in zip(self.heads, parts, strict=True)])
         scales = zip(self.scale.split(1), self.numels, strict=True)
-        flat = flat * torch.cat([scale.expand(n) for scale, n in scales])
+        scale = torch.cat([scale.expand(n) for scale, n in scales])
         if self.offset is None:
-            return flat
+            return flat * scale
         offsets = zip(self.offset.split(self.offsets), self.numels, strict=True)
-        return flat + torch.cat([o.expand(n) if len(o) else o.new_zeros(n) for o, n in offsets])
+        offset = torch.cat([o.expand(n) if len(o) else o.new_zeros(n) for o, n in offsets])
+        return torch.addcmul(offset, flat, scale)
 
     def chain(self) -> list[nn.Module]:
         """The trunk and the first layer behind it."""
@@ -112,6 +116,11 @@ class Chunked(nn.Module):
             entering = moment
             for layer in head:  # type: ignore[attr-defined]
                 if isinstance(layer, nn.Linear):
+                    if not is_linear(layer):
+                        raise TypeError(
+                            "hyper.generator.heads must have weights of their own to be "
+                            f"initialised, got {layer}"
+                        )
                     HeadRows(layer.weight, layer.bias, entering).fill(0.0, 1.0)
                     entering = 1.0
         offset = self.scale.data[:0] if self.offset is None else self.offset.data

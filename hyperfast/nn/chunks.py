@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,12 +16,14 @@ Chunks: TypeAlias = int | tuple[int, int]
 
 def check_chunks(chunks: Chunks) -> Chunks:
     """``chunks`` as a size, or as rows and columns; raises TypeError or ValueError."""
-    if not isinstance(chunks, Iterable) or getattr(chunks, "ndim", None) == 0:
-        return positive("chunks", chunks)  # type: ignore[arg-type]
-    sizes = tuple(chunks)
-    if len(sizes) != 2 or isinstance(chunks, str):
+    given: Any = chunks
+    if hasattr(given, "tolist"):  # a tensor or an array
+        given = given.tolist()
+    if not isinstance(given, Sequence):
+        return positive("chunks", given)
+    if len(given) != 2 or isinstance(given, str | bytes):
         raise ValueError(f"chunks must be a size, or a pair (rows, cols), got {chunks!r}")
-    return positive("chunks[0]", sizes[0]), positive("chunks[1]", sizes[1])
+    return positive("chunks[0]", given[0]), positive("chunks[1]", given[1])
 
 
 def layout_of(spec: ParamSpec, chunks: Chunks) -> Pieces | Blocks:

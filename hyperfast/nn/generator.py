@@ -74,7 +74,7 @@ def start_trunk(modules: Sequence[nn.Module]) -> tuple[nn.Linear, float]:
         TypeError: these are not linear layers with weights of their own, and activations between.
     """
     *trunk, last = modules
-    linears = [m for m in (*trunk[::2], last) if _is_linear(m)]
+    linears = [m for m in (*trunk[::2], last) if is_linear(m)]
     if len(linears) != len(trunk) // 2 + 1 or len(trunk) % 2:
         raise TypeError(
             "hyper.generator must be linear layers with weights of their own, and activations "
@@ -98,7 +98,7 @@ def given_trunk(modules: Sequence[nn.Module], width: int) -> tuple[nn.Linear, fl
         TypeError: the last module is no linear layer with a weight of its own.
     """
     *trunk, head = modules
-    if not _is_linear(head):
+    if not is_linear(head):
         raise TypeError(f"the head must be an nn.Linear to be initialised, got {head}")
     z, moment = _latents(head, 1024, width), math.nan
     if not z.is_meta:
@@ -130,7 +130,8 @@ def anew(trunk: nn.Module) -> nn.Module:
     return copy
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer with a weight of its own, none that is computed."""
     return isinstance(module, nn.Linear) and "weight" in module._parameters
 
 

@@ -188,7 +188,7 @@ class HyperNet(nn.Module):
                 inputs, and vectors into ``rows`` numbers, padded likewise where these do not
                 divide; then the head is that of Ha, Dai, Le 2016, section 3.1, of features ``h``:
                 ``a_i = W_i h + b_i`` for each input, and ``W_out a_i + b_out``. Kernels of
-                another size have a head of their own, as have vectors.
+                another size have a head of their own, as have vectors, unless ``cols`` is 1.
             chunk_dim: size of a chunk's embedding; by default ``z_dim``.
             base: ``"net"``: generated numbers are added to the parameters of ``net``, from which
                 all tasks start.

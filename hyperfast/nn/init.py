@@ -138,7 +138,7 @@ def start_at(
         deviation = 0.0
         if value is None and len(shape) > 1:
             receptive = math.prod(shape[2:])
-            deviation = math.sqrt(gain2 / (receptive * shape[0 if out_fan else 1]))
+            deviation = math.sqrt(gain2 / max(receptive * shape[0 if out_fan else 1], 1))
         if base is not None:
             own.zero()
             if value is None:

@@ -4,7 +4,8 @@ The method of von Oswald, Henning, Sacramento, Grewe 2020 ("Continual learning w
 on scikit-learn's digits, split into five tasks: 0 or 1, 2 or 3, and so on. Tasks come one by one,
 no images of earlier ones are kept, and the task is known when an image is sorted. A chunked
 hypernetwork makes a classifier of each task's latent, and remembers the earlier ones because it is
-held to the weights that it made of their latents before, by the regulariser of their equation 2:
+held to the weights that it made of their latents before, by the regulariser of their equation 2,
+without the look-ahead to the step that an optimizer is about to take:
 
     loss(task T) + beta / (T - 1) * sum over t < T of |weights now(t) - weights before(t)|^2
 

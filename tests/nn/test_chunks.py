@@ -5,6 +5,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.func import functional_call, stack_module_state
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfast import HyperMLP, HyperNet, TaskBank
+from hyperfast.plans.choose import DEVICES
 from tests.support.budget import close
 from tests.support.draw import draw
 
@@ -284,12 +286,19 @@ def test_a_bank_of_chunked_networks(chunks):
     close(bank(x, ids), model(x, z, ids))
     with FlopCounterMode(display=False) as counter:
         model.hyper(z[0])
-    assert model.hyper.generator.flops == counter.get_total_flops()
+    flops = model.hyper.generator.flops
+    assert flops == counter.get_total_flops()
+    costs, machine = bank.explain(), DEVICES["cpu"]
+    moved = (costs.regenerate_bytes + 2 * costs.keep_bytes) / machine.bandwidth
+    assert costs.regenerate_seconds == pytest.approx(flops / machine.flops + moved)
 
 
 def test_one_number_is_a_size_whatever_counts_it():
-    sizes = [HyperNet.for_module(net(), Z, chunks=c)[0].generator.heads[0] for c in (9, C + 4)]
-    assert str(sizes[0]) == str(sizes[1])
+    for nine in (np.int64(9), torch.tensor(9), np.array(9)):
+        assert HyperNet.for_module(net(), Z, chunks=nine)[0].generator.heads[0][0].out_features == 9
+    for pair in (np.array([3, 2]), torch.tensor([3, 2])):
+        hyper, _ = HyperNet.for_module(net(), Z, chunks=pair)
+        assert hyper.generator.layout.rows == 3
     scalar = nn.Module()
     scalar.gain, scalar.empty = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.ones(0, 4))
     for chunks in (2, [2, 2]):

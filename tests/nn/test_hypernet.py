@@ -288,7 +288,9 @@ def test_what_a_meta_net_does_not_say_starts_at_zero():
 # Sizes
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor, np.array], ids=str)
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.int32, torch.tensor, np.array], ids=lambda k: k.__name__
+)
 def test_sizes_from_other_libraries(kind):
     five, four, eight, three = (kind(n) for n in (5, 4, 8, 3))
     hyper = hyperfast.HyperNet(five, four, eight, three, hidden=(eight,))

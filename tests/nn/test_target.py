@@ -297,7 +297,9 @@ def test_weights_of_stacked_modules():
 
 
 @pytest.mark.parametrize(
-    "empty", [(), nn.ParameterList(), {}, nn.ParameterDict(), iter(())], ids=repr
+    "empty",
+    [(), nn.ParameterList(), {}, nn.ParameterDict(), iter(())],
+    ids=lambda e: type(e).__name__,
 )
 def test_no_weights(empty):
     with pytest.raises(ValueError, match="weights must be a non-empty sequence of tensors, got"):

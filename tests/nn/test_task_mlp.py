@@ -39,7 +39,9 @@ def same(net, y, wanted, leaves):
 
 
 @pytest.mark.parametrize("bias", [True, False, [True, False, True]], ids=str)
-@pytest.mark.parametrize("activation", ["tanh", Sine(3.0), torch.atan], ids=str)
+@pytest.mark.parametrize(
+    "activation", ["tanh", Sine(3.0), torch.atan], ids=["name", "module", "function"]
+)
 def test_each_network_runs_on_its_rows(activation, bias):
     net = make(activation, bias=bias)
     x = draw(T, N, INS, grad=True)

@@ -34,7 +34,8 @@ def test_main_forgets_little_with_the_regulariser(recorded, tmp_path, capsys):
 
 
 def test_the_regulariser_is_that_of_the_paper():
-    """Equation 2: the mean over earlier tasks of squared distances to the weights of before."""
+    """Equation 2 without its look-ahead: the mean over earlier tasks of squared distances to the
+    weights of before."""
     torch.manual_seed(0)
     learner = Generated(0.1)
     trained = learner.begin(2)

@@ -61,19 +61,20 @@ struct Runs {
 // pages apart, and those a power of two apart share few sets of the first-level cache.
 template <class C>
 static void multiply_rows(Index m, Index no, Index ni, View<const C> a, View<const C> b, C* g) {
-  const Index most = min(m, depth_block), a_row = odd_lines<C>(no), b_row = odd_lines<C>(ni);
+  constexpr Index wide = 7 * lanes<C>;  // inputs at a time
+  const Index most = min(m, depth_block), a_row = odd_lines<C>(no),
+              b_row = odd_lines<C>(min(ni, wide));
   C* const outputs = scratch<C>(Slot::local_b, most * a_row);
   C* const inputs = scratch<C>(Slot::panel, most * b_row);
   for (Index k = 0; k < m; k += most) {
     const Index depth = min(most, m - k);
-    for (Index j = 0; j < depth; ++j) {
-      pack<C, C>(1, no, a.at(k + j, 0), outputs + j * a_row, a_row, no);
-      pack<C, C>(1, ni, b.at(k + j, 0), inputs + j * b_row, b_row, b_row);
-    }
+    pack<C, C>(depth, no, a.at(k, 0), outputs, a_row, no);
     for (Index i = 0; i < ni; i += lanes<C>) {
-      const int n = int(min(lanes<C>, ni - i));
-      sweep<C, false>(no, int(ceil_div(n, width<C>)), depth, {outputs, 1, a_row}, inputs + i, b_row,
-                      0, {k ? g + i : nullptr, ni, 1}, {g + i, ni, 1}, n);
+      const Index n = min(lanes<C>, ni - i), at = i % wide;
+      if (at == 0) pack<C, C>(depth, min(wide, ni - i), b.at(k, i), inputs, b_row, b_row);
+      C* const to = g + i;
+      sweep<C, false>(no, int(ceil_div(n, width<C>)), depth, {outputs, 1, a_row}, inputs + at,
+                      b_row, 0, {k ? to : nullptr, ni, 1}, {to, ni, 1}, int(n));
     }
   }
 }

@@ -1,8 +1,8 @@
 // Matrices by their strides, and copies of them with lanes side by side.
 #pragma once
 
-#include "isa/simd/vector.h"
 #include "isa/common.h"
+#include "isa/simd/vector.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -32,11 +32,11 @@ static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row,
   const bool transposed = src.row == 1;
   const Index whole_n = direct || transposed ? n / w * w : 0;
   const Index whole_k = direct ? depth : transposed ? depth / w * w : 0;
-  for (Index l = 0; l < whole_n; l += w)
-    if (direct)
-      for (Index k = 0; k < depth; ++k)
-        store(dst + k * dst_row + l, load_wide(src.data + k * src.row + l));
-    else
+  for (Index k = 0; direct && k < depth; ++k)  // row by row: they may be pages apart
+    for (Index l = 0; l < whole_n; l += w)
+      store(dst + k * dst_row + l, load_wide(src.data + k * src.row + l));
+  if (!direct)
+    for (Index l = 0; l < whole_n; l += w)
       for (Index k = 0; k < whole_k; k += w) {
         Vec<C> block[w];
 #pragma GCC unroll 16

@@ -36,8 +36,8 @@ using PairDot = std::conditional_t<has_pair_dot && std::is_same_v<C, float>, Add
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// What a tile computes: C = init + A B. In one struct, of which each tile moves four pointers on: as
-// arguments the views would be written and read again for every tile, which waits for the stores.
+// What a tile computes: C = init + A B. In one struct, whose pointers move on from tile to tile: as
+// arguments the views would be written and read again for each, which waits for the stores.
 template <class C>
 struct TileOf {
   Index depth;

@@ -550,7 +550,7 @@ def test_every_instruction_set(isa):
     assert which.stdout.strip() == isa, which.stderr
     if isa == EXTENSION.isa():
         return  # the tests above ran it
-    # Without the largest sizes: blocks are cut alike by all, and portable code takes minutes.
+    # Without the case that takes portable code minutes: others, too, have several blocks of tasks.
     selection = "-k", "not bad and not 512"
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *selection)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
