@@ -24,7 +24,8 @@ class HyperLSTM(nn.Module):
 
     The products of all inputs are one product; so are, backwards, those that make the gradients of
     the large matrices. That derivative is written by hand; under ``torch.compile``, ``torch.func``
-    transforms and for derivatives of higher order the steps run in plain PyTorch.
+    transforms, forward mode and for derivatives of higher order the steps run in plain PyTorch.
+    Compiled or exported, they are unrolled: their number is fixed, and a long loop takes minutes.
 
     Args:
         input_size: features of the input, I.
@@ -32,17 +33,18 @@ class HyperLSTM(nn.Module):
         num_layers: how many, L; each reads what the one before returns.
         hyper_size: units of the hyper LSTM of every layer, E; by default a quarter of
             ``hidden_size``.
-        n_z: size of an embedding.
+        n_z: size of an embedding. From the paper's start the numbers of a ``z_h`` or ``z_x`` stay
+            alike (see :meth:`HyperLSTMCell.reset_parameters`).
         layer_norm: whether gates and cells of both LSTMs are normalised.
         batch_first: whether input and output are ``(N, T, .)``, not ``(T, N, .)``.
         dropout: share of the output of every layer but the last that is dropped in training.
         recurrent_dropout: share of the candidates ``tanh(g)`` that are dropped in training.
-        bidirectional: there to be refused.
+        bidirectional: refused: there is one direction.
         device, dtype: of the parameters.
 
     Raises:
         ValueError: a size below one, a dropout outside [0, 1), ``bidirectional``.
-        TypeError: a size that is not an int.
+        TypeError: a size that is not an int, a dropout that is not a number.
 
     Example:
         >>> lstm = hyperfast.nets.HyperLSTM(10, 32, num_layers=2, hyper_size=8)
@@ -89,6 +91,16 @@ class HyperLSTM(nn.Module):
             for layer in range(num_layers)
         ]
         self.layers: Sequence[HyperLSTMCell] = nn.ModuleList(cells)  # type: ignore[assignment]
+        self.input_size, self.hidden_size = cells[0].input_size, cells[0].hidden_size
+        self.hyper_size, self.n_z = cells[0].hyper_size, cells[0].n_z
+
+    def reset_parameters(self) -> None:
+        """Starts every layer anew."""
+        for cell in self.layers:
+            cell.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"batch_first={self.batch_first}, dropout={self.dropout}"
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None
@@ -112,12 +124,17 @@ class HyperLSTM(nn.Module):
         if isinstance(input, PackedSequence):
             data, batch_sizes, order, back = input
             sizes = batch_sizes.tolist()
+            if not sizes:
+                raise ValueError("input must have at least one step, got an empty PackedSequence")
+            if data.ndim != 2:
+                raise ValueError(f"input must pack rows (R, I), got {checks.shape(data)}")
             start = None if hx is None else self._start(hx, (sizes[0],), order)
             rows, state = self._layers(data, start, sizes)
             if back is not None:
                 state = State(*(t.index_select(1, back) for t in state))
             return PackedSequence(rows, batch_sizes, order, back), tuple(state)
-        single = checks.check_tensor("input", input).ndim == 2
+        checks.check_dense(input=checks.check_tensor("input", input))
+        single = input.ndim == 2
         if input.ndim not in (2, 3):
             wanted = "(N, T, I)" if self.batch_first else "(T, N, I)"
             raise ValueError(f"input must have shape {wanted} or (T, I), got {checks.shape(input)}")

@@ -19,12 +19,14 @@ def backward(
     start: State,
     sizes: Sequence[int],
     w: Weights,
-    states: State,
+    h: Tensor,
+    hyper_h: Tensor,
     steps: Sequence[Step],
     grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, by those of ``states``,
-    which :func:`unroll` returned; ``steps`` are what it made on the way."""
+    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, by those of the
+    states that :func:`unroll` returned, of which it takes ``h`` and ``hyper_h``; ``steps`` are what
+    was made on the way."""
     H, at = start.h.shape[1], len(x)
     carried = State(*map(torch.zeros_like, start))  # what comes from later steps, of all sequences
     sums = Weights.of([torch.zeros_like(t) for t in w.tensors()])
@@ -32,7 +34,7 @@ def backward(
     for b, made in zip(reversed(sizes), reversed(steps), strict=True):
         at -= b
         rows = slice(at, at + b)
-        later = State(*(t[:b] for t in carried))
+        later = carried.first(b)
         for t, grad in zip(later, grads, strict=True):
             if grad is not None:
                 t += grad[rows]
@@ -54,9 +56,9 @@ def backward(
             by_gate(t[rows, 4 * H :]).copy_(dy)
         torch.mm(dp[rows], w.hh, out=later.h)
         torch.mm(dp[rows, 4 * H :], w.hyper_hh, out=later.hyper_h)
-    hh = dp.mT @ _before(start.h, states.h, sizes)
-    hyper_hh = dp[:, 4 * H :].mT @ _before(start.hyper_h, states.hyper_h, sizes)
-    made_all = Weights(hh, hyper_hh, dz.mT @ states.hyper_h, dz.sum(0), *sums[4:])
+    hh = dp.mT @ _before(start.h, h, sizes)
+    hyper_hh = dp[:, 4 * H :].mT @ _before(start.hyper_h, hyper_h, sizes)
+    made_all = Weights(hh, hyper_hh, dz.mT @ hyper_h, dz.sum(0), *sums[4:])
     return dx, None, *carried, *made_all.tensors()
 
 

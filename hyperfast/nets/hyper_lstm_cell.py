@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class HyperLSTMCell(nn.Module):
         input_size: features of the input, I.
         hidden_size: units of the main LSTM, H.
         hyper_size: units of the hyper LSTM, E; by default a quarter of ``hidden_size``.
-        n_z: size of an embedding.
+        n_z: size of an embedding. From the paper's start the numbers of a ``z_h`` or ``z_x`` stay
+            alike (see :meth:`reset_parameters`).
         layer_norm: whether gates and cells of both LSTMs are normalised, ``LN`` above.
         recurrent_dropout: share of the candidates ``tanh(g)`` of the main LSTM that are dropped in
             training (Semeniuta et al. 2016).
@@ -45,7 +47,7 @@ class HyperLSTMCell(nn.Module):
 
     Raises:
         ValueError: a size below one, a dropout outside [0, 1).
-        TypeError: a size that is not an int.
+        TypeError: a size that is not an int, a dropout that is not a number.
 
     Example:
         >>> cell = hyperfast.nets.HyperLSTMCell(10, 32, hyper_size=8, n_z=4)
@@ -105,10 +107,10 @@ class HyperLSTMCell(nn.Module):
         H, E, blocks = self.hidden_size, self.hyper_size, 4 * self.n_z
         for w in (self.weight_ih[: 4 * H], self.weight_hh[: 4 * H], self.hyper_weight_hh):
             for gate in w.chunk(4):
-                init.orthogonal_(gate)
+                gate.copy_(_orthogonal(gate))
         hyper = self.weight_hh[4 * H :].chunk(4), self.weight_ih[4 * H :].chunk(4)
         for of_h, of_x in zip(*hyper, strict=True):  # one matrix, of (h, x)
-            both = init.orthogonal_(of_h.new_empty(E, H + self.input_size))
+            both = _orthogonal(of_h.new_empty(E, H + self.input_size))
             of_h.copy_(both[:, :H])
             of_x.copy_(both[:, H:])
         for bias in (self.bias, self.hyper_bias, self.norm_bias, self.hyper_norm_bias):
@@ -138,7 +140,8 @@ class HyperLSTMCell(nn.Module):
             ValueError: shapes or devices that disagree.
             TypeError: dtypes that disagree, or are not floating-point.
         """
-        single = checks.check_tensor("input", input).ndim == 1
+        checks.check_dense(input=checks.check_tensor("input", input))
+        single = input.ndim == 1
         if input.ndim not in (1, 2):
             wanted = f"(N, {self.input_size}) or ({self.input_size},)"
             raise ValueError(f"input must have shape {wanted}, got {checks.shape(input)}")
@@ -152,7 +155,10 @@ class HyperLSTMCell(nn.Module):
 
     def check_state(self, hx: Sequence[Tensor], lead: tuple[int, ...]) -> State:
         """``hx`` as a state, of these leading dimensions."""
-        if len(checks.check_tensors("hx", hx)) != 4:
+        if isinstance(hx, Tensor):
+            raise TypeError(f"hx must be (h, c, hyper_h, hyper_c), got a tensor {checks.shape(hx)}")
+        hx = checks.check_tensors("hx", hx)
+        if len(hx) != 4:
             raise ValueError(f"hx must be (h, c, hyper_h, hyper_c), got {len(hx)} tensors")
         checks.check_operands(**{"the cell's weight": self.weight_ih}, **State(*hx)._asdict())
         widths = [self.hidden_size] * 2 + [self.hyper_size] * 2
@@ -191,9 +197,16 @@ def _norm(weight: Tensor | None, bias: Tensor | None) -> Norm | None:
     return Norm(weight[:4].unsqueeze(1), bias[:4].unsqueeze(1), weight[4], bias[4])
 
 
+def _orthogonal(like: Tensor) -> Tensor:
+    """An orthogonal matrix of this shape; PyTorch makes none in half precision."""
+    return init.orthogonal_(
+        like.new_empty(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+    )
+
+
 def share(name: str, value: float) -> float:
     """A share that dropout may drop; raises naming ``name``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")

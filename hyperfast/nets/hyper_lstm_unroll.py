@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -23,15 +24,28 @@ def unroll(x: Tensor, keep: Tensor | None, start: State, sizes: Sequence[int], w
         sizes: how many sequences have every step, never more than had the step before.
     """
     given = x, keep, *start, *w.tensors()
-    if (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in given)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    ):
-        return State(*Unrolled.apply(sizes, *given))
-    return run(x, keep, start, sizes, w)
+    with _no_autocast(x):
+        if (
+            torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in given)
+            and not torch.compiler.is_compiling()
+            and not _transformed()
+        ):
+            return State(*Unrolled.apply(sizes, *given))
+        return run(x, keep, start, sizes, w)
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _no_autocast(x: Tensor) -> Any:
+    """All has been cast: on some devices autocast would take single ops back to float32."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def last(states: State, sizes: Sequence[int]) -> State:
@@ -54,7 +68,7 @@ def run(
     states = []
     masks = [None] * len(sizes) if keep is None else keep.split(sizes)
     for b, rows, mask in zip(sizes, x.split(sizes), masks, strict=True):
-        state, made = step(rows, mask, State(*(t[:b] for t in state)), w)
+        state, made = step(rows, mask, state.first(b), w)
         states.append(state)
         if steps is not None:
             steps.append(made)
@@ -70,35 +84,47 @@ class Unrolled(torch.autograd.Function):
         x, keep, *rest = given
         states = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]), steps)
         ctx.sizes, ctx.given = sizes, len(given)
-        ctx.save_for_backward(*given, *states, *(t for made in steps for t in made.tensors()))
+        made = (t for each in steps for t in each.tensors())
+        ctx.save_for_backward(*given, states.h, states.hyper_h, *made)
         ctx.set_materialize_grads(False)
         return states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        given, states, made = saved[: ctx.given], saved[ctx.given :][:4], saved[ctx.given + 4 :]
-        if torch.is_grad_enabled():
-            return None, *_differentiable(ctx.sizes, given, grads)
-        x, keep, *rest = given
-        each = len(made) // len(ctx.sizes)
-        steps = [Step.of(made[at : at + each]) for at in range(0, len(made), each)]
-        start, w = State(*rest[:4]), Weights.of(rest[4:])
-        return None, *backward(x, keep, start, ctx.sizes, w, State(*states), steps, grads)
+        given, (h, hyper_h, *made) = saved[: ctx.given], saved[ctx.given :]
+        with _no_autocast(h):
+            batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in _some(grads))
+            if torch.is_grad_enabled() or _transformed() or batched:
+                return None, *_differentiable(ctx.sizes, given, grads)
+            x, keep, *rest = given
+            each = len(made) // len(ctx.sizes)
+            steps = [Step.of(made[at : at + each]) for at in range(0, len(made), each)]
+            start, w = State(*rest[:4]), Weights.of(rest[4:])
+            return None, *backward(x, keep, start, ctx.sizes, w, h, hyper_h, steps, grads)
+
+
+def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
 
 
 def _differentiable(
     sizes: Sequence[int], given: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of what was given, by autograd, which records how they came about."""
+    """The gradients of what was given, by autograd, which records how they came about where the
+    caller asks for it, and whose rules know every transform."""
+    if not _some(grads):
+        return [None] * len(given)
+    recorded = torch.is_grad_enabled()
     # Views: what was given may depend on each other, and each gets its own share alone.
-    own = [None if t is None else t.view_as(t) for t in given]
-    x, keep, *rest = own
-    states = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]))  # type: ignore[arg-type]
+    with torch.enable_grad():
+        own = [None if t is None else t.view_as(t) for t in given]
+        x, keep, *rest = own
+        states = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]))  # type: ignore[arg-type]
     pairs = [(s, g) for s, g in zip(states, grads, strict=True) if g is not None]
     wanted = [t for t in own if t is not None and t.requires_grad]
     outputs, weights = zip(*pairs, strict=True)
     found = iter(
-        torch.autograd.grad(outputs, wanted, weights, create_graph=True, allow_unused=True)
+        torch.autograd.grad(outputs, wanted, weights, create_graph=recorded, allow_unused=True)
     )
     return [next(found) if t is not None and t.requires_grad else None for t in own]

@@ -62,6 +62,14 @@ class StaticHyperNet(nn.Module):
         params: Params = kernels,
     ):
         super().__init__()
+        if chunks is None:
+            raise ValueError("chunks must be a size, or a pair (rows, cols), got None")
+        given = net.parameters() if isinstance(net, nn.Module) else ()
+        if given and params is kernels and not any(p.ndim > 2 for p in given):
+            raise ValueError(
+                "net must have kernels, parameters of more than two dimensions, or params must say "
+                f"what is generated; got {net}"
+            )
         self.names = select(net, params)
         z_dim = positive("z_dim", z_dim)
         self.hyper, self.target = HyperNet.for_module(

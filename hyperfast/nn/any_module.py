@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -373,16 +373,22 @@ def select(net: nn.Module, params: Params) -> tuple[str, ...]:
             ``(name, parameter) -> bool``. Any name of a tied parameter chooses it.
 
     Raises:
-        TypeError: ``net`` is not a module, or a parameter is not floating-point.
-        ValueError: a pattern, or the predicate, that matches nothing; lazy parameters.
+        TypeError: ``net`` is not a module, ``params`` of another type, or a parameter that is not
+            floating-point.
+        ValueError: a net without parameters; a pattern, or the predicate, that matches nothing;
+            lazy parameters.
     """
     known = parameter_names(net)
     available = [name for aliases in known for name in aliases]
+    if not available:
+        raise ValueError(f"net must have parameters, got {net}")
     if params is None or callable(params):
         predicate = params or (lambda name, parameter: True)
         chosen = {n for n in available if predicate(n, net.get_parameter(n))}
     else:
-        patterns = [params] if isinstance(params, str) else list(params)
+        patterns = [params] if isinstance(params, str) else params
+        if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(f"params must be names, or a predicate of them, got {params!r}")
         matches = {p: {n for n in available if fnmatchcase(n, p)} for p in patterns}
         useless = [p for p, found in matches.items() if not found]
         if useless:

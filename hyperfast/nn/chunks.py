@@ -40,8 +40,8 @@ class Pieces:
     """
 
     def __init__(self, spec: ParamSpec, size: int):
-        self.numel, self.size = spec.numel, size
-        self.counts = (-(-spec.numel // size),)
+        self.numel, self.size = spec.numel, min(size, max(spec.numel, 1))
+        self.counts = (-(-spec.numel // self.size),)
 
     def heads(self, features: int, **kind: Any) -> list[nn.Sequential]:
         """Of each kind of chunk, what makes it of features."""

@@ -116,7 +116,10 @@ def features_of(trunk: nn.Module, z_dim: int) -> int:
     """
     if not isinstance(trunk, nn.Module):
         raise TypeError(f"trunk must be a module, got {type(trunk).__name__}")
-    h = _quietly(trunk, _latents(trunk, 2, z_dim))
+    try:
+        h = _quietly(trunk, _latents(trunk, 2, z_dim))
+    except RuntimeError as error:  # of a layer, to which the shapes do not say whose they are
+        raise ValueError(f"trunk must map (2, {z_dim}) to (2, H), got {error}") from error
     if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2:
         got = checks.shape(h) if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"trunk must map (2, {z_dim}) to (2, H), got {got}")

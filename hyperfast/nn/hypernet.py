@@ -170,7 +170,8 @@ class HyperNet(nn.Module):
         With ``chunks``, one small generator makes all parameters, chunk by chunk, each of the
         latent and a learned embedding of the chunk: far fewer parameters than a head that has a row
         for every weight. Parameters have a learned scale each, by which they start as above,
-        whatever layers their chunks belong to. The weights are formed, and no path is fused.
+        whatever layers their chunks belong to. The weights are formed, no path is fused, and
+        there is nothing to :func:`hyperfast.explain`. A small net may need fewer without chunks.
 
         Args:
             net: the module. It is left as it is.
@@ -215,6 +216,8 @@ class HyperNet(nn.Module):
             raise ValueError(f"base must be one of {list(BASES)}, got {base!r}")
         if chunks is not None:
             chunks, z_dim = check_chunks(chunks), at_least("z_dim", z_dim, 0)
+            if chunk_dim is None and z_dim == 0:
+                raise ValueError("chunk_dim must be given where z_dim is 0, got None")
             chunk_dim = positive("chunk_dim", z_dim if chunk_dim is None else chunk_dim)
             if separate:
                 raise ValueError("separate must be False with chunks, which one generator makes")

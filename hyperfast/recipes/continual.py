@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, make in LEARNERS.items()
     }
     for name, matrices in found.items():
-        print(f"\n{name}: accuracy (%) after each task, mean of {seeds} seeds")
+        print(f"\n{name}: accuracy (%) after each task, mean of {seeds} seed{'s' * (seeds > 1)}")
         for task, row in enumerate(100 * matrices.mean(0)):
             print(f"  {2 * task} or {2 * task + 1}   " + "".join(f"{v:7.1f}" for v in row.tolist()))
     print(f"\n{'':<28}average accuracy   forgetting, after all tasks (%)")

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from hyperfast.nets import HyperLSTM, HyperLSTMCell
+from hyperfast.nets import hyper_lstm_unroll as unroll_file
+from hyperfast.nets.hyper_lstm_unroll import Unrolled
 from tests.support.draw import draw
 
 # PyTorch's compiler and forward derivatives still use torch.jit.
@@ -369,3 +371,64 @@ def test_bad_input(name):
     error, message, call = BAD[name]
     with pytest.raises(error, match=message):
         call(HyperLSTM(INS, HIDDEN, hyper_size=HYPER, n_z=NZ))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtype_and_device(dtype):
+    net = HyperLSTM(3, 8, dtype=dtype)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    gate = net.layers[0].weight_hh[:8].double()
+    torch.testing.assert_close(gate @ gate.T, torch.eye(8).double(), atol=0.02, rtol=0)
+    net = HyperLSTM(3, 8, 2, device="meta")
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    assert (net.input_size, net.hidden_size, net.hyper_size, net.n_z) == (3, 8, 2, 16)
+
+
+def test_a_cell_that_is_called_twice():
+    """Its weights enter twice, and each call has its own share of the second derivative."""
+    cell = HyperLSTMCell(2, 2, hyper_size=1, n_z=1).double()
+    names, values = zip(*cell.named_parameters(), strict=True)
+    values = [draw(*v.shape, grad=True) for v in values]
+
+    def twice(x, *values):
+        call = partial(torch.func.functional_call, cell, dict(zip(names, values, strict=True)))
+        return call((x, call((x,))))
+
+    assert torch.autograd.gradgradcheck(twice, (draw(1, 2, grad=True), *values))
+
+
+def test_gradients_of_many_at_once():
+    net = HyperLSTM(3, 4, hyper_size=2, n_z=2).double()
+    x = draw(3, 2, 3, grad=True)
+    y, _ = net(x)
+    grads = draw(5, *y.shape)
+    found = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    vmapped = torch.vmap(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0])(grads)
+    for n, g in enumerate(grads):
+        wanted = torch.autograd.grad(y, x, g, retain_graph=True)[0]
+        equal(found[n], wanted)
+        equal(vmapped[n], wanted)
+
+
+def test_no_step_is_kept_without_gradients(monkeypatch):
+    monkeypatch.setattr(Unrolled, "apply", None)
+    with torch.no_grad():
+        HyperLSTM(3, 4)(torch.randn(2, 1, 3))
+
+
+def test_autocast_is_off_inside(monkeypatch):
+    """Where autocast takes single ops back to float32, as on CUDA, all has been cast before."""
+    seen = []
+    run = unroll_file.run
+
+    def look(*args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return run(*args)
+
+    monkeypatch.setattr(unroll_file, "run", look)
+    net = HyperLSTM(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = net(torch.randn(2, 1, 3))
+        y.sum().backward()
+    assert seen == [False]
+    assert y.dtype == torch.bfloat16

@@ -79,7 +79,7 @@ def test_any_chunks_and_parameters():
     [
         (ValueError, "z_dim must be at least 1, got 0", (net(), 0)),
         (TypeError, r"net must be a torch\.nn\.Module, got str", ("net",)),
-        (ValueError, "params must match some of", (nn.Linear(2, 3),)),
+        (ValueError, "net must have kernels", (nn.Linear(2, 3),)),
     ],
     ids=str,
 )

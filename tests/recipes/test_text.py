@@ -23,8 +23,8 @@ def test_main_learns_and_names_the_better(recorded, capsys, tmp_path):
     ends = {"LSTM": first[-1][1], "HyperLSTM": second[-1][1]}
     frequencies = load().held.bincount() / len(load().held)
     alone = -(frequencies * frequencies.clamp(min=1e-9).log2()).sum()
-    assert ends["LSTM"] < alone - 0.9  # knowing how frequent every character is
-    assert ends["HyperLSTM"] < ends["LSTM"] - 0.2  # 0.17 if what comes from later steps is lost
+    assert ends["LSTM"] < alone - 0.7  # knowing how frequent every character is
+    assert ends["HyperLSTM"] < ends["LSTM"] - 0.28  # 0.30; 0.26 if what comes from later steps is lost
     said = capsys.readouterr().out
     assert f"The {min(ends, key=ends.get)} is better, by" in said
     assert f"HyperLSTM   {ends['HyperLSTM']:.3f} bits" in said
@@ -63,8 +63,21 @@ def test_what_cannot_work_ends_before_anything_is_learned(argv, message, capsys)
     assert message in capsys.readouterr().err
 
 
-def test_too_short_a_text(tmp_path, capsys):
+def test_too_short_a_text(tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("too short", encoding="utf-8")
-    assert text.main(["--text", str(file), "--out", str(tmp_path / "a.png")]) == 2
-    assert "must have 1280 characters" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--text must have 1280 characters"):
+        text.main(["--text", str(file), "--out", str(tmp_path / "a.png")])
+
+
+def test_a_text_that_is_no_utf8(tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"\xe9" * 2000)
+    with pytest.raises(SystemExit, match="--text must be UTF-8"):
+        text.main(["--text", str(file), "--out", str(tmp_path / "a.png")])
+
+
+def test_what_is_held_out_was_not_seen():
+    found, n = load(), 200
+    seen, held = (bytes(t.tolist()) for t in (found.seen, found.held))
+    assert not [at for at in range(0, len(held) - n, 50) if held[at : at + n] in seen]
