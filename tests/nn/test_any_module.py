@@ -585,7 +585,7 @@ def test_compile(dynamo, dynamic):
     ("net", "params", "error", "message"),
     [
         ("net", None, TypeError, r"net must be a torch.nn.Module, got str"),
-        (nn.ReLU(), None, ValueError, r"parameters \[\], got none"),
+        (nn.ReLU(), None, ValueError, r"net must have parameters, got ReLU"),
         (nn.Linear(2, 3), [], ValueError, r"parameters \['weight', 'bias'\], got none"),
         (
             nn.Linear(2, 3),

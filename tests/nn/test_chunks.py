@@ -319,7 +319,7 @@ def test_one_number_is_a_size_whatever_counts_it():
         (TypeError, r"chunks\[0\] must be an int, got '3'", {"chunks": ("3", 3)}),
         (ValueError, "separate must be False with chunks", {"chunks": 3, "separate": True}),
         (ValueError, "chunk_dim must be None without chunks, got 3", {"chunk_dim": 3}),
-        (ValueError, "chunk_dim must be given where z_dim is 0", {"chunks": 3, "chunk_dim": 0}),
+        (ValueError, "chunk_dim must be at least 1, got 0", {"chunks": 3, "chunk_dim": 0}),
         (ValueError, "chunk_dim must be given where z_dim is 0", {"chunks": 3, "z_dim": 0}),
         (ValueError, "z_dim must be at least 0, got -1", {"chunks": 3, "z_dim": -1}),
         (ValueError, "z_dim must be at least 1, got 0", {"z_dim": 0}),
