@@ -185,11 +185,13 @@ PAGE = (ROOT / "bench" / "README.md").read_text()
 MEASURED = results_file.read(
     ROOT / "bench/results/intel-r-xeon-r-processor-family-6-model-167-2c-2t.json"
 )
+REAL = results_file.read(ROOT / "bench/results/amd-epyc-family-25-model-1-2c-2t.json")
 
 
 def test_tables_of_the_page_are_made_of_the_results():
     for table in (*(page.speeds(MEASURED, mode) for mode in MODES), page.limits(MEASURED)):
         assert table in PAGE
+    assert all(page.real(REAL, mode) in PAGE for mode in MODES)
     ceilings = MEASURED["ceilings"]
     assert f"{ceilings['gflops']:,.0f} GFLOP/s in products of floats" in PAGE
     assert f"reads {ceilings['read_gbytes']:.1f} GB/s" in PAGE
