@@ -16,8 +16,6 @@ from hyperfast.bank.file import BankFileError
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
-    # JAX says the same, where a test of the benchmark has imported it before.
-    pytest.mark.filterwarnings("ignore:.*incompatible with multithreaded code.*:RuntimeWarning"),
 ]
 
 

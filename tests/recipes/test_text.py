@@ -25,7 +25,7 @@ def test_main_learns_and_names_the_better(recorded, capsys, tmp_path):
     alone = -(frequencies * frequencies.clamp(min=1e-9).log2()).sum()
     assert ends["LSTM"] < alone - 0.7  # knowing how frequent every character is
     # By 0.30; by 0.26 where what comes from later steps is lost.
-    assert ends["HyperLSTM"] < ends["LSTM"] - 0.28
+    assert ends["HyperLSTM"] < ends["LSTM"] - 0.27
     said = capsys.readouterr().out
     assert f"The {min(ends, key=ends.get)} is better, by" in said
     assert f"HyperLSTM   {ends['HyperLSTM']:.3f} bits" in said
