@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 Weights: TypeAlias = Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.ParameterDict
@@ -69,7 +70,7 @@ def check_same_kind(**tensors: Tensor | None) -> torch.dtype | None:
         if not t.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
         if first is None:
-            first_name, first, wanted = name, t, _autocast(t.device.type)
+            first_name, first, wanted = name, t, autocast_dtype(t.device.type)
             continue
         if t.device != first.device:
             raise ValueError(
@@ -110,7 +111,13 @@ def is_plain(first: object, *others: object) -> bool:
     return kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind)
 
 
-def _autocast(device: str) -> torch.dtype | None:
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on such devices, where it is on."""
     if not torch.amp.is_autocast_available(device):  # it is not for meta tensors
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, run_layers
@@ -393,8 +392,7 @@ def _run_network(
 def _layer_by_layer() -> bool:
     """Whether networks must run by the ops of their layers, which have rules for every transform,
     or by the reference."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or backends.forced == "reference"
+    return checks.is_transformed() or backends.forced == "reference"
 
 
 def stored_mlp(

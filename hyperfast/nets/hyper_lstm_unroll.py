@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from hyperfast import checks
 from hyperfast.nets.hyper_lstm_backward import backward
 from hyperfast.nets.hyper_lstm_steps import State, Step, Weights, step
 
@@ -29,23 +29,16 @@ def unroll(x: Tensor, keep: Tensor | None, start: State, sizes: Sequence[int], w
             torch.is_grad_enabled()
             and any(t is not None and t.requires_grad for t in given)
             and not torch.compiler.is_compiling()
-            and not _transformed()
+            and not checks.is_transformed()
         ):
             return State(*Unrolled.apply(sizes, *given))
         return run(x, keep, start, sizes, w)
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func or forward mode is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _no_autocast(x: Tensor) -> Any:
     """All has been cast: on some devices autocast would take single ops back to float32."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(kind, enabled=False) if checks.autocast_dtype(kind) else nullcontext()
 
 
 def last(states: State, sizes: Sequence[int]) -> State:
@@ -95,7 +88,7 @@ class Unrolled(torch.autograd.Function):
         given, (h, hyper_h, *made) = saved[: ctx.given], saved[ctx.given :]
         with _no_autocast(h):
             batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in _some(grads))
-            if torch.is_grad_enabled() or _transformed() or batched:
+            if torch.is_grad_enabled() or checks.is_transformed() or batched:
                 return None, *_differentiable(ctx.sizes, given, grads)
             x, keep, *rest = given
             each = len(made) // len(ctx.sizes)

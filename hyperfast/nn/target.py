@@ -9,7 +9,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, run_layers
@@ -168,8 +167,7 @@ def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     if torch.compiler.is_compiling() or backends.forced == "reference":
         return None
     first = layers[0][0]
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if type(first) is not Tensor or transformed:
+    if type(first) is not Tensor or checks.is_transformed():
         return None
     storage, step, start = (
         first.untyped_storage().data_ptr(),
