@@ -8,6 +8,7 @@
 #include <string>
 
 #include "error.h"
+#include "torch/pages.h"
 
 namespace hyperfast {
 
@@ -77,7 +78,9 @@ class Arg {
   Rows rows() const { return {data(), dim() == 3 ? stride(0) : 0, stride(-2), stride(-1)}; }
 
   Tensor empty(std::initializer_list<Index> sizes) const {
-    return torch::stable::new_empty(tensor_, {sizes.begin(), sizes.size()});
+    const Tensor made = torch::stable::new_empty(tensor_, {sizes.begin(), sizes.size()});
+    ask_for_huge_pages(made.data_ptr(), std::size_t(made.numel()) * made.element_size());
+    return made;
   }
 
   // A contiguous new tensor of the same rows.

@@ -1,5 +1,7 @@
 #include "torch/threads.h"
 
+#include "torch/pages.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -48,6 +50,7 @@ void* scratch(Slot slot, std::size_t bytes) {
   if (always_new || buffer.size < bytes) {
     buffer.release();
     if (posix_memalign(&buffer.data, 64, bytes)) throw std::bad_alloc();
+    ask_for_huge_pages(buffer.data, bytes);
     buffer.size = bytes;
   }
   return buffer.data;
