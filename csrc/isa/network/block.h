@@ -34,9 +34,9 @@ static NetworkBlock<T> network_block(const HyperMlp& p, Index u0, Index n, Index
   return {p, n, params, h};
 }
 
-// Few networks: their lanes side by side, and the head's rows as they lie, never packed (16 networks
-// of 65,536 parameters, 256 features: 14 of 46 ms went into packing). h (features, row) and what is
-// made (count, row) hold so many lanes.
+// Few networks: their lanes side by side, and the head's rows as they lie, never packed (16
+// networks of 65,536 parameters, 256 features: 14 of 46 ms went into packing). h (features, row)
+// and what is made (count, row) hold so many lanes.
 template <class C>
 static void generate_in_lanes(Index n, Index count, Index depth, View<const C> head, const C* h,
                               Index row, const C* bias, View<C> w) {

@@ -47,7 +47,8 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   const Index params = p.net.params, pieces = p.groups.pieces, features = p.features;
   const Index block = networks_together<C>(params, pieces);
   const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
-  C* g = scratch<C>(Slot::gradients, block * params);
+  const bool of_weights = b.grad_h || b.grad_weight || b.grad_bias;
+  C* g = of_weights ? scratch<C>(Slot::gradients, block * params) : nullptr;
   C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
   C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
   Index task = -1;
@@ -80,12 +81,13 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
     Index n = min(block, pieces - u0);
     const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
     generate_networks<T>(networks, used, w + used);
-    parallel(
-        n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
-          for (Index u = first; u < last; ++u)
-            differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made, g + u * params);
-        });
-    differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
+    parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1),
+             [&](Index first, Index last) {
+               for (Index u = first; u < last; ++u)
+                 differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made,
+                                           g ? g + u * params : nullptr);
+             });
+    if (g) differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
     for (Index u = 0; to_h && u < n; ++u) {  // pieces of a task are next to each other
       const bool first = piece(p.groups, u0 + u).task != task;
       task = piece(p.groups, u0 + u).task;
