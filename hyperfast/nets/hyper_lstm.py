@@ -14,7 +14,6 @@ from hyperfast import checks
 from hyperfast.layout import positive
 from hyperfast.nets.hyper_lstm_cell import HyperLSTMCell, share
 from hyperfast.nets.hyper_lstm_steps import State
-from hyperfast.nets.hyper_lstm_unroll import last
 
 
 class HyperLSTM(nn.Module):
@@ -164,7 +163,6 @@ class HyperLSTM(nn.Module):
         for n, cell in enumerate(self.layers):
             if n:
                 rows = F.dropout(rows, self.dropout, self.training)
-            states = cell.unroll(rows, start and State(*(t[n] for t in start)), sizes)
-            ends.append(last(states, sizes))
-            rows = states.h
+            rows, end = cell.unroll(rows, start and State(*(t[n] for t in start)), sizes)
+            ends.append(end)
         return rows, State(*map(torch.stack, zip(*ends, strict=True)))

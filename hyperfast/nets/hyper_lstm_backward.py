@@ -20,24 +20,29 @@ def backward(
     sizes: Sequence[int],
     w: Weights,
     h: Tensor,
-    hyper_h: Tensor,
-    steps: Sequence[Step],
+    kept: Sequence[Tensor],
     grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, by those of the
-    states that :func:`unroll` returned, of which it takes ``h`` and ``hyper_h``; ``steps`` are what
-    was made on the way."""
+    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, those of large matrices
+    where ``wanted``, by those of ``h`` and the last states that :func:`unroll` returned; ``kept``
+    are the tensors of all its steps."""
     H, at = start.h.shape[1], len(x)
-    carried = State(*map(torch.zeros_like, start))  # what comes from later steps, of all sequences
-    sums = Weights.of([torch.zeros_like(t) for t in w.tensors()])
+    grad_h, *of_ends = grads
+    # What comes from later steps, of all sequences.
+    carried = State(
+        *(torch.zeros_like(t) if g is None else g.clone() for t, g in zip(start, of_ends, strict=True))
+    )
+    each = len(kept) // len(sizes)
+    steps = [Step.of(kept[first : first + each]) for first in range(0, len(kept), each)]
+    sums = Weights.of([None] * 4 + [torch.zeros_like(t) for t in w.tensors()[4:]])
     dx, dp, dz = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), len(w.z))
     for b, made in zip(reversed(sizes), reversed(steps), strict=True):
         at -= b
         rows = slice(at, at + b)
         later = carried.first(b)
-        for t, grad in zip(later, grads, strict=True):
-            if grad is not None:
-                t += grad[rows]
+        if grad_h is not None:
+            later.h.add_(grad_h[rows])
         mask = None if keep is None else keep[rows]
         dy = _update(made.main, later.h, later.c, w.norm, mask, sums.norm)
         sums.bias.add_(dy.sum(1, keepdim=True))
@@ -56,10 +61,30 @@ def backward(
             by_gate(t[rows, 4 * H :]).copy_(dy)
         torch.mm(dp[rows], w.hh, out=later.h)
         torch.mm(dp[rows, 4 * H :], w.hyper_hh, out=later.hyper_h)
-    hh = dp.mT @ _before(start.h, h, sizes)
-    hyper_hh = dp[:, 4 * H :].mT @ _before(start.hyper_h, hyper_h, sizes)
-    made_all = Weights(hh, hyper_hh, dz.mT @ hyper_h, dz.sum(0), *sums[4:])
-    return dx, None, *carried, *made_all.tensors()
+    hyper_h = torch.cat([made.hyper_h for made in steps])
+    products = of_products(start, sizes, h, hyper_h, dp, dz, wanted[6:10])
+    return dx, None, *carried, *products, *sums.tensors()[4:]
+
+
+def of_products(
+    start: State,
+    sizes: Sequence[int],
+    h: Tensor,
+    hyper_h: Tensor,
+    dp: Tensor,
+    dz: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``hh``, ``hyper_hh``, ``z`` and ``z_bias``, where wanted, by those of all rows:
+    ``dp (R, 4H + 4E)`` of h times its weights, ``dz (R, 12 n_z)`` of the embeddings."""
+    of_hyper = dp[:, 4 * h.shape[1] :]
+    makers = (
+        lambda: dp.mT @ _before(start.h, h, sizes),
+        lambda: of_hyper.mT @ _before(start.hyper_h, hyper_h, sizes),
+        lambda: dz.mT @ hyper_h,
+        lambda: dz.sum(0),
+    )
+    return [make() if want else None for make, want in zip(makers, wanted, strict=True)]
 
 
 def _before(start: Tensor, states: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -149,9 +149,9 @@ class HyperLSTMCell(nn.Module):
         state = None if hx is None else self.check_state(hx, checks.shape(input)[:-1])
         if state is not None and single:
             state = State(*(t.unsqueeze(0) for t in state))
-        states = self.unroll(rows, state, [rows.shape[0]])
+        _, end = self.unroll(rows, state, [rows.shape[0]])
         # A plain tuple: programs that return a class of their own cannot be saved.
-        return tuple(t.squeeze(0) if single else t for t in states)
+        return tuple(t.squeeze(0) if single else t for t in end)
 
     def check_state(self, hx: Sequence[Tensor], lead: tuple[int, ...]) -> State:
         """``hx`` as a state, of these leading dimensions."""
@@ -167,8 +167,11 @@ class HyperLSTMCell(nn.Module):
                 raise ValueError(f"{name} must have shape {(*lead, n)}, got {checks.shape(t)}")
         return State(*hx)
 
-    def unroll(self, rows: Tensor, start: State | None, sizes: Sequence[int]) -> State:
-        """The states of all steps, of ``rows (R, I)`` as in a PackedSequence."""
+    def unroll(
+        self, rows: Tensor, start: State | None, sizes: Sequence[int]
+    ) -> tuple[Tensor, State]:
+        """``h`` of all steps, of ``rows (R, I)`` as in a PackedSequence, and every sequence's last
+        state."""
         given = {"the cell's weight": self.weight_ih, "input": rows}
         wanted = checks.check_operands(**given)
         if rows.shape[1] != self.input_size:

@@ -80,18 +80,19 @@ class Step(NamedTuple):
 
     p: Tensor  # (b, 4H), h times its weights, not yet scaled
     z: Tensor  # (12, b, n_z)
+    hyper_h: Tensor
     main: Cell
     hyper: Cell
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return *self[:2], *self.main, *self.hyper
+        return *self[:3], *self.main, *self.hyper
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Step:
         """The inverse of :meth:`tensors`."""
         n = len(Cell._fields)
-        p, z, *cells = tensors
-        return Step(p, z, Cell(*cells[:n]), Cell(*cells[n:]))
+        p, z, hyper_h, *cells = tensors
+        return Step(p, z, hyper_h, Cell(*cells[:n]), Cell(*cells[n:]))
 
 
 def by_gate(t: Tensor) -> Tensor:
@@ -140,4 +141,4 @@ def step(x: Tensor, keep: Tensor | None, state: State, w: Weights) -> tuple[Stat
     y = torch.addcmul(w.bias, d_h, by_gate(p))
     y = torch.addcmul(y, d_x, by_gate(x_main)).add_(d_b)
     h, c, main = update(y, state.c, w.norm, keep)
-    return State(h, c, hyper_h, hyper_c), Step(p, z, main, hyper)
+    return State(h, c, hyper_h, hyper_c), Step(p, z, hyper_h, main, hyper)

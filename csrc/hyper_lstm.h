@@ -1,0 +1,68 @@
+// What the kernels of a HyperLSTM are given: typed pointers, all contiguous. Gates are ordered i, f,
+// g, o. The equations are in hyperfast/nets/hyper_lstm_steps.py.
+#pragma once
+
+#include "kernels.h"
+
+namespace hyperfast {
+
+// Gains and shifts of the layer normalisations of an LSTM with n units: of its gates (4, n), of its
+// cell (n). All are null where there is none.
+template <class C>
+struct LstmNorm {
+  C *scale, *shift, *c_scale, *c_shift;
+};
+
+// Of the main LSTM (., H), and of the hyper LSTM (., E).
+template <class C>
+struct LstmState {
+  C *h, *c, *hyper_h, *hyper_c;
+
+  // From sequence `row` on, of LSTMs with so many units; what is null stays null.
+  LstmState from(Index row, Index hidden, Index hyper) const {
+    return {h + row * hidden, c ? c + row * hidden : c, hyper_h ? hyper_h + row * hyper : hyper_h,
+            hyper_c ? hyper_c + row * hyper : hyper_c};
+  }
+  operator LstmState<const C>() const { return {h, c, hyper_h, hyper_c}; }
+};
+
+template <class C>
+struct LstmWeights {
+  C *hh, *hyper_hh;  // (4H + 4E, H), of the main LSTM, then of the hyper LSTM; (4E, E)
+  C *z, *z_bias;     // (12 n, E), (12 n): the embeddings, by kind, h, x, b, then by gate
+  C *d, *bias;       // (12, H, n), (4, H)
+  LstmNorm<C> norm, hyper_norm;
+};
+
+// All steps of all sequences. Rows are those of a PackedSequence: one step's after another's, and
+// sequence j is row j of every step that it has.
+template <class C>
+struct HyperLstm {
+  Index hidden, hyper, embedding;
+  Index steps, rows;
+  const Index* sizes;  // how many sequences have each step, never more than the one before
+  const C* x;          // (rows, 4H + 4E), times its weights
+  const C* keep;       // (rows, H), of recurrent dropout, or null
+  LstmState<const C> start;
+  LstmWeights<const C> w;
+  LstmState<C> states;  // of every row; all but h may be null: not kept
+  C* made;  // (rows, 4H + 4E), or null: h times its weights; the hyper LSTM's gates, complete
+  LstmState<C> ends;  // of every sequence after its last step
+
+  Index sequences() const { return steps ? sizes[0] : 0; }
+  Index width() const { return 4 * (hidden + hyper); }
+};
+
+// Its gradients, from what a forward pass kept.
+template <class C>
+struct HyperLstmBackward {
+  HyperLstm<C> forward;        // without ends
+  const C* grad_h;             // (rows, H), or null
+  LstmState<C> carried;        // the gradients of ends, which those of start replace
+  C *dx, *dp;                  // of x, and of h times its weights: (rows, 4H + 4E)
+  C* dz;                       // of the embeddings: (rows, 12 n)
+  C *d, *bias;                 // of the weights of these names; d may be null: not wanted
+  LstmNorm<C> norm, hyper_norm;  // null where the weights' are
+};
+
+}  // namespace hyperfast
