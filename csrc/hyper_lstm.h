@@ -28,9 +28,10 @@ struct LstmState {
 
 template <class C>
 struct LstmWeights {
-  C *hh, *hyper_hh;  // (4H + 4E, H), of the main LSTM, then of the hyper LSTM; (4E, E)
-  C *z, *z_bias;     // (12 n, E), (12 n): the embeddings, by kind, h, x, b, then by gate
-  C *d, *bias;       // (12, H, n), (4, H)
+  C *ih, *hh;                 // (4H + 4E, I) and (4H + 4E, H), of the main LSTM, then of the hyper LSTM
+  C *hyper_hh, *hyper_bias;   // (4E, E), (4E)
+  C *z, *z_bias;              // (12 n, E), (12 n): the embeddings, by kind, h, x, b, then by gate
+  C *d, *bias;                // (12, H, n), (4, H)
   LstmNorm<C> norm, hyper_norm;
 };
 
@@ -38,31 +39,32 @@ struct LstmWeights {
 // sequence j is row j of every step that it has.
 template <class C>
 struct HyperLstm {
-  Index hidden, hyper, embedding;
+  Index ins, hidden, hyper, embedding;
   Index steps, rows;
   const Index* sizes;  // how many sequences have each step, never more than the one before
-  const C* x;          // (rows, 4H + 4E), times its weights
+  const C* x;          // (rows, I)
   const C* keep;       // (rows, H), of recurrent dropout, or null
   LstmState<const C> start;
   LstmWeights<const C> w;
   LstmState<C> states;  // of every row; all but h may be null: not kept
-  C* made;  // (rows, 4H + 4E), or null: h times its weights; the hyper LSTM's gates, complete
+  // (rows, made_width()), or null: x and h times the weights of the main LSTM, and what enters the
+  // gates of the hyper LSTM.
+  C* made;
   LstmState<C> ends;  // of every sequence after its last step
 
   Index sequences() const { return steps ? sizes[0] : 0; }
-  Index width() const { return 4 * (hidden + hyper); }
+  Index gates() const { return 4 * (hidden + hyper); }
+  Index made_width() const { return 8 * hidden + 4 * hyper; }
 };
 
 // Its gradients, from what a forward pass kept.
 template <class C>
 struct HyperLstmBackward {
-  HyperLstm<C> forward;        // without ends
-  const C* grad_h;             // (rows, H), or null
-  LstmState<C> carried;        // the gradients of ends, which those of start replace
-  C *dx, *dp;                  // of x, and of h times its weights: (rows, 4H + 4E)
-  C* dz;                       // of the embeddings: (rows, 12 n)
-  C *d, *bias;                 // of the weights of these names; d may be null: not wanted
-  LstmNorm<C> norm, hyper_norm;  // null where the weights' are
+  HyperLstm<C> forward;   // without ends
+  const C* grad_h;        // (rows, H), or null
+  LstmState<C> carried;   // the gradients of ends, which those of start replace
+  C* x;                   // of x, or null: not wanted
+  LstmWeights<C> w;       // matrices may be null: not wanted; norms are where the weights' are
 };
 
 }  // namespace hyperfast

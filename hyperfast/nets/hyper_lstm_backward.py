@@ -24,10 +24,11 @@ def backward(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, those of large matrices
-    where ``wanted``, by those of ``h`` and the last states that :func:`unroll` returned; ``kept``
-    are the tensors of all its steps."""
+    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, those of ``x`` and of large
+    matrices where ``wanted``, by those of ``h`` and the last states that :func:`unroll` returned;
+    ``kept`` are the input times its weights, and the tensors of all steps."""
     H, at = start.h.shape[1], len(x)
+    of_x, *kept = kept
     grad_h, *of_ends = grads
     # What comes from later steps, of all sequences.
     carried = State(
@@ -35,8 +36,8 @@ def backward(
     )
     each = len(kept) // len(sizes)
     steps = [Step.of(kept[first : first + each]) for first in range(0, len(kept), each)]
-    sums = Weights.of([None] * 4 + [torch.zeros_like(t) for t in w.tensors()[4:]])
-    dx, dp, dz = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), len(w.z))
+    sums = Weights.of([None] * 6 + [torch.zeros_like(t) for t in w.tensors()[6:]])
+    dx, dp, dz = torch.empty_like(of_x), torch.empty_like(of_x), x.new_empty(len(x), len(w.z))
     for b, made in zip(reversed(sizes), reversed(steps), strict=True):
         at -= b
         rows = slice(at, at + b)
@@ -49,7 +50,7 @@ def backward(
         d_h, d_x = torch.bmm(made.z[:8], w.d[:8].mT).split(4)
         dd = dy.new_empty(12, b, H)
         torch.mul(dy, by_gate(made.p), out=dd[:4])
-        torch.mul(dy, by_gate(x[rows, : 4 * H]), out=dd[4:8])
+        torch.mul(dy, by_gate(of_x[rows, : 4 * H]), out=dd[4:8])
         dd[8:] = dy
         torch.mul(dy, d_h, out=by_gate(dp[rows, : 4 * H]))
         torch.mul(dy, d_x, out=by_gate(dx[rows, : 4 * H]))
@@ -62,29 +63,19 @@ def backward(
         torch.mm(dp[rows], w.hh, out=later.h)
         torch.mm(dp[rows, 4 * H :], w.hyper_hh, out=later.hyper_h)
     hyper_h = torch.cat([made.hyper_h for made in steps])
-    products = of_products(start, sizes, h, hyper_h, dp, dz, wanted[6:10])
-    return dx, None, *carried, *products, *sums.tensors()[4:]
-
-
-def of_products(
-    start: State,
-    sizes: Sequence[int],
-    h: Tensor,
-    hyper_h: Tensor,
-    dp: Tensor,
-    dz: Tensor,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of ``hh``, ``hyper_hh``, ``z`` and ``z_bias``, where wanted, by those of all rows:
-    ``dp (R, 4H + 4E)`` of h times its weights, ``dz (R, 12 n_z)`` of the embeddings."""
-    of_hyper = dp[:, 4 * h.shape[1] :]
-    makers = (
+    of_hyper = dx[:, 4 * H :]
+    products = (
+        lambda: dx @ w.ih,
+        lambda: dx.mT @ x,
         lambda: dp.mT @ _before(start.h, h, sizes),
         lambda: of_hyper.mT @ _before(start.hyper_h, hyper_h, sizes),
+        lambda: of_hyper.sum(0),
         lambda: dz.mT @ hyper_h,
         lambda: dz.sum(0),
     )
-    return [make() if want else None for make, want in zip(makers, wanted, strict=True)]
+    which = wanted[0], *wanted[6:12]
+    by_x, *made_all = (f() if want else None for f, want in zip(products, which, strict=True))
+    return by_x, None, *carried, *made_all, *sums.tensors()[6:]
 
 
 def _before(start: Tensor, states: Tensor, sizes: Sequence[int]) -> Tensor:

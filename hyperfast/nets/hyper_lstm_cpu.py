@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hyperfast import checks
-from hyperfast.nets.hyper_lstm_backward import of_products
 from hyperfast.nets.hyper_lstm_steps import State, Weights
 from hyperfast.ops import backends, hyper_lstm, hyper_lstm_backward
 
@@ -58,8 +57,7 @@ def backward(
     grad_h, *of_ends = grads
     ends = [torch.zeros_like(t) if g is None else g for t, g in zip(start, of_ends, strict=True)]
     given = x, keep, list(start), list(w.tensors()), sizes
-    found = hyper_lstm_backward(grad_h, ends, *given, [h, *kept], wanted[10])
-    dx, dp, dz, *rest = found
-    products = of_products(start, sizes, h, kept[1], dp, dz, wanted[6:10])
-    d = rest[4] if wanted[10] else None
-    return dx, None, *rest[:4], *products, d, *rest[5:]
+    which = [wanted[0], *wanted[6:]]
+    found = hyper_lstm_backward(grad_h, ends, *given, [h, *kept], which)
+    dx, *of_w = (t if want else None for t, want in zip((found[0], *found[5:]), which, strict=True))
+    return dx, None, *found[1:5], *of_w

@@ -12,7 +12,7 @@ from torch import Tensor
 from hyperfast import checks
 from hyperfast.nets import hyper_lstm_cpu
 from hyperfast.nets.hyper_lstm_backward import backward
-from hyperfast.nets.hyper_lstm_steps import State, Step, Weights, step
+from hyperfast.nets.hyper_lstm_steps import State, Weights, of_input, step
 
 
 def unroll(
@@ -22,7 +22,8 @@ def unroll(
     of every sequence after its last step, ``(sizes[0], .)``.
 
     Args:
-        x, keep: ``(R, .)``, what :func:`step` takes.
+        x: ``(R, I)``.
+        keep: ``(R, H)``, what :func:`step` takes.
         start: of ``sizes[0]`` sequences.
         sizes: how many sequences have every step, never more than had the step before.
     """
@@ -51,16 +52,19 @@ def run(
     state: State,
     sizes: Sequence[int],
     w: Weights,
-    steps: list[Step] | None = None,
+    kept: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, State]:
-    """:func:`unroll` in plain PyTorch; what is made on the way goes into ``steps``."""
+    """:func:`unroll` in plain PyTorch; what :func:`backward` needs goes into ``kept``."""
     outputs, ends = [], []
+    of_x = of_input(x, w)
+    if kept is not None:
+        kept.append(of_x)
     masks = [None] * len(sizes) if keep is None else keep.split(sizes)
-    for b, rows, mask, later in zip(sizes, x.split(sizes), masks, [*sizes[1:], None], strict=True):
+    for b, rows, mask, later in zip(sizes, of_x.split(sizes), masks, [*sizes[1:], None], strict=True):
         state, made = step(rows, mask, state.first(b), w)
         outputs.append(state.h)
-        if steps is not None:
-            steps.append(made)
+        if kept is not None:
+            kept += made.tensors()
         if later != b:  # the first sequences are the longest
             ends.append([t[later:] for t in state])
     return torch.cat(outputs), State(*map(torch.cat, zip(*ends[::-1], strict=True)))
@@ -78,9 +82,8 @@ class Unrolled(torch.autograd.Function):
         if ctx.kernels:
             h, ends, kept = hyper_lstm_cpu.run(*unrolled, keep_all=True)
         else:
-            steps: list[Step] = []
-            h, ends = run(*unrolled, steps)
-            kept = [t for each in steps for t in each.tensors()]
+            kept = []
+            h, ends = run(*unrolled, kept)
         ctx.sizes, ctx.given = sizes, len(given)
         ctx.save_for_backward(*given, h, *kept)
         ctx.set_materialize_grads(False)

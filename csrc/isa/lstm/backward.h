@@ -1,199 +1,191 @@
-// The way back through all steps of a HyperLSTM. What a step made beside the products is made
-// again: reading it from memory would take as long.
+// The way back through all steps of a HyperLSTM. What a step made beside the large products is made
+// again, which takes less than to read it from memory. Every product that makes the gradient of a
+// matrix is of all rows of a chunk's step, which are in the cache.
 #pragma once
 
-#include "isa/lstm/chunk.h"
+#include "isa/lstm/sums.h"
 
 namespace hyperfast::HF_ISA {
 
 template <class C>
 struct BackwardPanels : ScalePanels<C> {
-  Panels<C> hh, hyper_hh, of_z;
+  Panels<C> ih, hyper_ih, hh, hyper_hh, of_z;
 
-  static Index size(const HyperLstm<C>& p) {
-    const Index H = p.hidden, E = p.hyper;
-    return ScalePanels<C>::size(p) + Panels<C>::size(p.width(), H) + Panels<C>::size(4 * E, E) +
-           Panels<C>::size(12 * p.embedding, E);
-  }
-  BackwardPanels(const HyperLstm<C>& p, Pieces<C> space) : ScalePanels<C>(p, space) {
-    const auto make = [&](Index depth, Index n, const C* w) {
-      const Panels<C> made{depth, n, space.take(Panels<C>::size(depth, n))};
-      made.pack({w, n, 1});
-      return made;
-    };
-    hh = make(p.width(), p.hidden, p.w.hh);
-    hyper_hh = make(4 * p.hyper, p.hyper, p.w.hyper_hh);
-    of_z = make(12 * p.embedding, p.hyper, p.w.z);
-  }
-};
-
-// The gradients that are sums over all rows, those of one chunk: of an LSTM's normalisations, and
-// of the biases behind them. They are sums of sums of few rows, which lose fewer digits.
-template <class C>
-struct LstmSums {
-  Index n;
-  C* data;
-
-  static Index size(Index n) { return 14 * n; }
-  LstmNorm<C> norm() const { return {data, data + 4 * n, data + 8 * n, data + 9 * n}; }
-  C* bias() const { return data + 10 * n; }
-  void clear() const { std::memset(data, 0, size(n) * sizeof(C)); }
-  void add(const LstmSums& part) const {
-    for (Index i = 0; i < size(n); ++i) data[i] += part.data[i];
+  BackwardPanels(Pieces<C>& space, const HyperLstm<C>& p)
+      : ScalePanels<C>(space, p),
+        ih(space.take_panels(4 * p.hidden, p.ins)),
+        hyper_ih(space.take_panels(4 * p.hyper, p.ins)),
+        hh(space.take_panels(p.gates(), p.hidden)),
+        hyper_hh(space.take_panels(4 * p.hyper, p.hyper)),
+        of_z(space.take_panels(12 * p.embedding, p.hyper)) {}
+  void pack(const HyperLstm<C>& p, bool wants_x) const {
+    ScalePanels<C>::pack(p);
+    const auto straight = [](const Panels<C>& to, const C* w) { to.pack({w, to.n, 1}); };
+    if (wants_x) straight(ih, p.w.ih), straight(hyper_ih, p.w.ih + 4 * p.hidden * p.ins);
+    straight(hh, p.w.hh);
+    straight(hyper_hh, p.w.hyper_hh);
+    straight(of_z, p.w.z);
   }
 };
 
 template <class C>
-struct ChunkSums {
-  LstmSums<C> main, hyper;
-  C* d;  // (12, n, H), turned around
+struct BackwardSpace {
+  Index wide;                      // elements from a row of dmade to the next
+  C *z, *dz, *dmade, *d, *y, *more;  // dmade: the gradients of `made`
+  CellSums<C> main, hyper;         // of few rows: sums of sums lose fewer digits
 
-  static Index size(const HyperLstm<C>& p) {
-    return 14 * (p.hidden + p.hyper) + 12 * p.embedding * p.hidden;
-  }
-  ChunkSums(const HyperLstm<C>& p, C* at)
-      : main{p.hidden, at},
-        hyper{p.hyper, at + 14 * p.hidden},
-        d(at + 14 * (p.hidden + p.hyper)) {}
+  BackwardSpace(Pieces<C>& space, const HyperLstm<C>& p, Index rows)
+      : wide(odd_lines<C>(p.made_width())),
+        z(space.take(rows * 12 * p.embedding)),
+        dz(space.take(rows * 12 * p.embedding)),
+        dmade(space.take(rows * wide)),
+        d(space.take(scaled_rows * 8 * p.hidden)),
+        y(space.take(scaled_rows * 4 * p.hidden)),
+        more(space.take(6 * max(p.hidden, p.hyper))),
+        main(space, p.hidden),
+        hyper(space, p.hyper) {}
 };
+
+// to[i] += from[i] over rows.
+template <class C>
+static void add_rows(Index m, Index n, const C* from, Index row, C* to) {
+  each_vector<C>(n, [&](Index i, int k) {
+    Vec<C> sum = get(from + i, k);
+    for (Index r = 1; r < m; ++r) sum += get(from + r * row + i, k);
+    put<C>(to + i, get(to + i, k) + sum, k);
+  });
+}
 
 template <class C>
 struct BackwardChunk {
   const HyperLstmBackward<C>& b;
   const BackwardPanels<C>& panels;
   const LstmChunk<C> chunk;
-  const ChunkSums<C> sums;
+  const LstmSums<C>& sums;
   const HyperLstm<C>& p = b.forward;
-  const Index H = p.hidden, E = p.hyper, n = p.embedding, wide = p.width();
-  C *z = nullptr, *d = nullptr, *y = nullptr, *space = nullptr;
-  LstmSums<C> few{}, hyper_few{};
+  const Index H = p.hidden, E = p.hyper, n = p.embedding, wide = p.made_width();
+  const BackwardSpace<C> s = in_scratch<BackwardSpace<C>, C>(Slot::block, p, chunk.count);
 
-  void run() {
-    Pieces<C> own{scratch<C>(Slot::block, scratch_size())};
-    z = own.take(chunk.count * 12 * n);
-    d = own.take(scaled_rows * 8 * H);
-    y = own.take(scaled_rows * 4 * H);
-    space = own.take(6 * max(H, E));
-    few = {H, own.take(LstmSums<C>::size(H))};
-    hyper_few = {E, own.take(LstmSums<C>::size(E))};
+  void run() const {
     Index row = p.rows + chunk.first;
     for (Index step = p.steps - 1; step >= 0; --step) {
       row -= p.sizes[step];
       const Index m = chunk.counted(step);
       if (m == 0) continue;
-      const LstmState<const C> before =
-          step ? LstmState<const C>(p.states.from(row - p.sizes[step - 1], H, E))
-               : p.start.from(chunk.first, H, E);
-      back(row, m, before, b.carried.from(chunk.first, H, E));
+      back(row, m, step ? p.states.from(row - p.sizes[step - 1], H, E) : start(),
+           b.carried.from(chunk.first, H, E));
     }
   }
 
  private:
-  Index scratch_size() const {
-    Index all = 0;
-    for (const Index length : {chunk.count * 12 * n, scaled_rows * 8 * H, scaled_rows * 4 * H,
-                               6 * max(H, E), LstmSums<C>::size(H), LstmSums<C>::size(E)})
-      all += Pieces<C>::size(length);
-    return all;
-  }
+  LstmState<const C> start() const { return p.start.from(chunk.first, H, E); }
 
-  // One step. `later` holds the gradients of what it made, and then of what it was given.
-  void back(Index row, Index m, LstmState<const C> before, LstmState<C> later) {
+  // One step of m sequences. `later` holds the gradients of what it made, and then of what it was
+  // given.
+  void back(Index row, Index m, LstmState<const C> before, LstmState<C> later) const {
     const LstmState<const C> made = p.states.from(row, H, E);
-    C *const dx = b.dx + row * wide, *const dp = b.dp + row * wide, *const dz = b.dz + row * 12 * n;
     for (Index i = 0; b.grad_h && i < m * H; ++i) later.h[i] += b.grad_h[row * H + i];
-    chunk.embed(m, made.hyper_h, z);
-    for (Index i = 0; i < m; i += scaled_rows) back_main(row, i, min(scaled_rows, m - i), before, later);
-    panels.of_z.multiply(m, {dz, 12 * n, 1}, {later.hyper_h, E, 1}, {later.hyper_h, E, 1});
-    hyper_few.clear();
-    for (Index r = 0; r < m; ++r) {
-      C* const to = dp + r * wide + 4 * H;
-      chunk.hyper().back(p.made + (row + r) * wide + 4 * H, nullptr, before.hyper_c + r * E,
-                         made.hyper_c + r * E, later.hyper_h + r * E, later.hyper_c + r * E, space,
-                         hyper_few.norm(), to);
-      std::memcpy(dx + r * wide + 4 * H, to, 4 * E * sizeof(C));
+    chunk.embed(m, made.hyper_h, s.z);
+    for (Index i = 0; i < m; i += scaled_rows)
+      back_main(row, i, min(scaled_rows, m - i), before, later);
+    back_embeddings(m, made.hyper_h, later.hyper_h);
+    back_hyper(row, m, before, made, later);
+
+    C *const of_main = s.dmade, *const of_h = s.dmade + 4 * H, *const of_hyper = s.dmade + 8 * H;
+    const C* const x = p.x + row * p.ins;
+    panels.hh.multiply(m, {of_h, s.wide, 1}, {}, {later.h, H, 1});
+    panels.hyper_hh.multiply(m, {of_hyper, s.wide, 1}, {}, {later.hyper_h, E, 1});
+    if (b.x) {
+      C* const to = b.x + row * p.ins;
+      panels.ih.multiply(m, {of_main, s.wide, 1}, {}, {to, p.ins, 1});
+      panels.hyper_ih.multiply(m, {of_hyper, s.wide, 1}, {to, p.ins, 1}, {to, p.ins, 1});
     }
-    sums.hyper.add(hyper_few);
-    panels.hh.multiply(m, {dp, wide, 1}, {}, {later.h, H, 1});
-    panels.hyper_hh.multiply(m, {dp + 4 * H, wide, 1}, {}, {later.hyper_h, E, 1});
+    if (b.w.ih) {
+      sums.ih.add(0, 4 * H, m, of_main, s.wide, x, p.ins);
+      sums.ih.add(4 * H, 4 * E, m, of_hyper, s.wide, x, p.ins);
+    }
+    if (b.w.hh) sums.hh.add(m, of_h, s.wide, before.h, H);
+    if (b.w.hyper_hh) sums.hyper_hh.add(m, of_hyper, s.wide, before.hyper_h, E);
   }
 
-  // The main LSTM's part of rows i, ..., i + m - 1 of the chunk.
-  void back_main(Index row, Index i, Index m, LstmState<const C> before, LstmState<C> later) {
+  // The main LSTM's part of rows i, ..., i + m - 1 of a step.
+  void back_main(Index row, Index i, Index m, LstmState<const C> before, LstmState<C> later) const {
     row += i;
-    const C *const x = p.x + row * wide, *const made = p.made + row * wide;
-    chunk.scale(m, x, made, z + i * 12 * n, d, y);
-    few.clear();
+    const C* const made = p.made + row * wide;
+    C *const z = s.z + i * 12 * n, *const dz = s.dz + i * 12 * n;
+    chunk.scale(m, made, z, s.d, s.y);
+    s.main.clear();
     for (Index r = 0; r < m; ++r) {
       const Index at = (i + r) * H;
-      chunk.main().back(y + r * 4 * H, p.keep ? p.keep + (row + r) * H : nullptr, before.c + at,
-                        p.states.c + (row + r) * H, later.h + at, later.c + at, space, few.norm(),
-                        y + r * 4 * H);
-      back_scaled(x + r * wide, made + r * wide, y + r * 4 * H, d + r * 8 * H,
-                  b.dx + (row + r) * wide, b.dp + (row + r) * wide);
+      C* const y = s.y + r * 4 * H;
+      chunk.main().back(y, p.keep ? p.keep + (row + r) * H : nullptr, before.c + at,
+                        p.states.c + (row + r) * H, later.h + at, later.c + at, s.more,
+                        s.main.norm(), y);
+      back_scaled(made + r * wide, y, s.d + r * 8 * H, s.dmade + (i + r) * s.wide);
     }
-    sums.main.add(few);
-    C* const dz = b.dz + row * 12 * n;
+    add_rows(m, 4 * H, s.y, 4 * H, s.main.bias());
+    sums.main.add(s.main);
     for (Index j = 0; j < 12; ++j) {
-      const View<const C> of_d = j < 8 ? View<const C>{d + j * H, 8 * H, 1}
-                                       : View<const C>{y + (j - 8) * H, 4 * H, 1};
+      const View<const C> of_d = j < 8 ? View<const C>{s.d + j * H, 8 * H, 1}
+                                       : View<const C>{s.y + (j - 8) * H, 4 * H, 1};
       multiply<C, C>(m, n, H, of_d, {p.w.d + j * H * n, n, 1}, {}, {dz + j * n, 12 * n, 1});
-      if (!b.d) continue;
-      C* const sum = sums.d + j * n * H;
-      multiply<C, C>(n, H, m, {z + i * 12 * n + j * n, 1, 12 * n}, of_d, {sum, H, 1}, {sum, H, 1});
+      if (b.w.d) sums.d[j].add(m, z + j * n, 12 * n, of_d.data, of_d.row);
     }
   }
 
-  // From dy (4H) the gradients of one row of x and of `made`; those of d replace it.
-  void back_scaled(const C* x, const C* made, const C* dy, C* d, C* dx, C* dp) const {
-    C* const bias = few.bias();
+  // From dy (4H) the gradients of what was made of x and h, dmade (8H); those of d replace it.
+  void back_scaled(const C* made, const C* dy, C* d, C* dmade) const {
     each_vector<C>(4 * H, [&](Index i, int k) {
       const Vec<C> g = get(dy + i, k);
-      put<C>(dp + i, g * get(d + i, k), k);
-      put<C>(dx + i, g * get(d + 4 * H + i, k), k);
-      put<C>(d + i, g * get(made + i, k), k);
-      put<C>(d + 4 * H + i, g * get(x + i, k), k);
-      put<C>(bias + i, get(bias + i, k) + g, k);
+      C *const of_h = d + i, *const of_x = d + 4 * H + i;
+      put<C>(dmade + i, g * get(of_x, k), k);
+      put<C>(dmade + 4 * H + i, g * get(of_h, k), k);
+      put<C>(of_x, g * get(made + i, k), k);
+      put<C>(of_h, g * get(made + 4 * H + i, k), k);
     });
   }
-};
 
-// The sum of all chunks', in their order, as the op returns it.
-template <class C>
-static void add_chunks(const HyperLstmBackward<C>& b, Index chunks, C* sums) {
-  const HyperLstm<C>& p = b.forward;
-  const Index H = p.hidden, n = p.embedding, size = ChunkSums<C>::size(p);
-  const ChunkSums<C> all(p, sums);
-  for (Index k = 1; k < chunks; ++k)
-    for (Index i = 0; i < size; ++i) sums[i] += sums[k * size + i];
-  const auto give = [](const C* from, Index count, C* to) {
-    if (to) std::memcpy(to, from, count * sizeof(C));
-  };
-  const auto give_norm = [&](const LstmSums<C>& from, const LstmNorm<C>& to) {
-    give(from.norm().scale, 4 * from.n, to.scale);
-    give(from.norm().shift, 4 * from.n, to.shift);
-    give(from.norm().c_scale, from.n, to.c_scale);
-    give(from.norm().c_shift, from.n, to.c_shift);
-  };
-  give_norm(all.main, b.norm);
-  give_norm(all.hyper, b.hyper_norm);
-  give(all.main.bias(), 4 * H, b.bias);
-  for (Index j = 0; b.d && j < 12; ++j)
-    pack<C, C>(H, n, View<const C>{all.d + j * n * H, 1, H}, b.d + j * H * n, n, n);
-}
+  void back_embeddings(Index m, const C* hyper_h, C* dhyper_h) const {
+    panels.of_z.multiply(m, {s.dz, 12 * n, 1}, {dhyper_h, E, 1}, {dhyper_h, E, 1});
+    add_rows(m, 12 * n, s.dz, 12 * n, sums.z_bias);
+    if (b.w.z) sums.z.add(m, s.dz, 12 * n, hyper_h, E);
+  }
+
+  void back_hyper(Index row, Index m, LstmState<const C> before, LstmState<const C> made,
+                  LstmState<C> later) const {
+    s.hyper.clear();
+    for (Index r = 0; r < m; ++r)
+      chunk.hyper().back(p.made + (row + r) * wide + 8 * H, nullptr, before.hyper_c + r * E,
+                         made.hyper_c + r * E, later.hyper_h + r * E, later.hyper_c + r * E, s.more,
+                         s.hyper.norm(), s.dmade + r * s.wide + 8 * H);
+    add_rows(m, 4 * E, s.dmade + 8 * H, s.wide, s.hyper.bias());
+    sums.hyper.add(s.hyper);
+  }
+};
 
 template <class C>
 static void hyper_lstm_backward(const HyperLstmBackward<C>& b) {
   const HyperLstm<C>& p = b.forward;
-  const BackwardPanels<C> panels(p, {scratch<C>(Slot::head, BackwardPanels<C>::size(p))});
-  const Index chunk = chunk_size(p), chunks = ceil_div(p.sequences(), chunk);
-  const Index size = ChunkSums<C>::size(p);
-  C* const sums = scratch<C>(Slot::sums, chunks * size);
-  std::memset(sums, 0, chunks * size * sizeof(C));
-  each_chunk(p, chunk, [&](Index first, Index count) {
-    BackwardChunk<C>{b, panels, {p, panels, first, count}, {p, sums + first / chunk * size}}.run();
+  const auto panels = in_scratch<BackwardPanels<C>, C>(Slot::head, p);
+  panels.pack(p, b.x);
+  const Shares<C> shares(p);
+  Pieces<C> count{nullptr};
+  LstmSums<C>(count, p);
+  const Index size = count.taken;
+  C* const all = scratch<C>(Slot::sums, shares.workers * size);
+  shares.each_chunk([&](Index worker, Index first, Index sequences) {
+    C* const own = all + worker * size;
+    if (first == worker * shares.chunk) std::memset(own, 0, size * sizeof(C));
+    Pieces<C> space{own};
+    const LstmSums<C> sums(space, p);
+    BackwardChunk<C>{b, panels, {p, panels, first, sequences}, sums}.run();
   });
-  add_chunks(b, chunks, sums);
+  parallel(size, Index{1} << 16, [&](Index begin, Index end) {
+    for (Index k = 1; k < shares.workers; ++k)
+      for (Index i = begin; i < end; ++i) all[i] += all[k * size + i];
+  });
+  Pieces<C> space{all};
+  LstmSums<C>(space, p).give(p, b.w);
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -1,5 +1,5 @@
-// Sequences that a thread takes through all steps, alone: none needs another's state. Their states
-// stay in the second-level cache, and the weights, packed once, are read from there or the third.
+// Sequences that a thread takes through all steps, alone: none needs another's state. What a step
+// makes of them stays in the second-level cache.
 #pragma once
 
 #include "isa/lstm/cell.h"
@@ -7,38 +7,50 @@
 
 namespace hyperfast::HF_ISA {
 
-// Consecutive pieces of scratch memory, on lines of their own.
+// Consecutive pieces of memory, on lines of their own; without memory it counts them.
 template <class C>
 struct Pieces {
-  C* next;
+  C* data;
+  Index taken = 0;
 
-  static Index size(Index n) { return round_up(n, 64 / Index(sizeof(C))); }
   C* take(Index n) {
-    C* const piece = next;
-    next += size(n);
+    C* const piece = data ? data + taken : nullptr;
+    taken += round_up(n, 64 / Index(sizeof(C)));
     return piece;
   }
+  Panels<C> take_panels(Index depth, Index n) {
+    return {depth, n, take(Panels<C>::size(depth, n))};
+  }
 };
+
+// What `Made` takes from pieces of this thread's scratch memory.
+template <class Made, class C, class... Args>
+static Made in_scratch(Slot slot, const Args&... args) {
+  Pieces<C> count{nullptr};
+  Made(count, args...);
+  Pieces<C> space{scratch<C>(slot, count.taken)};
+  return Made(space, args...);
+}
 
 // Weights by which both ways multiply.
 template <class C>
 struct ScalePanels {
   Panels<C> z, d[12];
 
-  static Index size(const HyperLstm<C>& p) {
-    const Index n = p.embedding;
-    return Panels<C>::size(p.hyper, 12 * n) + 12 * Panels<C>::size(n, p.hidden);
+  ScalePanels(Pieces<C>& space, const HyperLstm<C>& p)
+      : z(space.take_panels(p.hyper, 12 * p.embedding)) {
+    for (Panels<C>& one : d) one = space.take_panels(p.embedding, p.hidden);
   }
-  ScalePanels(const HyperLstm<C>& p, Pieces<C>& space) {
-    const Index n = p.embedding, H = p.hidden, E = p.hyper;
-    z = {E, 12 * n, space.take(Panels<C>::size(E, 12 * n))};
-    z.pack({p.w.z, 1, E});
-    for (int j = 0; j < 12; ++j) {
-      d[j] = {n, H, space.take(Panels<C>::size(n, H))};
-      d[j].pack({p.w.d + j * H * n, 1, n});
-    }
+  void pack(const HyperLstm<C>& p) const {
+    z.pack({p.w.z, 1, p.hyper});
+    for (Index j = 0; j < 12; ++j)
+      d[j].pack({p.w.d + j * p.hidden * p.embedding, 1, p.embedding});
   }
 };
+
+// Rows of which what scales them is in use at a time: with 1,024 gates 128 KiB of the second-level
+// cache.
+constexpr Index scaled_rows = 16;
 
 template <class C>
 struct LstmChunk {
@@ -49,6 +61,7 @@ struct LstmChunk {
   LstmCell<C> main() const { return {p.hidden, p.w.norm}; }
   LstmCell<C> hyper() const { return {p.hyper, p.w.hyper_norm}; }
 
+  // How many of them have a step.
   Index counted(Index step) const {
     return step < p.steps ? min(max(p.sizes[step] - first, 0), count) : 0;
   }
@@ -58,52 +71,48 @@ struct LstmChunk {
     panels.z.multiply(m, {hyper_h, p.hyper, 1}, {p.w.z_bias, 0, 1}, {z, 12 * p.embedding, 1});
   }
 
-  // What enters the main LSTM's gates, y (m, 4H), of m rows of x, of h times its weights, and of
-  // embeddings; and what scales them, d (m, 8H).
-  void scale(Index m, const C* x, const C* made, const C* z, C* d, C* y) const {
-    const Index H = p.hidden, n = p.embedding, wide = p.width();
-    for (Index j = 0; j < 4; ++j) {
-      const auto multiply = [&](Index kind, View<const C> init, View<C> to) {
-        const Index at = 4 * kind + j;
-        panels.d[at].multiply(m, {z + at * n, 12 * n, 1}, init, to);
-      };
-      multiply(0, {}, {d + j * H, 8 * H, 1});
-      multiply(1, {}, {d + (4 + j) * H, 8 * H, 1});
-      multiply(2, {p.w.bias + j * H, 0, 1}, {y + j * H, 4 * H, 1});
-    }
-    for (Index r = 0; r < m; ++r, d += 8 * H, y += 4 * H, made += wide, x += wide)
+  // What enters the main LSTM's gates, y (m, 4H), of m rows of what was made of x and h, and of
+  // their embeddings; and what scales them, d (m, 8H), of h and then of x.
+  void scale(Index m, const C* made, const C* z, C* d, C* y) const {
+    const Index H = p.hidden, n = p.embedding;
+    const auto multiply = [&](Index j, View<const C> init, View<C> to) {
+      panels.d[j].multiply(m, {z + j * n, 12 * n, 1}, init, to);
+    };
+    for (Index j = 0; j < 8; ++j) multiply(j, {}, {d + j * H, 8 * H, 1});
+    for (Index j = 0; j < 4; ++j)
+      multiply(8 + j, {p.w.bias + j * H, 0, 1}, {y + j * H, 4 * H, 1});
+    for (Index r = 0; r < m; ++r, d += 8 * H, y += 4 * H, made += p.made_width())
       each_vector<C>(4 * H, [&](Index i, int k) {
-        const Vec<C> sum = get(y + i, k) + get(d + i, k) * get(made + i, k);
-        put<C>(y + i, sum + get(d + 4 * H + i, k) * get(x + i, k), k);
+        const Vec<C> of_h = get(d + i, k) * get(made + 4 * H + i, k);
+        put<C>(y + i, get(y + i, k) + of_h + get(d + 4 * H + i, k) * get(made + i, k), k);
       });
   }
 };
 
-// Rows of which what scales them is in use at a time: with 1,024 gates 128 KiB of the second-level
-// cache.
-constexpr Index scaled_rows = 16;
-
-// Calls body(first, count) for chunks of all sequences, shared by the threads as they come free:
-// the first sequences have the most steps.
-template <class C, class F>
-static void each_chunk(const HyperLstm<C>& p, Index chunk, const F& body) {
-  const Index all = p.sequences(), chunks = ceil_div(all, chunk);
-  Index next = 0;
-  parallel(min(chunks, thread_count()), 1, [&](Index, Index) {
-    for (Index i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < chunks;)
-      body(i * chunk, min(chunk, all - i * chunk));
-  });
-}
-
-// Sequences a chunk: few for the caches, alike for all threads; half as many where some end early,
-// so that the others can be shared out again.
+// How sequences are shared by threads: few at a time, for the caches, and as many for each; half as
+// few where some end early, so that all get long ones. The first sequences are the longest.
 template <class C>
-static Index chunk_size(const HyperLstm<C>& p) {
-  const Index all = p.sequences(), most = p.sizes[p.steps - 1] < all ? 32 : 64;
-  const Index work = p.rows * p.width() * p.hidden;
-  const Index threads = work < parallel_work ? 1 : thread_count();
-  const Index each = ceil_div(all, threads);
-  return ceil_div(each, ceil_div(each, most));
-}
+struct Shares {
+  Index all, chunk, chunks, workers;
+
+  explicit Shares(const HyperLstm<C>& p) : all(p.sequences()) {
+    const Index most = p.sizes[p.steps - 1] < all ? 32 : 64;
+    const bool small = p.rows * p.gates() * (p.ins + p.hidden) < parallel_work;
+    const Index each = ceil_div(all, small ? 1 : thread_count());
+    chunk = ceil_div(each, ceil_div(each, most));
+    chunks = ceil_div(all, chunk);
+    workers = small ? 1 : min(chunks, thread_count());
+  }
+
+  // Calls body(worker, first, count), in turn for the chunks of one worker.
+  template <class F>
+  void each_chunk(const F& body) const {
+    parallel(workers, 1, [&](Index begin, Index end) {
+      for (Index worker = begin; worker < end; ++worker)
+        for (Index i = worker; i < chunks; i += workers)
+          body(worker, i * chunk, min(chunk, all - i * chunk));
+    });
+  }
+};
 
 }  // namespace hyperfast::HF_ISA
