@@ -1,5 +1,5 @@
-// What the kernels of a HyperLSTM are given: typed pointers, all contiguous. Gates are ordered i, f,
-// g, o. The equations are in hyperfast/nets/hyper_lstm_steps.py.
+// What the kernels of a HyperLSTM are given: typed pointers, all contiguous. Gates are ordered i,
+// f, g, o. The equations are in hyperfast/nets/hyper_lstm_steps.py.
 #pragma once
 
 #include "kernels.h"
@@ -28,10 +28,10 @@ struct LstmState {
 
 template <class C>
 struct LstmWeights {
-  C *ih, *hh;                 // (4H + 4E, I) and (4H + 4E, H), of the main LSTM, then of the hyper LSTM
-  C *hyper_hh, *hyper_bias;   // (4E, E), (4E)
-  C *z, *z_bias;              // (12 n, E), (12 n): the embeddings, by kind, h, x, b, then by gate
-  C *d, *bias;                // (12, H, n), (4, H)
+  C *ih, *hh;  // (4H + 4E, I) and (4H + 4E, H), of the main LSTM, then of the hyper LSTM
+  C *hyper_hh, *hyper_bias;  // (4E, E), (4E)
+  C *z, *z_bias;             // (12 n, E), (12 n): the embeddings, by kind, h, x, b, then by gate
+  C *d, *bias;               // (12, H, n), (4, H)
   LstmNorm<C> norm, hyper_norm;
 };
 
@@ -60,11 +60,11 @@ struct HyperLstm {
 // Its gradients, from what a forward pass kept.
 template <class C>
 struct HyperLstmBackward {
-  HyperLstm<C> forward;   // without ends
-  const C* grad_h;        // (rows, H), or null
-  LstmState<C> carried;   // the gradients of ends, which those of start replace
-  C* x;                   // of x, or null: not wanted
-  LstmWeights<C> w;       // matrices may be null: not wanted; norms are where the weights' are
+  HyperLstm<C> forward;  // without ends
+  const C* grad_h;       // (rows, H), or null
+  LstmState<C> carried;  // the gradients of ends, which those of start replace
+  C* x;                  // of x, or null: not wanted
+  LstmWeights<C> w;      // matrices may be null: not wanted; norms are where the weights' are
 };
 
 }  // namespace hyperfast

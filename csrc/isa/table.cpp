@@ -14,10 +14,20 @@ namespace hyperfast::HF_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    HF_NAME(HF_ISA), has_matrix_unit,   task_linear, task_linear_grad_weight,
-    hyper_linear,    hyper_linear_grad, hyper_mlp,   hyper_mlp_backward,
-    task_mlp,        task_mlp_backward, hyper_lstm<float>, hyper_lstm<double>,
-    hyper_lstm_backward<float>, hyper_lstm_backward<double>,
+    HF_NAME(HF_ISA),
+    has_matrix_unit,
+    task_linear,
+    task_linear_grad_weight,
+    hyper_linear,
+    hyper_linear_grad,
+    hyper_mlp,
+    hyper_mlp_backward,
+    task_mlp,
+    task_mlp_backward,
+    hyper_lstm<float>,
+    hyper_lstm<double>,
+    hyper_lstm_backward<float>,
+    hyper_lstm_backward<double>,
 };
 
 }  // namespace hyperfast::HF_ISA

@@ -43,7 +43,7 @@ class Given {
  public:
   Given(const Tensor& x, const OptionalTensor& keep, const Tensors& start, const Tensors& weights,
         const std::vector<Index>& sizes)
-      : x_(torch::stable::contiguous(x)), sizes_(sizes) {
+      : x_(x), sizes_(sizes) {
     if (start.size() != 4) fail("start must hold 4 tensors, got ", start.size());
     if (weights.size() != 8 && weights.size() != 16)
       fail("weights must hold 8 tensors, or 16 with normalisations, got ", weights.size());
@@ -57,15 +57,18 @@ class Given {
     hidden = h.size(1), hyper = hyper_h.size(1), embedding = z.size(0) / 12;
     for (const Index size : {ins, hidden, hyper, embedding})
       if (size < 1) fail("ins, hidden, hyper and embedding must be at least 1, got ", size);
-    const double units = double(hidden) + double(hyper), wide = units + double(ins) + 12. * double(embedding);
+    const double units = double(hidden) + double(hyper),
+                 wide = units + double(ins) + 12. * double(embedding);
     countable((double(rows) + 1) * 8 * wide);
     countable(64 * units * wide);
     check_steps();
-    for (int i = 0; i < 4; ++i) start_.push_back(take("start", start[i], {sequences(), i < 2 ? hidden : hyper}));
+    for (int i = 0; i < 4; ++i)
+      start_.push_back(take("start", start[i], {sequences(), i < 2 ? hidden : hyper}));
     const std::vector<Shape> shapes = shapes_of_weights();
     for (std::size_t i = 0; i < weights.size(); ++i)
       weights_.push_back(take("weights", weights[i], shapes[i]));
     if (keep) keep_ = take("keep", *keep, {rows, hidden});
+    x_ = torch::stable::contiguous(x);
   }
 
   Index rows, ins, hidden, hyper, embedding;
@@ -87,7 +90,8 @@ class Given {
     const Arg given(name, t);
     given.same_dtype(Arg("x", x_));
     given.rank(Index(shape.size()), "that hyperfast/ops/hyper_lstm.py says");
-    for (std::size_t i = 0; i < shape.size(); ++i) given.size(Index(i), shape[i], "by x, start and z");
+    for (std::size_t i = 0; i < shape.size(); ++i)
+      given.size(Index(i), shape[i], "by x, start and z");
     return torch::stable::contiguous(t);
   }
 
@@ -107,7 +111,9 @@ class Given {
     p.w = {};
     const LstmWeights<C> w = weights_of<C>(weights_);
     p.w = {w.ih, w.hh, w.hyper_hh, w.hyper_bias, w.z, w.z_bias, w.d, w.bias, {}, {}};
-    const auto norm = [](const LstmNorm<C>& of) { return LstmNorm<const C>{of.scale, of.shift, of.c_scale, of.c_shift}; };
+    const auto norm = [](const LstmNorm<C>& of) {
+      return LstmNorm<const C>{of.scale, of.shift, of.c_scale, of.c_shift};
+    };
     p.w.norm = norm(w.norm), p.w.hyper_norm = norm(w.hyper_norm);
     return p;
   }

@@ -24,15 +24,19 @@ def backward(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, those of ``x`` and of large
-    matrices where ``wanted``, by those of ``h`` and the last states that :func:`unroll` returned;
-    ``kept`` are the input times its weights, and the tensors of all steps."""
+    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, by those of ``h`` and of
+    the last states, which :func:`unroll` returned. Those of ``x`` and of large matrices are
+    ``None`` unless ``wanted``. ``kept`` are the input times its weights, and the tensors of all
+    steps."""
     H, at = start.h.shape[1], len(x)
     of_x, *kept = kept
     grad_h, *of_ends = grads
     # What comes from later steps, of all sequences.
     carried = State(
-        *(torch.zeros_like(t) if g is None else g.clone() for t, g in zip(start, of_ends, strict=True))
+        *(
+            torch.zeros_like(t) if g is None else g.clone()
+            for t, g in zip(start, of_ends, strict=True)
+        )
     )
     each = len(kept) // len(sizes)
     steps = [Step.of(kept[first : first + each]) for first in range(0, len(kept), each)]

@@ -128,8 +128,8 @@ def update(
 
 
 def of_input(x: Tensor, w: Weights) -> Tensor:
-    """``x (R, I)`` times its weights, and in the last 4E plus the hyper LSTM's bias: of all steps at
-    once."""
+    """``x (R, I)`` of all steps, times its weights, and in the last 4E plus the hyper LSTM's
+    bias."""
     return F.linear(x, w.ih, F.pad(w.hyper_bias, (w.bias.numel(), 0)))
 
 

@@ -60,7 +60,9 @@ def run(
     if kept is not None:
         kept.append(of_x)
     masks = [None] * len(sizes) if keep is None else keep.split(sizes)
-    for b, rows, mask, later in zip(sizes, of_x.split(sizes), masks, [*sizes[1:], None], strict=True):
+    for b, rows, mask, later in zip(
+        sizes, of_x.split(sizes), masks, [*sizes[1:], None], strict=True
+    ):
         state, made = step(rows, mask, state.first(b), w)
         outputs.append(state.h)
         if kept is not None:
@@ -79,10 +81,10 @@ class Unrolled(torch.autograd.Function):
         x, keep, *rest = given
         unrolled = x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:])
         ctx.kernels = hyper_lstm_cpu.takes(given)
+        kept: list[Any] = []
         if ctx.kernels:
             h, ends, kept = hyper_lstm_cpu.run(*unrolled, keep_all=True)
         else:
-            kept = []
             h, ends = run(*unrolled, kept)
         ctx.sizes, ctx.given = sizes, len(given)
         ctx.save_for_backward(*given, h, *kept)

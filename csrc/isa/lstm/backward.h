@@ -30,9 +30,9 @@ struct BackwardPanels : ScalePanels<C> {
 
 template <class C>
 struct BackwardSpace {
-  Index wide;                      // elements from a row of dmade to the next
+  Index wide;                        // elements from a row of dmade to the next
   C *z, *dz, *dmade, *d, *y, *more;  // dmade: the gradients of `made`
-  CellSums<C> main, hyper;         // of few rows: sums of sums lose fewer digits
+  CellSums<C> main, hyper;           // of few rows: sums of sums lose fewer digits
 
   BackwardSpace(Pieces<C>& space, const HyperLstm<C>& p, Index rows)
       : wide(odd_lines<C>(p.made_width())),
@@ -126,8 +126,8 @@ struct BackwardChunk {
     add_rows(m, 4 * H, s.y, 4 * H, s.main.bias());
     sums.main.add(s.main);
     for (Index j = 0; j < 12; ++j) {
-      const View<const C> of_d = j < 8 ? View<const C>{s.d + j * H, 8 * H, 1}
-                                       : View<const C>{s.y + (j - 8) * H, 4 * H, 1};
+      const View<const C> of_d =
+          j < 8 ? View<const C>{s.d + j * H, 8 * H, 1} : View<const C>{s.y + (j - 8) * H, 4 * H, 1};
       multiply<C, C>(m, n, H, of_d, {p.w.d + j * H * n, n, 1}, {}, {dz + j * n, 12 * n, 1});
       if (b.w.d) sums.d[j].add(m, z + j * n, 12 * n, of_d.data, of_d.row);
     }

@@ -43,8 +43,7 @@ struct ScalePanels {
   }
   void pack(const HyperLstm<C>& p) const {
     z.pack({p.w.z, 1, p.hyper});
-    for (Index j = 0; j < 12; ++j)
-      d[j].pack({p.w.d + j * p.hidden * p.embedding, 1, p.embedding});
+    for (Index j = 0; j < 12; ++j) d[j].pack({p.w.d + j * p.hidden * p.embedding, 1, p.embedding});
   }
 };
 
@@ -79,8 +78,7 @@ struct LstmChunk {
       panels.d[j].multiply(m, {z + j * n, 12 * n, 1}, init, to);
     };
     for (Index j = 0; j < 8; ++j) multiply(j, {}, {d + j * H, 8 * H, 1});
-    for (Index j = 0; j < 4; ++j)
-      multiply(8 + j, {p.w.bias + j * H, 0, 1}, {y + j * H, 4 * H, 1});
+    for (Index j = 0; j < 4; ++j) multiply(8 + j, {p.w.bias + j * H, 0, 1}, {y + j * H, 4 * H, 1});
     for (Index r = 0; r < m; ++r, d += 8 * H, y += 4 * H, made += p.made_width())
       each_vector<C>(4 * H, [&](Index i, int k) {
         const Vec<C> of_h = get(d + i, k) * get(made + 4 * H + i, k);

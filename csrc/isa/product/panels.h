@@ -45,9 +45,9 @@ struct Panels {
     for (Index j = 0; j < n; j += lanes<C>) {
       const int nj = int(min(lanes<C>, n - j)), tail = nj % width<C>;
       C* const sum = data + j * depth + first * lanes<C>;
-      (tail ? sweep<C, true> : sweep<C, false>)(
-          count, int(ceil_div(nj, width<C>)), m, {a, 1, a_row}, b + j, b_row, tail,
-          {sum, lanes<C>, 1}, {sum, lanes<C>, 1}, nj, sum);
+      (tail ? sweep<C, true> : sweep<C, false>)(count, int(ceil_div(nj, width<C>)), m,
+                                                {a, 1, a_row}, b + j, b_row, tail,
+                                                {sum, lanes<C>, 1}, {sum, lanes<C>, 1}, nj, sum);
     }
   }
   void add(Index m, const C* a, Index a_row, const C* b, Index b_row) const {
