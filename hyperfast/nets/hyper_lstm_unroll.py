@@ -60,9 +60,8 @@ def run(
     if kept is not None:
         kept.append(of_x)
     masks = [None] * len(sizes) if keep is None else keep.split(sizes)
-    for b, rows, mask, later in zip(
-        sizes, of_x.split(sizes), masks, [*sizes[1:], None], strict=True
-    ):
+    laters = [*sizes[1:], None]
+    for b, rows, mask, later in zip(sizes, of_x.split(sizes), masks, laters, strict=True):
         state, made = step(rows, mask, state.first(b), w)
         outputs.append(state.h)
         if kept is not None:
