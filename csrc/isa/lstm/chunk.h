@@ -95,7 +95,7 @@ struct Shares {
 
   explicit Shares(const HyperLstm<C>& p) : all(p.sequences()) {
     const Index most = p.sizes[p.steps - 1] < all ? 32 : 64;
-    const bool small = p.rows * p.gates() * (p.ins + p.hidden) < parallel_work;
+    const bool small = double(p.rows) * double(p.gates() * (p.ins + p.hidden)) < parallel_work;
     const Index each = ceil_div(all, small ? 1 : thread_count());
     chunk = ceil_div(each, ceil_div(each, most));
     chunks = ceil_div(all, chunk);

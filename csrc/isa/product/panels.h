@@ -40,6 +40,7 @@ struct Panels {
   }
 
   // Adds A^T B to `count` rows of this from `first` on, A (m, count), B (m, n), of contiguous rows.
+  // What is fetched ahead is this.
   void add(Index first, Index count, Index m, const C* a, Index a_row, const C* b,
            Index b_row) const {
     for (Index j = 0; j < n; j += lanes<C>) {

@@ -226,23 +226,33 @@ def replaced(tensors, at, t):
 
 
 BAD = {
-    "three states": ("start must hold 4", {"start": P.start[:3]}),
-    "few weights": ("8 tensors, or 16", {"weights": P.weights[:9]}),
+    "three states": ("start must hold 4 entries, got 3", {"start": P.start[:3]}),
+    "few weights": (
+        "weights without normalisations must hold 8 entries, got 9",
+        {"weights": P.weights[:9]},
+    ),
     "rank": (r"x must have shape \(rows, ins\)", {"x": P.x[0]}),
     "rows": ("add up to the rows of x", {"x": P.x[1:]}),
     "more rows": ("add up to the rows of x", {"sizes": P.sizes[:-1]}),
     "growing": ("neither grow nor be negative, got 38", {"sizes": [37, 38]}),
     "negative": ("neither grow nor be negative, got -1", {"sizes": [37, -1]}),
     "dtype": (
-        "start must have the dtype of x",
+        r"start\[1\] must have the dtype of x",
         {"start": replaced(P.start, 1, P.start[1].float())},
     ),
+    "weight's rank": (
+        r"weights\[3\] must have shape \(72\), got \(1, 72\)",
+        {"weights": replaced(P.weights, 3, P.weights[3][None])},
+    ),
     "keep": (r"keep.size\(0\) must be", {"keep": P.keep[1:]}),
-    "state": (r"start.size\(1\) must be 67", {"start": replaced(P.start, 1, P.start[3])}),
-    "sequences": (r"start.size\(0\) must be 37", {"start": [t[1:] for t in P.start]}),
+    "state": (r"start\[1\].size\(1\) must be 67", {"start": replaced(P.start, 1, P.start[3])}),
+    "sequences": (r"start\[0\].size\(0\) must be 37", {"start": [t[1:] for t in P.start]}),
     "units": ("at least 1, got 0", {"start": [t[:, :0] for t in P.start]}),
     **{
-        f"weight {n}": (r"weights", {"weights": replaced(P.weights, n, P.weights[n][..., :-1])})
+        f"weight {n}": (
+            rf"weights\[{n}\].size.* must be",
+            {"weights": replaced(P.weights, n, P.weights[n][..., :-1])},
+        )
         for n in range(16)
     },
 }
@@ -276,9 +286,12 @@ def test_bad_input_of_the_way_back():
     good = [P.grads[0], P.grads[1:], *P.given, kept, wanted]
     bad = {
         0: [(r"grad_h.size\(1\) must be 67", h[:, 1:])],
-        1: [("grad_ends must hold 4", P.grads), ("grad_ends.size", [t[1:] for t in P.grads[1:]])],
+        1: [
+            ("grad_ends must hold 4", P.grads),
+            (r"grad_ends\[0\].size", [t[1:] for t in P.grads[1:]]),
+        ],
         7: [("kept must hold 5", kept[1:])]
-        + [("kept", replaced(kept, n, kept[n][:-1])) for n in range(5)],
+        + [(rf"kept\[{n}\].size", replaced(kept, n, kept[n][:-1])) for n in range(5)],
         8: [("wanted must hold 17 entries, got 3", [True] * 3)],
     }
     for at, cases in bad.items():
