@@ -11,7 +11,7 @@ template <class C>
 struct BackwardPanels : ScalePanels<C> {
   Panels<C> ih, hyper_ih, hh, hyper_hh, of_z;
 
-  BackwardPanels(Pieces<C>& space, const HyperLstm<C>& p)
+  BackwardPanels(Arena<C>& space, const HyperLstm<C>& p)
       : ScalePanels<C>(space, p),
         ih(space.take_panels(4 * p.hidden, p.ins)),
         hyper_ih(space.take_panels(4 * p.hyper, p.ins)),
@@ -34,7 +34,7 @@ struct BackwardSpace {
   C *z, *dz, *dmade, *d, *y, *more;  // dmade: the gradients of `made`
   CellSums<C> main, hyper;           // of few rows: sums of sums lose fewer digits
 
-  BackwardSpace(Pieces<C>& space, const HyperLstm<C>& p, Index rows)
+  BackwardSpace(Arena<C>& space, const HyperLstm<C>& p, Index rows)
       : wide(odd_lines<C>(p.made_width())),
         z(space.take(rows * 12 * p.embedding)),
         dz(space.take(rows * 12 * p.embedding)),
@@ -169,14 +169,14 @@ static void hyper_lstm_backward(const HyperLstmBackward<C>& b) {
   const auto panels = in_scratch<BackwardPanels<C>, C>(Slot::head, p);
   panels.pack(p, b.x);
   const Shares<C> shares(p);
-  Pieces<C> count{nullptr};
+  Arena<C> count{nullptr};
   LstmSums<C>(count, p);
   const Index size = count.taken;
   C* const all = scratch<C>(Slot::sums, shares.workers * size);
   shares.each_chunk([&](Index worker, Index first, Index sequences) {
     C* const own = all + worker * size;
     if (first == worker * shares.chunk) std::memset(own, 0, size * sizeof(C));
-    Pieces<C> space{own};
+    Arena<C> space{own};
     const LstmSums<C> sums(space, p);
     BackwardChunk<C>{b, panels, {p, panels, first, sequences}, sums}.run();
   });
@@ -184,7 +184,7 @@ static void hyper_lstm_backward(const HyperLstmBackward<C>& b) {
     for (Index k = 1; k < shares.workers; ++k)
       for (Index i = begin; i < end; ++i) all[i] += all[k * size + i];
   });
-  Pieces<C> space{all};
+  Arena<C> space{all};
   LstmSums<C>(space, p).give(p, b.w);
 }
 

@@ -4,12 +4,13 @@
 
 #include "isa/lstm/cell.h"
 #include "isa/product/panels.h"
+#include "isa/rows/pieces.h"
 
 namespace hyperfast::HF_ISA {
 
 // Consecutive pieces of memory, on lines of their own; without memory it counts them.
 template <class C>
-struct Pieces {
+struct Arena {
   C* data;
   Index taken = 0;
 
@@ -26,9 +27,9 @@ struct Pieces {
 // What `Made` takes from pieces of this thread's scratch memory.
 template <class Made, class C, class... Args>
 static Made in_scratch(Slot slot, const Args&... args) {
-  Pieces<C> count{nullptr};
+  Arena<C> count{nullptr};
   Made(count, args...);
-  Pieces<C> space{scratch<C>(slot, count.taken)};
+  Arena<C> space{scratch<C>(slot, count.taken)};
   return Made(space, args...);
 }
 
@@ -37,7 +38,7 @@ template <class C>
 struct ScalePanels {
   Panels<C> z, d[12];
 
-  ScalePanels(Pieces<C>& space, const HyperLstm<C>& p)
+  ScalePanels(Arena<C>& space, const HyperLstm<C>& p)
       : z(space.take_panels(p.hyper, 12 * p.embedding)) {
     for (Panels<C>& one : d) one = space.take_panels(p.embedding, p.hidden);
   }

@@ -19,7 +19,7 @@ template <class C>
 struct ForwardPanels : ScalePanels<C> {
   Panels<C> ih, hh, hyper_of_x, hyper_of_h, hyper_hh;
 
-  ForwardPanels(Pieces<C>& space, const HyperLstm<C>& p)
+  ForwardPanels(Arena<C>& space, const HyperLstm<C>& p)
       : ScalePanels<C>(space, p),
         ih(space.take_panels(p.ins, 4 * p.hidden)),
         hh(space.take_panels(p.hidden, 4 * p.hidden)),
@@ -42,7 +42,7 @@ struct ForwardSpace {
   C *z, *d, *y, *gates, *made;
   C *c, *hyper_h, *hyper_c;
 
-  ForwardSpace(Pieces<C>& space, const HyperLstm<C>& p, Index rows)
+  ForwardSpace(Arena<C>& space, const HyperLstm<C>& p, Index rows)
       : z(space.take(rows * 12 * p.embedding)),
         d(space.take(scaled_rows * 8 * p.hidden)),
         y(space.take(scaled_rows * 4 * p.hidden)),

@@ -11,7 +11,7 @@ struct CellSums {
   Index n;
   C* data;
 
-  CellSums(Pieces<C>& space, Index n) : n(n), data(space.take(size(n))) {}
+  CellSums(Arena<C>& space, Index n) : n(n), data(space.take(size(n))) {}
   static Index size(Index n) { return 14 * n; }
   LstmNorm<C> norm() const { return {data, data + 4 * n, data + 8 * n, data + 9 * n}; }
   C* bias() const { return data + 10 * n; }
@@ -36,7 +36,7 @@ struct LstmSums {
   C* z_bias;
   CellSums<C> main, hyper;
 
-  LstmSums(Pieces<C>& space, const HyperLstm<C>& p)
+  LstmSums(Arena<C>& space, const HyperLstm<C>& p)
       : ih(space.take_panels(p.gates(), p.ins)),
         hh(space.take_panels(p.gates(), p.hidden)),
         hyper_hh(space.take_panels(4 * p.hyper, p.hyper)),
