@@ -221,6 +221,12 @@ struct TaskMlpBackward {
   void* grad_weight;  // (tasks, params)
 };
 
+// hyper_lstm.h
+template <class C>
+struct HyperLstm;
+template <class C>
+struct HyperLstmBackward;
+
 // One entry per op; each instruction set fills in its own table.
 struct Kernels {
   const char* isa;
@@ -233,6 +239,10 @@ struct Kernels {
   void (*hyper_mlp_backward)(const HyperMlpBackward&);
   void (*task_mlp)(const TaskMlp&);
   void (*task_mlp_backward)(const TaskMlpBackward&);
+  void (*hyper_lstm_f32)(const HyperLstm<float>&);
+  void (*hyper_lstm_f64)(const HyperLstm<double>&);
+  void (*hyper_lstm_backward_f32)(const HyperLstmBackward<float>&);
+  void (*hyper_lstm_backward_f64)(const HyperLstmBackward<double>&);
 };
 
 }  // namespace hyperfast

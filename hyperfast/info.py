@@ -10,7 +10,7 @@ import torch
 
 import hyperfast
 from hyperfast.ops.backends import KEYS, has_kernel, why_missing
-from hyperfast.ops.define import OPS
+from hyperfast.ops.define import CPU_OPS, OPS
 from hyperfast.plans.cpu import EXTENSION
 
 
@@ -74,7 +74,7 @@ def _cannot_run() -> str:
 def _choices() -> list[str]:
     """For each op and device, the backend that the dispatcher runs."""
     lines = [f"{'op':<26} {'CPU tensors':<16} CUDA tensors"]
-    for op in OPS:
+    for op in (*OPS, *CPU_OPS):
         cpu, cuda = (
             backend if has_kernel(backend, op) else "plain PyTorch" for backend in ("cpp", "triton")
         )

@@ -9,6 +9,7 @@ import hyperfast
 from hyperfast.__main__ import main
 from hyperfast.info import report
 from hyperfast.ops import backends
+from hyperfast.ops.define import CPU_OPS, OPS
 
 
 def test_versions_and_threads():
@@ -28,7 +29,7 @@ def test_a_backend_is_built_or_missing_with_its_reason(backend):
 
 def test_every_op_has_a_line_of_what_runs_it():
     text = report()
-    for op in backends.OPS:
+    for op in (*OPS, *CPU_OPS):
         (line,) = re.findall(rf"^{op} .*$", text, flags=re.M)
         assert ("cpp" in line) == backends.has_kernel("cpp", op)
 

@@ -20,31 +20,41 @@ def backward(
     sizes: Sequence[int],
     w: Weights,
     h: Tensor,
-    hyper_h: Tensor,
-    steps: Sequence[Step],
+    kept: Sequence[Tensor],
     grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, by those of the
-    states that :func:`unroll` returned, of which it takes ``h`` and ``hyper_h``; ``steps`` are what
-    was made on the way."""
+    """Gradients of ``x``, ``keep`` (which has none), ``start`` and ``w``, by those of ``h`` and of
+    the last states, which :func:`unroll` returned. Those of ``x`` and of large matrices are
+    ``None`` unless ``wanted``. ``kept`` are the input times its weights, and the tensors of all
+    steps."""
     H, at = start.h.shape[1], len(x)
-    carried = State(*map(torch.zeros_like, start))  # what comes from later steps, of all sequences
-    sums = Weights.of([torch.zeros_like(t) for t in w.tensors()])
-    dx, dp, dz = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), len(w.z))
+    of_x, *kept = kept
+    grad_h, *of_ends = grads
+    # What comes from later steps, of all sequences.
+    carried = State(
+        *(
+            torch.zeros_like(t) if g is None else g.clone()
+            for t, g in zip(start, of_ends, strict=True)
+        )
+    )
+    each = len(kept) // len(sizes)
+    steps = [Step.of(kept[first : first + each]) for first in range(0, len(kept), each)]
+    sums = Weights.of([None] * 6 + [torch.zeros_like(t) for t in w.tensors()[6:]])
+    dx, dp, dz = torch.empty_like(of_x), torch.empty_like(of_x), x.new_empty(len(x), len(w.z))
     for b, made in zip(reversed(sizes), reversed(steps), strict=True):
         at -= b
         rows = slice(at, at + b)
         later = carried.first(b)
-        for t, grad in zip(later, grads, strict=True):
-            if grad is not None:
-                t += grad[rows]
+        if grad_h is not None:
+            later.h.add_(grad_h[rows])
         mask = None if keep is None else keep[rows]
         dy = _update(made.main, later.h, later.c, w.norm, mask, sums.norm)
         sums.bias.add_(dy.sum(1, keepdim=True))
         d_h, d_x = torch.bmm(made.z[:8], w.d[:8].mT).split(4)
         dd = dy.new_empty(12, b, H)
         torch.mul(dy, by_gate(made.p), out=dd[:4])
-        torch.mul(dy, by_gate(x[rows, : 4 * H]), out=dd[4:8])
+        torch.mul(dy, by_gate(of_x[rows, : 4 * H]), out=dd[4:8])
         dd[8:] = dy
         torch.mul(dy, d_h, out=by_gate(dp[rows, : 4 * H]))
         torch.mul(dy, d_x, out=by_gate(dx[rows, : 4 * H]))
@@ -56,10 +66,20 @@ def backward(
             by_gate(t[rows, 4 * H :]).copy_(dy)
         torch.mm(dp[rows], w.hh, out=later.h)
         torch.mm(dp[rows, 4 * H :], w.hyper_hh, out=later.hyper_h)
-    hh = dp.mT @ _before(start.h, h, sizes)
-    hyper_hh = dp[:, 4 * H :].mT @ _before(start.hyper_h, hyper_h, sizes)
-    made_all = Weights(hh, hyper_hh, dz.mT @ hyper_h, dz.sum(0), *sums[4:])
-    return dx, None, *carried, *made_all.tensors()
+    hyper_h = torch.cat([made.hyper_h for made in steps])
+    of_hyper = dx[:, 4 * H :]
+    products = (
+        lambda: dx @ w.ih,
+        lambda: dx.mT @ x,
+        lambda: dp.mT @ _before(start.h, h, sizes),
+        lambda: of_hyper.mT @ _before(start.hyper_h, hyper_h, sizes),
+        lambda: of_hyper.sum(0),
+        lambda: dz.mT @ hyper_h,
+        lambda: dz.sum(0),
+    )
+    which = wanted[0], *wanted[6:12]
+    by_x, *made_all = (f() if want else None for f, want in zip(products, which, strict=True))
+    return by_x, None, *carried, *made_all, *sums.tensors()[6:]
 
 
 def _before(start: Tensor, states: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -149,9 +149,9 @@ class HyperLSTMCell(nn.Module):
         state = None if hx is None else self.check_state(hx, checks.shape(input)[:-1])
         if state is not None and single:
             state = State(*(t.unsqueeze(0) for t in state))
-        states = self.unroll(rows, state, [rows.shape[0]])
+        _, end = self.unroll(rows, state, [rows.shape[0]])
         # A plain tuple: programs that return a class of their own cannot be saved.
-        return tuple(t.squeeze(0) if single else t for t in states)
+        return tuple(t.squeeze(0) if single else t for t in end)
 
     def check_state(self, hx: Sequence[Tensor], lead: tuple[int, ...]) -> State:
         """``hx`` as a state, of these leading dimensions."""
@@ -167,8 +167,11 @@ class HyperLSTMCell(nn.Module):
                 raise ValueError(f"{name} must have shape {(*lead, n)}, got {checks.shape(t)}")
         return State(*hx)
 
-    def unroll(self, rows: Tensor, start: State | None, sizes: Sequence[int]) -> State:
-        """The states of all steps, of ``rows (R, I)`` as in a PackedSequence."""
+    def unroll(
+        self, rows: Tensor, start: State | None, sizes: Sequence[int]
+    ) -> tuple[Tensor, State]:
+        """``h`` of all steps, of ``rows (R, I)`` as in a PackedSequence, and every sequence's last
+        state."""
         given = {"the cell's weight": self.weight_ih, "input": rows}
         wanted = checks.check_operands(**given)
         if rows.shape[1] != self.input_size:
@@ -176,19 +179,19 @@ class HyperLSTMCell(nn.Module):
         H, E, b = self.hidden_size, self.hyper_size, sizes[0]
         if start is None:
             start = State(*(rows.new_zeros(b, n) for n in (H, H, E, E)))
-        bias = F.pad(self.hyper_bias, (4 * H, 0))
-        x, w_ih, bias = checks.cast(wanted, rows, self.weight_ih, bias)
+        (x,) = checks.cast(wanted, rows)
         w = Weights.of(checks.cast(wanted, *self._weights().tensors()))
         keep = None
         if self.training and self.recurrent_dropout:
             keep = F.dropout(x.new_ones(rows.shape[0], H), self.recurrent_dropout)
-        return unroll(F.linear(x, w_ih, bias), keep, State(*checks.cast(wanted, *start)), sizes, w)
+        return unroll(x, keep, State(*checks.cast(wanted, *start)), sizes, w)
 
     def _weights(self) -> Weights:
         z_bias, bias = F.pad(self.bias_z, (0, 4 * self.n_z)), self.bias.view(4, 1, -1)
-        given = self.weight_hh, self.hyper_weight_hh, self.weight_z, z_bias, self.weight_d, bias
+        given = self.weight_ih, self.weight_hh, self.hyper_weight_hh, self.hyper_bias
+        scaling = self.weight_z, z_bias, self.weight_d, bias
         norm = _norm(self.norm_weight, self.norm_bias)
-        return Weights(*given, norm, _norm(self.hyper_norm_weight, self.hyper_norm_bias))
+        return Weights(*given, *scaling, norm, _norm(self.hyper_norm_weight, self.hyper_norm_bias))
 
 
 def _norm(weight: Tensor | None, bias: Tensor | None) -> Norm | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # of the layer normalisations, nn.LayerNorm's
@@ -23,11 +24,13 @@ class Norm(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All but what multiplies the input. ``hh (4H + 4E, H)`` is of the main LSTM, then of the hyper
-    LSTM; embeddings and what they scale are ordered by kind, h, x, b, then by gate."""
+    """``ih (4H + 4E, I)`` and ``hh (4H + 4E, H)`` are of the main LSTM, then of the hyper LSTM;
+    embeddings and what they scale are ordered by kind, h, x, b, then by gate."""
 
+    ih: Tensor
     hh: Tensor
     hyper_hh: Tensor  # (4E, E)
+    hyper_bias: Tensor  # (4E,)
     z: Tensor  # (12 n_z, E)
     z_bias: Tensor  # (12 n_z,)
     d: Tensor  # (12, H, n_z)
@@ -36,12 +39,12 @@ class Weights(NamedTuple):
     hyper_norm: Norm | None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return *self[:6], *(self.norm or ()), *(self.hyper_norm or ())
+        return *self[:8], *(self.norm or ()), *(self.hyper_norm or ())
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Weights:
         """The inverse of :meth:`tensors`."""
-        first, norms = tensors[:6], tensors[6:]
+        first, norms = tensors[:8], tensors[8:]
         return Weights(*first, *((Norm(*norms[:4]), Norm(*norms[4:])) if norms else (None, None)))
 
 
@@ -80,18 +83,19 @@ class Step(NamedTuple):
 
     p: Tensor  # (b, 4H), h times its weights, not yet scaled
     z: Tensor  # (12, b, n_z)
+    hyper_h: Tensor
     main: Cell
     hyper: Cell
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return *self[:2], *self.main, *self.hyper
+        return *self[:3], *self.main, *self.hyper
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Step:
         """The inverse of :meth:`tensors`."""
         n = len(Cell._fields)
-        p, z, *cells = tensors
-        return Step(p, z, Cell(*cells[:n]), Cell(*cells[n:]))
+        p, z, hyper_h, *cells = tensors
+        return Step(p, z, hyper_h, Cell(*cells[:n]), Cell(*cells[n:]))
 
 
 def by_gate(t: Tensor) -> Tensor:
@@ -123,11 +127,17 @@ def update(
     return o * shown, new, Cell(i_f, g, o, c, new, shown, *of_gates, *of_c)
 
 
+def of_input(x: Tensor, w: Weights) -> Tensor:
+    """``x (R, I)`` of all steps, times its weights, and in the last 4E plus the hyper LSTM's
+    bias."""
+    return F.linear(x, w.ih, F.pad(w.hyper_bias, (w.bias.numel(), 0)))
+
+
 def step(x: Tensor, keep: Tensor | None, state: State, w: Weights) -> tuple[State, Step]:
     """One step of ``b`` sequences.
 
     Args:
-        x: ``(b, 4H + 4E)``, the input times its weights; in the last 4E plus the hyper LSTM's bias.
+        x: ``(b, 4H + 4E)``, as :func:`of_input` makes it.
         keep: ``(b, H)``, of recurrent dropout.
     """
     sizes = [4 * state.h.shape[1], 4 * state.hyper_h.shape[1]]
@@ -140,4 +150,4 @@ def step(x: Tensor, keep: Tensor | None, state: State, w: Weights) -> tuple[Stat
     y = torch.addcmul(w.bias, d_h, by_gate(p))
     y = torch.addcmul(y, d_x, by_gate(x_main)).add_(d_b)
     h, c, main = update(y, state.c, w.norm, keep)
-    return State(h, c, hyper_h, hyper_c), Step(p, z, main, hyper)
+    return State(h, c, hyper_h, hyper_c), Step(p, z, hyper_h, main, hyper)

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperfast import checks
+from hyperfast.nets import hyper_lstm_cpu
 from hyperfast.nets.hyper_lstm_backward import backward
-from hyperfast.nets.hyper_lstm_steps import State, Step, Weights, step
+from hyperfast.nets.hyper_lstm_steps import State, Weights, of_input, step
 
 
-def unroll(x: Tensor, keep: Tensor | None, start: State, sizes: Sequence[int], w: Weights) -> State:
-    """The states of all steps, ``(R, .)``, one step's after another's, as in a PackedSequence.
+def unroll(
+    x: Tensor, keep: Tensor | None, start: State, sizes: Sequence[int], w: Weights
+) -> tuple[Tensor, State]:
+    """``h (R, H)`` of all steps, one step's after another's, as in a PackedSequence, and the state
+    of every sequence after its last step, ``(sizes[0], .)``.
 
     Args:
-        x, keep: ``(R, .)``, what :func:`step` takes.
+        x: ``(R, I)``.
+        keep: ``(R, H)``, what :func:`step` takes.
         start: of ``sizes[0]`` sequences.
         sizes: how many sequences have every step, never more than had the step before.
     """
     given = x, keep, *start, *w.tensors()
     with _no_autocast(x):
-        if (
-            torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in given)
-            and not torch.compiler.is_compiling()
-            and not checks.is_transformed()
-        ):
-            return State(*Unrolled.apply(sizes, *given))
+        if torch.compiler.is_compiling() or checks.is_transformed():
+            return run(x, keep, start, sizes, w)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+            h, *ends = Unrolled.apply(sizes, *given)
+            return h, State(*ends)
+        if hyper_lstm_cpu.takes(given):
+            h, ends, _ = hyper_lstm_cpu.run(x, keep, start, sizes, w, keep_all=False)
+            return h, ends
         return run(x, keep, start, sizes, w)
 
 
@@ -41,60 +46,62 @@ def _no_autocast(x: Tensor) -> Any:
     return torch.autocast(kind, enabled=False) if checks.autocast_dtype(kind) else nullcontext()
 
 
-def last(states: State, sizes: Sequence[int]) -> State:
-    """Of every sequence, the state of its last step: ``(sizes[0], .)``."""
-    steps = zip(accumulate(sizes), sizes, [*sizes[1:], 0], strict=True)
-    # Rows of a step that the next one has not. The first sequences are the longest.
-    ends = [slice(end - b + later, end) for end, b, later in steps][::-1]
-    return State(*(torch.cat([t[rows] for rows in ends]) for t in states))
-
-
 def run(
     x: Tensor,
     keep: Tensor | None,
     state: State,
     sizes: Sequence[int],
     w: Weights,
-    steps: list[Step] | None = None,
-) -> State:
-    """:func:`unroll` in plain PyTorch; what is made on the way goes into ``steps``."""
-    states = []
+    kept: list[Tensor | None] | None = None,
+) -> tuple[Tensor, State]:
+    """:func:`unroll` in plain PyTorch; what :func:`backward` needs goes into ``kept``."""
+    outputs, ends = [], []
+    of_x = of_input(x, w)
+    if kept is not None:
+        kept.append(of_x)
     masks = [None] * len(sizes) if keep is None else keep.split(sizes)
-    for b, rows, mask in zip(sizes, x.split(sizes), masks, strict=True):
+    laters = [*sizes[1:], None]
+    for b, rows, mask, later in zip(sizes, of_x.split(sizes), masks, laters, strict=True):
         state, made = step(rows, mask, state.first(b), w)
-        states.append(state)
-        if steps is not None:
-            steps.append(made)
-    return State(*map(torch.cat, zip(*states, strict=True)))
+        outputs.append(state.h)
+        if kept is not None:
+            kept += made.tensors()
+        if later != b:  # the first sequences are the longest
+            ends.append([t[later:] for t in state])
+    return torch.cat(outputs), State(*map(torch.cat, zip(*ends[::-1], strict=True)))
 
 
 class Unrolled(torch.autograd.Function):
-    """:func:`run`, with :func:`backward`, whose own derivative is autograd's of :func:`run`."""
+    """The C++ kernels or :func:`run`, with a derivative by hand, whose own derivative is autograd's
+    of :func:`run`."""
 
     @staticmethod
-    def forward(ctx: Any, sizes: Sequence[int], *given: Any) -> State:
-        steps: list[Step] = []
+    def forward(ctx: Any, sizes: Sequence[int], *given: Any) -> tuple[Tensor, ...]:
         x, keep, *rest = given
-        states = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]), steps)
+        unrolled = x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:])
+        ctx.kernels = hyper_lstm_cpu.takes(given)
+        kept: list[Any] = []
+        if ctx.kernels:
+            h, ends, kept = hyper_lstm_cpu.run(*unrolled, keep_all=True)
+        else:
+            h, ends = run(*unrolled, kept)
         ctx.sizes, ctx.given = sizes, len(given)
-        made = (t for each in steps for t in each.tensors())
-        ctx.save_for_backward(*given, states.h, states.hyper_h, *made)
+        ctx.save_for_backward(*given, h, *kept)
         ctx.set_materialize_grads(False)
-        return states
+        return h, *ends
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        given, (h, hyper_h, *made) = saved[: ctx.given], saved[ctx.given :]
+        given, (h, *kept) = saved[: ctx.given], saved[ctx.given :]
         with _no_autocast(h):
             batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in _some(grads))
             if torch.is_grad_enabled() or checks.is_transformed() or batched:
                 return None, *_differentiable(ctx.sizes, given, grads)
             x, keep, *rest = given
-            each = len(made) // len(ctx.sizes)
-            steps = [Step.of(made[at : at + each]) for at in range(0, len(made), each)]
-            start, w = State(*rest[:4]), Weights.of(rest[4:])
-            return None, *backward(x, keep, start, ctx.sizes, w, h, hyper_h, steps, grads)
+            unrolled = x, keep, State(*rest[:4]), ctx.sizes, Weights.of(rest[4:])
+            by = hyper_lstm_cpu.backward if ctx.kernels else backward
+            return None, *by(*unrolled, h, kept, grads, ctx.needs_input_grad[1:])
 
 
 def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -113,8 +120,8 @@ def _differentiable(
     with torch.enable_grad():
         own = [None if t is None else t.view_as(t) for t in given]
         x, keep, *rest = own
-        states = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]))  # type: ignore[arg-type]
-    pairs = [(s, g) for s, g in zip(states, grads, strict=True) if g is not None]
+        h, ends = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]))  # type: ignore[arg-type]
+    pairs = [(s, g) for s, g in zip((h, *ends), grads, strict=True) if g is not None]
     wanted = [t for t in own if t is not None and t.requires_grad]
     outputs, weights = zip(*pairs, strict=True)
     found = iter(

@@ -1,6 +1,7 @@
 """The registered ops. To import this package is to register them, as who loads an exported program
 must."""
 
+from hyperfast.ops.hyper_lstm import hyper_lstm, hyper_lstm_backward
 from hyperfast.ops.layer import (
     hyper_linear,
     hyper_linear_backward,
@@ -16,6 +17,8 @@ __all__ = [
     "hyper_linear_backward",
     "hyper_linear_grad_h",
     "hyper_linear_grad_weight",
+    "hyper_lstm",
+    "hyper_lstm_backward",
     "hyper_mlp",
     "hyper_mlp_backward",
     "task_linear",

@@ -33,8 +33,9 @@ class Roles(NamedTuple):
     counts_tasks: bool
 
 
-# All ops, in the order of their definition.
+# All ops, in the order of their definition; and those that C++ kernels alone have.
 OPS: dict[str, Roles] = {}
+CPU_OPS: list[str] = []
 
 
 def define(
@@ -58,6 +59,15 @@ def define(
         torch.library.impl(qualified, "CUDA", _triton(name))
     torch.library.register_fake(qualified, fake)
     OPS[name] = Roles(*roles, "SymInt tasks" in schema)
+    return getattr(torch.ops.hyperfast, name).default
+
+
+def define_for_cpu(name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """Registers an op of C++ kernels alone: whoever calls it has another way where they are not."""
+    qualified = f"hyperfast::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(qualified, fake)
+    CPU_OPS.append(name)
     return getattr(torch.ops.hyperfast, name).default
 
 

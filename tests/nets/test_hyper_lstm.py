@@ -1,6 +1,7 @@
 """The HyperLSTM against the equations of its paper, gate by gate, and the ways of nn.LSTM."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -9,10 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
-from hyperfast.nets import HyperLSTM, HyperLSTMCell
+from hyperfast import use_backend
+from hyperfast.nets import HyperLSTM, HyperLSTMCell, hyper_lstm_cpu
 from hyperfast.nets import hyper_lstm_unroll as unroll_file
 from hyperfast.nets.hyper_lstm_unroll import Unrolled
+from hyperfast.plans.cpu import EXTENSION
 from tests.support.draw import draw
 
 # PyTorch's compiler and forward derivatives still use torch.jit.
@@ -23,6 +27,16 @@ GATES = "ifgo"
 STEPS, BATCH = 4, 3
 equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 norm_or_not = pytest.mark.parametrize("layer_norm", [True, False], ids=["norm", "plain"])
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def way(request):
+    """The C++ kernels, where they are built, and the steps in plain PyTorch."""
+    with use_backend("reference") if request.param == "plain" else nullcontext():
+        yield request.param
+
+
+both_ways = pytest.mark.usefixtures("way")
 
 
 def perturbed(module):
@@ -105,6 +119,7 @@ def assert_same(ours, theirs, leaves):
         equal(a, b)
 
 
+@both_ways
 @norm_or_not
 @pytest.mark.parametrize("layers", [1, 2])
 def test_it_is_the_papers(layers, layer_norm):
@@ -115,6 +130,7 @@ def test_it_is_the_papers(layers, layer_norm):
     assert_same([y, *state], [expected, *ends], [x, *hx, *lstm.parameters()])
 
 
+@both_ways
 def test_a_cell_is_a_step():
     cell = make().layers[0]
     x, hx = draw(BATCH, INS, grad=True), start(BATCH, grad=True)
@@ -126,6 +142,7 @@ def test_a_cell_is_a_step():
         equal(ours, zeros)
 
 
+@both_ways
 @pytest.mark.parametrize("used", ["output", "h", "c", "hyper_h", "hyper_c"])
 def test_each_result_has_its_own_gradient(used):
     """The derivative by hand is given none for what the loss does not use."""
@@ -142,6 +159,7 @@ def test_each_result_has_its_own_gradient(used):
         equal(a, b)
 
 
+@both_ways
 @norm_or_not
 def test_gradcheck(layer_norm):
     lstm = perturbed(HyperLSTM(2, 3, hyper_size=2, n_z=2, layer_norm=layer_norm))
@@ -157,6 +175,7 @@ def test_gradcheck(layer_norm):
     assert torch.autograd.gradgradcheck(function, (*given, *parameters), fast_mode=True)
 
 
+@both_ways
 def test_func_transforms_and_forward_derivatives():
     lstm, hx = make(), start(1, BATCH)
     x, tangent = draw(STEPS, BATCH, INS), draw(STEPS, BATCH, INS)
@@ -178,6 +197,7 @@ def ragged(grad=False):
     return [draw(n, INS, grad=grad) for n in LENGTHS]
 
 
+@both_ways
 @pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
 def test_packed_sequences_are_single_ones_in_a_loop(given):
     lstm, sequences = make(2), ragged(grad=True)
@@ -194,6 +214,7 @@ def test_packed_sequences_are_single_ones_in_a_loop(given):
     assert_same(ours, theirs, [*sequences, *(hx or ()), *lstm.parameters()])
 
 
+@both_ways
 def test_packed_in_order():
     lstm, sequences = make(), sorted(ragged(), key=len, reverse=True)
     packed = pack_sequence(sequences)
@@ -202,6 +223,7 @@ def test_packed_in_order():
     equal(state[0][0], torch.stack([lstm(x)[0][-1] for x in sequences]))
 
 
+@both_ways
 def test_layouts():
     lstm, x, hx = make(), draw(STEPS, BATCH, INS), start(1, BATCH)
     y, state = lstm(x, hx)
@@ -225,6 +247,7 @@ def test_shapes_are_those_of_nn_lstm():
         assert (a.shape, h.shape, c.shape) == (b.shape, *(t.shape for t in state[:2]))
 
 
+@both_ways
 def test_recurrent_dropout_drops_candidates(monkeypatch):
     lstm = make(recurrent_dropout=0.4)
     x, hx = draw(STEPS, BATCH, INS, grad=True), start(1, BATCH, grad=True)
@@ -280,6 +303,7 @@ def test_state_dict_and_copies():
     assert "4, n_z=3, layer_norm=True" in repr(lstm)
 
 
+@both_ways
 def test_backward_twice_and_freed():
     """What is kept for the derivative is freed by it, unless asked for again."""
     lstm, x = make(), draw(STEPS, BATCH, INS)
@@ -384,6 +408,7 @@ def test_dtype_and_device(dtype):
     assert (net.input_size, net.hidden_size, net.hyper_size, net.n_z) == (3, 8, 2, 16)
 
 
+@both_ways
 def test_a_cell_that_is_called_twice():
     """Its weights enter twice, and each call has its own share of the second derivative."""
     cell = HyperLSTMCell(2, 2, hyper_size=1, n_z=1).double()
@@ -397,6 +422,7 @@ def test_a_cell_that_is_called_twice():
     assert torch.autograd.gradgradcheck(twice, (draw(1, 2, grad=True), *values))
 
 
+@both_ways
 def test_gradients_of_many_at_once():
     net = HyperLSTM(3, 4, hyper_size=2, n_z=2).double()
     x = draw(3, 2, 3, grad=True)
@@ -414,6 +440,73 @@ def test_no_step_is_kept_without_gradients(monkeypatch):
     monkeypatch.setattr(Unrolled, "apply", None)
     with torch.no_grad():
         HyperLSTM(3, 4)(torch.randn(2, 1, 3))
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+PRODUCTS = "weight_ih", "weight_hh", "hyper_weight_hh", "weight_z"
+
+
+@pytest.mark.parametrize("frozen", [*PRODUCTS, "weight_d", "bias", "norm_weight", "hyper_bias"])
+def test_frozen_weights(frozen, way):
+    """Their gradients are not made, and the others are as they were."""
+    lstm, x = make(), draw(STEPS, BATCH, INS, grad=True)
+
+    def train():
+        names, parameters = zip(*lstm.named_parameters(), strict=True)
+        wanted = {n: p for n, p in zip(names, parameters, strict=True) if p.requires_grad}
+        loss = lstm(x)[0].square().sum()
+        return dict(zip(wanted, torch.autograd.grad(loss, [*wanted.values()]), strict=True))
+
+    whole, work = train(), flops(train)
+    weight = lstm.layers[0].get_parameter(frozen).requires_grad_(False)
+    rest, less = train(), flops(train)
+    assert rest.keys() == whole.keys() - {f"layers.0.{frozen}"}
+    assert all(torch.equal(g, whole[name]) for name, g in rest.items())
+    skipped = frozen in PRODUCTS or (frozen == "weight_d" and way == "kernels" and EXTENSION)
+    assert work - less == (2 * STEPS * BATCH * weight.numel() if skipped else 0)
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="compares the kernels with what runs without them")
+def test_both_ways_count_the_same_products():
+    lstm, x = make(2), draw(STEPS, BATCH, INS)
+    with torch.no_grad():
+        ours = flops(lambda: lstm(x))
+        with use_backend("reference"):
+            assert flops(lambda: lstm(x)) == ours > 0
+
+
+class Other(torch.Tensor):
+    """A subclass, whose own rules the kernels would not see."""
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="the kernels are not built")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_where_the_kernels_run(monkeypatch, training):
+    calls = []
+    run = hyper_lstm_cpu.run
+    monkeypatch.setattr(hyper_lstm_cpu, "run", lambda *a, **k: calls.append(1) or run(*a, **k))
+
+    def ran(x, context=nullcontext, call=lambda net, x: net(x)):
+        calls.clear()
+        net = HyperLSTM(3, 4, dtype=x.dtype).requires_grad_(training)
+        with context():
+            call(net, x)
+        return bool(calls)
+
+    x = torch.randn(2, 5, 3)
+    assert ran(x)
+    assert ran(x.double())
+    assert ran(x, partial(use_backend, "cpp"))
+    assert not ran(x.bfloat16())
+    assert not ran(x, partial(use_backend, "reference"))
+    assert not ran(x.as_subclass(Other))
+    assert not ran(x, call=lambda net, x: torch.vmap(net, in_dims=1, out_dims=1)(x))
+    assert not ran(x, partial(torch.autocast, "cpu", torch.bfloat16))
 
 
 def test_autocast_is_off_inside(monkeypatch):

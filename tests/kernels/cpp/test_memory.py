@@ -45,6 +45,10 @@ NETWORK = "5 > 3 b elu, 2 b"
 OF_H = MADE.matrix, MADE.vector
 MLP = (X, H, torch.randn(P, 6), torch.randn(P), None, NETWORK)
 Y, Z, FLAT = torch.randn(4, 3, 2), torch.randn(4 * 3 * 3), torch.randn(4, P)
+STATE = [torch.zeros(3, n) for n in (2, 2, 1, 1)]
+SHAPES = (12, 5), (12, 2), (4, 1), (4,), (12, 1), (12,), (12, 2, 1), (4, 1, 2)
+LSTM = X[0], None, STATE, [torch.zeros(s) for s in SHAPES], [3]
+KEPT = [*STATE, torch.zeros(3, 20)]
 CALLS = {
     "task_linear": lambda: op.task_linear(X, W, W[:, :, 0], None),
     "task_linear_grad_weight": lambda: op.task_linear_grad_weight(G, X, None, 4),
@@ -58,6 +62,8 @@ CALLS = {
     "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, NETWORK),
     "task_mlp_backward": lambda: op.task_mlp_backward(Y, X, FLAT, None, NETWORK, [True] * 2),
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
+    "hyper_lstm": lambda: op.hyper_lstm(*LSTM, True),
+    "hyper_lstm_backward": lambda: op.hyper_lstm_backward(None, STATE, *LSTM, KEPT, [True] * 9),
 }
 
 

@@ -1,0 +1,63 @@
+"""All steps of a HyperLSTM by the C++ kernels, which take a share of the sequences through all of
+them on a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hyperfast import checks
+from hyperfast.nets.hyper_lstm_steps import State, Weights
+from hyperfast.ops import backends, hyper_lstm, hyper_lstm_backward
+
+
+def takes(given: Sequence[Tensor | None]) -> bool:
+    """Whether the kernels take such tensors, and are there and allowed."""
+    first = given[0]
+    return (
+        first is not None
+        and first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.float64)
+        and all(t is None or type(t) in (Tensor, Parameter) for t in given)
+        and checks.is_plain(first, *given)
+        and backends.forced in (None, "cpp")
+        and backends.has_kernel("cpp", "hyper_lstm")
+    )
+
+
+def run(
+    x: Tensor,
+    keep: Tensor | None,
+    start: State,
+    sizes: Sequence[int],
+    w: Weights,
+    *,
+    keep_all: bool,
+) -> tuple[Tensor, State, list[Tensor]]:
+    """What :func:`unroll` returns, and what :func:`backward` needs beside it."""
+    h, *made = hyper_lstm(x, keep, list(start), list(w.tensors()), sizes, keep_all)
+    return h, State(*made[:4]), made[4:]
+
+
+def backward(
+    x: Tensor,
+    keep: Tensor | None,
+    start: State,
+    sizes: Sequence[int],
+    w: Weights,
+    h: Tensor,
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """As :func:`hyper_lstm_backward.backward`."""
+    grad_h, *of_ends = grads
+    ends = [torch.zeros_like(t) if g is None else g for t, g in zip(start, of_ends, strict=True)]
+    given = x, keep, list(start), list(w.tensors()), sizes
+    which = [wanted[0], *wanted[6:]]
+    found = hyper_lstm_backward(grad_h, ends, *given, [h, *kept], which)
+    dx, *of_w = (t if want else None for t, want in zip((found[0], *found[5:]), which, strict=True))
+    return dx, None, *found[1:5], *of_w
