@@ -101,8 +101,8 @@ template <>
 struct Formula<Act::sin> {
   static Floats of(VecF x, float frequency) {
     const VecF w = x * frequency;
-    const VecI near = magnitude(w) <= SineCosine::most;
-    if (any(~near))
+    const VecI far = bit_cast<VecI>(magnitude(w)) > bit_cast<std::int32_t>(SineCosine::most);
+    if (any(far))  // or not a number
       return {each(w, [](float v) { return float(::sin(double(v))); }),
               each(w, [](float v) { return float(::cos(double(v))); }) * frequency};
     const SineCosine both(w);
