@@ -48,7 +48,10 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   const Index block = networks_together<C>(params, pieces);
   const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
   C* g = scratch<C>(Slot::gradients, block * params);
-  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
+  // Those of a task's pieces are added up, unless it has one.
+  const bool direct = std::is_same_v<C, T> && !p.groups.ragged && p.groups.per_task == 1;
+  C* grad_h =
+      b.grad_h && !direct ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
   C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
   Index task = -1;
   // Sums over the blocks, in the accumulation type.
@@ -71,7 +74,7 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
       Slot::networks,
       used + block * made);  // from w + used on: w is where the first network would start
   T* to_h = static_cast<T*>(b.grad_h);
-  if (to_h)
+  if (to_h && !direct)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
 
   const GradientsOfRows rows{p.net, p.groups, p.x, p.preactivations, b.grad, b.grad_x};
@@ -85,8 +88,9 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
           for (Index u = first; u < last; ++u)
             differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made, g + u * params);
         });
+    if (to_h && direct) grad_h = reinterpret_cast<C*>(to_h) + u0 * features;
     differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
-    for (Index u = 0; to_h && u < n; ++u) {  // pieces of a task are next to each other
+    for (Index u = 0; to_h && !direct && u < n; ++u) {  // pieces of a task are next to each other
       const bool first = piece(p.groups, u0 + u).task != task;
       task = piece(p.groups, u0 + u).task;
       for (Index k = 0; k < features; ++k) {

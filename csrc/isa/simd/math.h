@@ -84,7 +84,6 @@ struct Exponential {
 // operations as between multiples of pi / 2, where each lane takes one of both. A cosine next to its
 // zeros has as many places as 1 has.
 struct SineCosine {
-  static constexpr float most = 8192;
   VecF sine, cosine;
 
   explicit SineCosine(VecF x) {
