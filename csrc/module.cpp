@@ -110,8 +110,9 @@ PyObject* kept(PyObject*, PyObject* args, PyObject* keywords) {
   Question q;
   if (!q.parse(args, keywords)) return nullptr;
   return guarded([&] {
-    return PyBool_FromLong(
-        keeps(dtype_of(q.dtype), q.tasks, q.rows, Network(q.network).params(), q.features));
+    const Network network(q.network);
+    return PyBool_FromLong(keeps(dtype_of(q.dtype), network.params(), network.kept(),
+                                 q.tasks, q.rows, q.features));
   });
 }
 

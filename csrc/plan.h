@@ -39,6 +39,6 @@ bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index par
 bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params);
 
 // Whether a forward pass in training should keep its pre-activations.
-bool keeps(Dtype dtype, Index tasks, Index rows, Index params, Index features);
+bool keeps(Dtype dtype, Index params, Index kept, Index tasks, Index rows, Index features);
 
 }  // namespace hyperfast

@@ -32,8 +32,8 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
   for (Index u0 = 0; u0 < pieces; u0 += block) {
     const Index n = min(block, pieces - u0);
-    generate_networks<T>(network_block<T>(p, u0, n, params), 0, w);
-    parallel(n, max(parallel_work / max(rows_each * params, 1), 1), [&](Index first, Index last) {
+    const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
+    each_network<T>(networks, 0, w, rows_each, [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
         run_piece<T, C>(rows, piece(p.groups, u0 + u), {w + u * params, nullptr}, 0);
     });
@@ -82,14 +82,16 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   do {  // once even without pieces: the gradients are then zero
     Index n = min(block, pieces - u0);
     const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
-    generate_networks<T>(networks, used, w + used);
-    parallel(
-        n, max(parallel_work / max(2 * rows_each * params, 1), 1), [&](Index first, Index last) {
-          for (Index u = first; u < last; ++u)
-            differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made, g + u * params);
-        });
     if (to_h && direct) grad_h = reinterpret_cast<C*>(to_h) + u0 * features;
-    differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
+    const bool small = small_networks(networks);
+    each_network<T>(networks, used, w + used, 2 * rows_each, [&](Index first, Index last) {
+      for (Index u = first; u < last; ++u)
+        differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made, g + u * params);
+      if (grad_h && small)
+        differentiate_features<T>(networks.part(first, last), g + first * params,
+                                  grad_h + first * features);
+    });
+    differentiate_head<T>(networks, g, small ? nullptr : grad_h, sum_weight, sum_bias, u0 > 0);
     for (Index u = 0; to_h && !direct && u < n; ++u) {  // pieces of a task are next to each other
       const bool first = piece(p.groups, u0 + u).task != task;
       task = piece(p.groups, u0 + u).task;

@@ -26,7 +26,10 @@ struct Many {
     pack<C, C>(columns, m, rows.transposed(), to, row, padded());
   }
   void give(const C* from, Index columns, C* rows) const {
-    pack<C, C>(m, columns, {from, 1, row}, rows, columns, columns);
+    if (columns == 1)
+      pack<C, C>(1, m, {from, row, 1}, rows, m, m);
+    else
+      pack<C, C>(m, columns, {from, 1, row}, rows, columns, columns);
   }
 
   // y = W x + c.

@@ -87,13 +87,14 @@ static void row_sums(Index n, Index depth, View<const C> a, bool add, C* y) {
   constexpr int w = width<C>;
   for (Index i = 0; i < n; i += w) {
     const int count = int(min(w, n - i));
+    const C* rows[w];
+    for (int r = 0; r < w; ++r) rows[r] = a.at(min(i + r, n - 1), 0).data;
     Vec<C> acc[w] = {};
-    for (int r = 0; r < count; ++r) {
-      const C* const row = a.at(i + r, 0).data;
-      Index k = 0;
-      for (; k + w <= depth; k += w) acc[r] += load(row + k);
-      if (k < depth) acc[r] += load_part(row + k, int(depth - k));
-    }
+    Index k = 0;
+    for (; k + w <= depth; k += w)
+#pragma GCC unroll 16
+      for (int r = 0; r < w; ++r) acc[r] += load(rows[r] + k);
+    for (int r = 0; k < depth && r < w; ++r) acc[r] += load_part(rows[r] + k, int(depth - k));
     Vec<C> s = sums<C>(acc);
     if (add) s += load_part(y + i, count);
     store_part(y + i, s, count);
