@@ -50,8 +50,7 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   C* g = scratch<C>(Slot::gradients, block * params);
   // Those of a task's pieces are added up, unless it has one.
   const bool direct = std::is_same_v<C, T> && !p.groups.ragged && p.groups.per_task == 1;
-  C* grad_h =
-      b.grad_h && !direct ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
+  C* grad_h = b.grad_h && !direct ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
   C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
   Index task = -1;
   // Sums over the blocks, in the accumulation type.

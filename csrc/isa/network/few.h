@@ -54,8 +54,8 @@ struct Few {
     activate(l, y, slopes);
   }
 
-  // From grad (m, out), the gradients: next (m, in) of x, times slopes where they are not null, and g
-  // of the layer's parameters. Those that are null are not wanted. Few rows are all there are:
+  // From grad (m, out), the gradients: next (m, in) of x, times slopes where they are not null, and
+  // g of the layer's parameters. Those that are null are not wanted. Few rows are all there are:
   // nothing is added to g.
   void differentiate(const Layer& l, const W* w, const C* grad, const C* x, C* g, C* next,
                      const C* slopes, bool) const {

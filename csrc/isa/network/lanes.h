@@ -1,5 +1,5 @@
-// A layer with lanes along rows: y (n, m) = init + w (n, depth) x (depth, m), each weight read for a
-// vector of rows. A sum is finished (activated, say) before it leaves its register.
+// A layer with lanes along rows: y (n, m) = init + w (n, depth) x (depth, m), each weight read for
+// a vector of rows. A sum is finished (activated, say) before it leaves its register.
 #pragma once
 
 #include "isa/network/activate.h"
@@ -48,7 +48,8 @@ struct TimesSlopes {
 
   template <int M, int V>
   inline void operator()(Sums<C, M, V>& sums, Index at) const {
-    each_sum<C, M, V>(sums, [&](Vec<C>& s, int m, int j) { s *= load(slopes + at + m * to.row + j); });
+    each_sum<C, M, V>(sums,
+                      [&](Vec<C>& s, int m, int j) { s *= load(slopes + at + m * to.row + j); });
     to(sums, at);
   }
 };
@@ -115,7 +116,8 @@ static void lane_tile(const LaneProduct<C>& p, Index o, Index j, Index k, Index 
     Vec<C> xv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xv[v] = load(x + v * width<C>);
-    each_sum<C, M, V>(sums, [&](Vec<C>& s, int m, int v) { s += w[m][i * p.w.col] * xv[v / width<C>]; });
+    each_sum<C, M, V>(sums,
+                      [&](Vec<C>& s, int m, int v) { s += w[m][i * p.w.col] * xv[v / width<C>]; });
   }
   finish.template operator()<M, V>(sums, o * p.row + j);
 }

@@ -1,6 +1,6 @@
 // Sums over the lanes: products of the rows of two matrices that are as long as there are rows of a
-// task, while their number may be any, and sums of such rows. As many sums as a vector has lanes are
-// formed at once, so that one pass over the lanes ends them all.
+// task, while their number may be any, and sums of such rows. As many sums as a vector has lanes
+// are formed at once, so that one pass over the lanes ends them all.
 #pragma once
 
 #include "isa/product/pack.h"

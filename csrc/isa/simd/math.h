@@ -79,10 +79,10 @@ struct Exponential {
   VecF minus_one() const { return select(n == 0, tail, value() - 1.f); }
 };
 
-// Sine and cosine, |x| <= 8192: pi in parts whose products with the steps are exact, and polynomials
-// up to pi / 2, fitted to a relative error of 6e-9 and an absolute one of 4e-10. Half as many
-// operations as between multiples of pi / 2, where each lane takes one of both. A cosine next to its
-// zeros has as many places as 1 has.
+// Sine and cosine, |x| <= 8192: pi in parts whose products with the steps are exact, and
+// polynomials up to pi / 2, fitted to a relative error of 6e-9 and an absolute one of 4e-10. Half
+// as many operations as between multiples of pi / 2, where each lane takes one of both. A cosine
+// next to its zeros has as many places as 1 has.
 struct SineCosine {
   VecF sine, cosine;
 

@@ -117,8 +117,8 @@ static inline void transpose(Vec<T> (&rows)[width<T>]) {
   }
 }
 
-// The sums of the lanes of each of `width` vectors, side by side: by halves, all at once, which takes
-// less than a third of one after another.
+// The sums of the lanes of each of `width` vectors, side by side: by halves, all at once, which
+// takes less than a third of one after another.
 template <class T, int Half = width<T> / 2>
 static inline Vec<T> sums(Vec<T> (&rows)[width<T>]) {
   if constexpr (Half == 0) {
