@@ -74,8 +74,8 @@ template <class T, class F>
 static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index rows,
                          const F& body) {
   const Index work = max(rows * b.params, 1);
-  // A thread makes small ones itself, of so many that to pack the head for them takes little (12 of
-  // 66 us on each of two threads for 256 networks 2-32-1 of 128 features was waiting).
+  // A thread makes small ones itself, of so many that to pack the head for them takes little: the
+  // head of a network may have no more panels than there are threads, or 3 for two of them.
   const Index share = ceil_div(b.n, thread_count());
   if (!small_networks(b) || share < 4 * tile_rows) {
     generate_networks<T>(b, from, w);

@@ -64,13 +64,9 @@ struct Many {
     if (next && slopes) multiply_lanes<C>(back, TimesSlopes<C>{{next, row}, slopes});
     if (next && !slopes) multiply_lanes<C>(back, Stored<C>{next, row});
     if (!g) return;
-    // A sum over the lanes costs 2 or 3 multiply-adds of vectors; lanes along the inputs, some of
-    // which may be empty, cost turning a vector of them around, 6.
-    constexpr Index w_ = width<C>;
     const View<C> to{g, l.in, 1};
     const DotShape shape = DotShape::of<C>(l.out, l.in);
-    const Index vecs = ceil_div(m, w_);
-    if (shape.tiles * (vecs + 3) * w_ < l.in * vecs * 6 + l.out * ceil_div(l.in, w_) * m)
+    if (shape.pays<C>(l.out, l.in, m))
       dot_tiles<C>(shape, l.out, l.in, m, {grad, row, 1}, {x, row, 1}, add, to);
     else
       multiply<C, C>(l.out, l.in, m, {grad, row, 1}, View<const C>{x, 1, row},

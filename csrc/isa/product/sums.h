@@ -63,6 +63,16 @@ struct DotShape {
     }
     return best;
   }
+
+  // Whether m x n sums of so many products are sooner formed over the lanes, at a cost of 3
+  // multiply-adds of vectors each, than with lanes along the n, some of which may be empty, for
+  // which b is turned around, a vector at a cost of 6.
+  template <class C>
+  bool pays(Index m, Index n, Index depth) const {
+    constexpr Index w = width<C>;
+    const Index vecs = ceil_div(depth, w);
+    return tiles * w * (vecs + 3) < n * vecs * 6 + m * ceil_div(n, w) * depth;
+  }
 };
 
 template <class C>
