@@ -249,6 +249,22 @@ def test_sines_of_many_turns_beside_others(rows):
     )
 
 
+@pytest.mark.parametrize("rows", [9, 40, 65])
+def test_what_overflows_behind_the_rows_is_not_theirs(rows):
+    """Lanes without a row hold what a row of zeros would give: 4e38 in the second layer."""
+    x = torch.full((1, rows, 1), 1.99e38)
+    weight = torch.tensor([[-1.0, 2e38, *[2.0] * 32, *[1e-36] * 32]])
+    net = "1 > 1 b relu, 32 relu, 1"
+    y = op.task_mlp(x, weight, None, None, net)
+    exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    truth = expected_stored(*exact, None, net)
+    torch.testing.assert_close(y.double(), truth.detach(), rtol=1e-4, atol=0)
+    unit = torch.full_like(y, 1e-3)
+    found = op.task_mlp_backward(unit, x, weight, None, net, [True, True])
+    for got, want in zip(found, torch.autograd.grad(truth, exact, unit.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-30)
+
+
 @pytest.mark.parametrize(
     ("net", "rows", "features", "kept"),
     [
