@@ -100,7 +100,7 @@ PyObject* whole(PyObject*, PyObject* args, PyObject* keywords) {
   if (!q.parse(args, keywords)) return nullptr;
   return guarded([&] {
     const Network network(q.network);
-    const Groups groups = Grouping::assumed(q.ragged, q.tasks, q.rows, generated_piece);
+    const Groups groups = Grouping::assumed(q.ragged, q.tasks, q.rows, network_piece(q.features));
     return PyBool_FromLong(network.refusal().empty() &&
                            runs_whole(Makes::weights, dtype_of(q.dtype), groups, network.params()));
   });
@@ -110,8 +110,9 @@ PyObject* kept(PyObject*, PyObject* args, PyObject* keywords) {
   Question q;
   if (!q.parse(args, keywords)) return nullptr;
   return guarded([&] {
+    const Network network(q.network);
     return PyBool_FromLong(
-        keeps(dtype_of(q.dtype), q.tasks, q.rows, Network(q.network).params(), q.features));
+        keeps(dtype_of(q.dtype), network.params(), network.kept(), q.tasks, q.rows, q.features));
   });
 }
 

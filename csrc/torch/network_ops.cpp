@@ -30,7 +30,8 @@ struct Generated {
         weight("weight", weight_),
         network(text.value),
         net(network.view()),
-        groups((h.rank(2, "(B, features)"), group_rows(x, task_ids, h.size(0), generated_piece))) {
+        groups((h.rank(2, "(B, features)"),
+                group_rows(x, task_ids, h.size(0), network_piece(h.size(1))))) {
     x.dtype();
     h.same_dtype(x);
     weight.rank(2, "(P, features)");

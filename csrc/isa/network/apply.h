@@ -53,12 +53,15 @@ static void run_part(const Mode& mode, const RowsOfNetworks& p, const Piece& q, 
   for (Index n = 0; n < p.net.count; ++n) {
     const Layer& l = p.net.layers[n];
     C* const y = spare + n % 2 * most;
-    mode.apply(l, weights.template take<C>(l), ahead, x, y);
+    const auto own = weights.template take<C>(l);
     if (kept && l.kept) {
+      mode.apply(l, own, ahead, x, y);
       give_rows<T>(mode, dense_rows(kept, p.groups, l.out), p.groups, q, l.out, y);
       kept += rows * l.out;
+      mode.activate(l, y, nullptr);
+    } else {
+      mode.apply_activated(l, own, ahead, x, y, nullptr);
     }
-    mode.each(l.out, [&](Index at, Index count) { activate<C>(l, count, y + at, y + at); });
     x = y;
   }
   give_rows<T>(mode, p.y, p.groups, q, p.net.layers[p.net.count - 1].out, x);

@@ -14,6 +14,11 @@ struct NetworkBlock {
   const HyperMlp& p;
   Index n, params;
   const Acc<T>* h;
+  bool few;  // the head is read as it lies
+
+  NetworkBlock part(Index first, Index last) const {
+    return {p, last - first, params, h + first * p.features, few};
+  }
 
   // The head's rows from parameter q on.
   View<const T> head(Index q) const {
@@ -31,7 +36,7 @@ static NetworkBlock<T> network_block(const HyperMlp& p, Index u0, Index n, Index
   C* h = scratch<C>(Slot::features, max(n * p.features, 1));
   for (Index u = 0; u < n; ++u)
     copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, false, h + u * p.features);
-  return {p, n, params, h};
+  return {p, n, params, h, n <= few_rows && p.head.feature == 1};
 }
 
 // Few networks: their lanes side by side, and the head's rows as they lie, never packed (16
@@ -78,7 +83,7 @@ static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
                    generate_in_lanes<C>(b.n, count, features, b.head(q), h, row, bias, to);
                    continue;
                  }
-               if (b.p.head.feature == 1 && b.n <= few_rows)
+               if (b.few)
                  dots<C, T>(count, b.n, features, b.head(q), b.h, features, init.transposed(),
                             to.transposed());
                else
@@ -88,8 +93,44 @@ static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
            });
 }
 
-// From g (n, params), the gradients of the networks: grad_h (n, features), and sums (params,
-// features) and (params), to which `add` what was in them. Those that are null are not wanted.
+// Whether threads share networks sooner than the parameters of each, of which there are few.
+template <class T>
+static bool small_networks(const NetworkBlock<T>& b) {
+  return b.n > tile_rows && b.params < 4096;
+}
+
+// Makes the networks' parameters and calls body(first, last) for some networks at a time, each of
+// which has so many rows.
+template <class T, class F>
+static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index rows,
+                         const F& body) {
+  const Index work = max(rows * b.params, 1);
+  // A thread makes small ones itself, of so many that to pack the head for them takes little: the
+  // head of a network may have no more panels than there are threads, or 3 for two of them.
+  const Index share = ceil_div(b.n, thread_count());
+  if (!small_networks(b) || share < 4 * tile_rows) {
+    generate_networks<T>(b, from, w);
+    return parallel(b.n, max(parallel_work / work, 1), body);
+  }
+  const Index each = round_up(share, tile_rows);
+  parallel(ceil_div(b.n, each), max(parallel_work / (each * (work + b.params * b.p.features)), 1),
+           [&](Index begin, Index end) {
+             const Index first = begin * each, last = min(end * each, b.n);
+             generate_networks<T>(b.part(first, last), from, w + first * (b.params - from));
+             body(first, last);
+           });
+}
+
+// From g (n, params), the gradients of the networks, those of their features: grad_h (n, features).
+template <class T>
+static void differentiate_features(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>* grad_h) {
+  using C = Acc<T>;
+  const Index features = b.p.features;
+  multiply<C, T>(b.n, features, b.params, {g, b.params, 1}, b.head(0), {}, {grad_h, features, 1});
+}
+
+// The same for large networks, and of the head sums (params, features) and (params), to which `add`
+// what was in them. Those that are null are not wanted.
 template <class T>
 static void differentiate_head(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>* grad_h,
                                Acc<T>* sum_weight, Acc<T>* sum_bias, bool add) {
@@ -101,18 +142,7 @@ static void differentiate_head(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>
   const Index most =
       max(min((8 << 20) / Index(sizeof(C)) / max(size, 1), min(max(params / 512, 16), 64)), 2);
   const Index run = round_up(ceil_div(params, most), tile_rows), runs = ceil_div(params, run);
-  // Of small networks a stretch would be short for the sums it costs: then threads share the
-  // networks first.
-  const bool small = n > tile_rows && params < 4096;
-  C* parts = grad_h && !small ? scratch<C>(Slot::hidden_a, max(runs * size, 1)) : nullptr;
-  if (grad_h && small)
-    parallel(ceil_div(n, tile_rows),
-             max(parallel_work / (tile_rows * params * max(features, 1)), 1),
-             [&](Index first, Index last) {
-               const Index u = first * tile_rows, m = min(last * tile_rows, n) - u;
-               multiply<C, T>(m, features, params, {g + u * params, params, 1}, b.head(0), {},
-                              {grad_h + u * features, features, 1});
-             });
+  C* parts = grad_h ? scratch<C>(Slot::hidden_a, max(runs * size, 1)) : nullptr;
   parallel(runs, max(parallel_work / max(run * size, 1), 1), [&](Index first, Index last) {
     for (Index i = first; i < last; ++i) {
       const Index q = i * run, count = min(run, params - q);

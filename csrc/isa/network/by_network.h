@@ -32,8 +32,8 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
   for (Index u0 = 0; u0 < pieces; u0 += block) {
     const Index n = min(block, pieces - u0);
-    generate_networks<T>(network_block<T>(p, u0, n, params), 0, w);
-    parallel(n, max(parallel_work / max(rows_each * params, 1), 1), [&](Index first, Index last) {
+    const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
+    each_network<T>(networks, 0, w, rows_each, [&](Index first, Index last) {
       for (Index u = first; u < last; ++u)
         run_piece<T, C>(rows, piece(p.groups, u0 + u), {w + u * params, nullptr}, 0);
     });
@@ -49,7 +49,9 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
   const bool of_weights = b.grad_h || b.grad_weight || b.grad_bias;
   C* g = of_weights ? scratch<C>(Slot::gradients, block * params) : nullptr;
-  C* grad_h = b.grad_h ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
+  // Those of a task's pieces are added up, unless it has one.
+  const bool direct = std::is_same_v<C, T> && !p.groups.ragged && p.groups.per_task == 1;
+  C* grad_h = b.grad_h && !direct ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
   C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
   Index task = -1;
   // Sums over the blocks, in the accumulation type.
@@ -72,7 +74,7 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
       Slot::networks,
       used + block * made);  // from w + used on: w is where the first network would start
   T* to_h = static_cast<T*>(b.grad_h);
-  if (to_h)
+  if (to_h && !direct)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
 
   const GradientsOfRows rows{p.net, p.groups, p.x, p.preactivations, b.grad, b.grad_x};
@@ -80,15 +82,19 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   do {  // once even without pieces: the gradients are then zero
     Index n = min(block, pieces - u0);
     const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
-    generate_networks<T>(networks, used, w + used);
-    parallel(n, max(parallel_work / max(2 * rows_each * params, 1), 1),
-             [&](Index first, Index last) {
-               for (Index u = first; u < last; ++u)
-                 differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made,
-                                           g ? g + u * params : nullptr);
-             });
-    if (g) differentiate_head<T>(networks, g, grad_h, sum_weight, sum_bias, u0 > 0);
-    for (Index u = 0; to_h && u < n; ++u) {  // pieces of a task are next to each other
+    if (to_h && direct) grad_h = reinterpret_cast<C*>(to_h) + u0 * features;
+    const bool small = small_networks(networks);
+    each_network<T>(networks, used, w + used, 2 * rows_each, [&](Index first, Index last) {
+      for (Index u = first; u < last; ++u)
+        differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made,
+                                  g ? g + u * params : nullptr);
+      if (grad_h && small)
+        differentiate_features<T>(networks.part(first, last), g + first * params,
+                                  grad_h + first * features);
+    });
+    if (g)
+      differentiate_head<T>(networks, g, small ? nullptr : grad_h, sum_weight, sum_bias, u0 > 0);
+    for (Index u = 0; to_h && !direct && u < n; ++u) {  // pieces of a task are next to each other
       const bool first = piece(p.groups, u0 + u).task != task;
       task = piece(p.groups, u0 + u).task;
       for (Index k = 0; k < features; ++k) {

@@ -39,34 +39,28 @@ static void differentiate_part(const Mode& mode, const GradientsOfRows& p, const
       const Rows from = dense_rows(const_cast<T*>(pre), p.groups, l.out);
       mode.copy(gather<T>(from, p.groups, q, l.out, Slot::local_a), l.out, a);
       pre += total_rows(p.groups) * l.out;
+      mode.activate(l, a, slopes + at);
     } else {
-      mode.apply(l, weights.template take<C>(l), 0, x, a);
+      mode.apply_activated(l, weights.template take<C>(l), 0, x, a, slopes + at);
     }
-    mode.each(l.out, [&](Index j, Index count) {
-      activate_and_slope<C>(l, count, a + j, slopes + at + j);
-    });
     x = a;
     at += mode.size(l.out);
   }
-  // g times the slopes of a layer.
-  const auto back_through = [&](const Layer& l, const C* from, C* to) {
-    at -= mode.size(l.out);
-    mode.each(l.out, [&](Index j, Index count) {
-      multiply_each<C>(count, from + j, slopes + at + j, to + j);
-    });
-  };
   const Layer& last = net.layers[net.count - 1];
   C* const own = spare + net.count % 2 * most;
   const C* grad = take_rows<T>(mode, p.grad, p.groups, q, last.out, Slot::local_a, own);
-  if (last.kept) back_through(last, grad, own), grad = own;
+  if (last.kept) {
+    at -= mode.size(last.out);
+    mode.times(last.out, grad, slopes + at, own);
+    grad = own;
+  }
   for (Index n = net.count - 1; n >= 0; --n) {
     const Layer& l = net.layers[n];
     C* const next = n > 0 || p.grad_x ? spare + n % 2 * most : nullptr;
-    mode.differentiate(l, w + l.begin, grad, n > 0 ? values + at - mode.size(l.in) : x0,
-                       g ? g + l.begin : nullptr, next, add);
-    if (n > 0)
-      back_through(net.layers[n - 1], next, next);
-    else if (next)
+    if (n > 0) at -= mode.size(l.in);
+    mode.differentiate(l, w + l.begin, grad, n > 0 ? values + at : x0, g ? g + l.begin : nullptr,
+                       next, n > 0 ? slopes + at : nullptr, add);
+    if (n == 0 && next)
       give_rows<T>(mode, dense_rows(p.grad_x, p.groups, l.in), p.groups, q, l.in, next);
     grad = next;
   }

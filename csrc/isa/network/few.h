@@ -1,6 +1,7 @@
 // Few rows of a network, one behind another: weights are read as they lie, and once.
 #pragma once
 
+#include "isa/network/activate.h"
 #include "isa/network/weights.h"
 #include "isa/product/dot.h"
 #include "isa/rows/staged.h"
@@ -28,12 +29,6 @@ struct Few {
     for (Index j = 0; j < m * columns; ++j) rows[j] = from[j];
   }
 
-  // Calls body(at, count) for the elements of so many columns.
-  template <class F>
-  void each(Index columns, const F& body) const {
-    body(0, m * columns);
-  }
-
   // y (m, out) = W x + c. `ahead` is the distance to what is read next.
   void apply(const Layer& l, const LayerWeights<W, C>& p, Index ahead, const C* x, C* y) const {
     const View<const C> init = p.scales ? View<const C>{} : View<const C>{p.bias, 1, 0};
@@ -45,16 +40,37 @@ struct Few {
       }
   }
 
-  // From grad (m, out), the gradients: next (m, in) of x, g of the layer's parameters. Those that
-  // are null are not wanted. Few rows are all there are: nothing is added to g.
+  // y becomes f(y), and the slopes are stored where they are not null.
+  void activate(const Layer& l, C* y, C* slopes) const {
+    if (slopes)
+      activate_and_slope<C>(l, m * l.out, y, slopes);
+    else
+      HF_ISA::activate<C>(l, m * l.out, y, y);
+  }
+  // Both.
+  void apply_activated(const Layer& l, const LayerWeights<W, C>& p, Index ahead, const C* x, C* y,
+                       C* slopes) const {
+    apply(l, p, ahead, x, y);
+    activate(l, y, slopes);
+  }
+
+  // From grad (m, out), the gradients: next (m, in) of x, times slopes where they are not null, and
+  // g of the layer's parameters. Those that are null are not wanted. Few rows are all there are:
+  // nothing is added to g.
   void differentiate(const Layer& l, const W* w, const C* grad, const C* x, C* g, C* next,
-                     bool) const {
+                     const C* slopes, bool) const {
     (m == 1 ? pass<1> : pass<0>)(l, m, w, grad, x, g, next);
+    if (next && slopes) times(l.in, next, slopes, next);
     for (Index o = 0; g && l.own_bias() && o < l.out; ++o) {
       C s = grad[o];
       for (Index r = 1; r < m; ++r) s += grad[r * l.out + o];
       g[l.out * l.in + o] = s;
     }
+  }
+
+  // y = a b; y may be either.
+  void times(Index columns, const C* a, const C* b, C* y) const {
+    multiply_each<C>(m * columns, a, b, y);
   }
 
  private:

@@ -2,8 +2,9 @@
 // narrow layers fill vectors too, and weights are read as they lie, one entry for a vector of rows.
 #pragma once
 
+#include "isa/network/lanes.h"
 #include "isa/network/weights.h"
-#include "isa/product/dot.h"
+#include "isa/product/sums.h"
 #include "isa/rows/staged.h"
 
 namespace hyperfast::HF_ISA {
@@ -25,56 +26,82 @@ struct Many {
     pack<C, C>(columns, m, rows.transposed(), to, row, padded());
   }
   void give(const C* from, Index columns, C* rows) const {
-    pack<C, C>(m, columns, {from, 1, row}, rows, columns, columns);
+    if (columns == 1)
+      pack<C, C>(1, m, {from, row, 1}, rows, m, m);
+    else
+      pack<C, C>(m, columns, {from, 1, row}, rows, columns, columns);
   }
 
-  template <class F>
-  void each(Index columns, const F& body) const {
-    if (padded() == row) return body(0, columns * row);
-    for (Index i = 0; i < columns; ++i) body(i * row, padded());
-  }
-
+  // y = W x + c.
   void apply(const Layer& l, const LayerWeights<C, C>& p, Index, const C* x, C* y) const {
-    const View<const C> init = p.bias ? View<const C>{p.bias, 1, 0} : View<const C>{};
-    multiply_lanes(l.out, l.in, {p.matrix, l.in, 1}, x, init, y);
+    multiply_lanes<C>(product(l, p, x, y), Stored<C>{y, row});
+  }
+  // y becomes f(y), and the slopes are stored where they are not null.
+  void activate(const Layer& l, C* y, C* slopes) const {
+    each(l.out, [&](Index at, Index count) {
+      if (slopes)
+        activate_and_slope<C>(l, count, y + at, slopes + at);
+      else
+        HF_ISA::activate<C>(l, count, y + at, y + at);
+    });
+  }
+  // Both. What takes few operations is done in the registers of the product: with others it would
+  // be the same code for each shape of a tile, and no faster than a pass of its own.
+  void apply_activated(const Layer& l, const LayerWeights<C, C>& p, Index ahead, const C* x, C* y,
+                       C* slopes) const {
+    if constexpr (std::is_same_v<C, float>) {
+      if (l.act == Act::relu) return in_registers<Act::relu>(l, p, x, y, slopes);
+      if (l.act == Act::sin) return in_registers<Act::sin>(l, p, x, y, slopes);
+    }
+    apply(l, p, ahead, x, y);
+    activate(l, y, slopes);
   }
 
   // As Few has it; with `add`, g is what is added to.
   void differentiate(const Layer& l, const C* w, const C* grad, const C* x, C* g, C* next,
-                     bool add) const {
-    if (next) multiply_lanes(l.in, l.out, {w, 1, l.in}, grad, {}, next);
+                     const C* slopes, bool add) const {
+    const LaneProduct<C> back{l.in, m, l.out, {w, 1, l.in}, nullptr, grad, next, row};
+    if (next && slopes) multiply_lanes<C>(back, TimesSlopes<C>{{next, row}, slopes});
+    if (next && !slopes) multiply_lanes<C>(back, Stored<C>{next, row});
     if (!g) return;
     const View<C> to{g, l.in, 1};
-    // Lanes along the inputs would be partly empty, unless there are too few rows for lanes along
-    // them: each entry of g is a sum over lanes then.
-    if (l.in < lanes<C> && m >= 8 * width<C>)
-      dot_tiles<C>(l.out, l.in, m, {grad, row, 1}, {x, row, 1}, add, to);
+    const DotShape shape = DotShape::of<C>(l.out, l.in);
+    if (shape.pays<C>(l.out, l.in, m))
+      dot_tiles<C>(shape, l.out, l.in, m, {grad, row, 1}, {x, row, 1}, add, to);
     else
       multiply<C, C>(l.out, l.in, m, {grad, row, 1}, View<const C>{x, 1, row},
                      add ? View<const C>{g, l.in, 1} : View<const C>{}, to);
-    for (Index o = 0; l.own_bias() && o < l.out; ++o) {
-      C& s = g[l.out * l.in + o];
-      s = (add ? s : 0) + sum_of(grad + o * row, m);
-    }
+    if (l.own_bias()) row_sums<C>(l.out, m, {grad, row, 1}, add, g + l.out * l.in);
+  }
+
+  // y = a b; y may be either.
+  void times(Index columns, const C* a, const C* b, C* y) const {
+    each(columns, [&](Index at, Index count) { multiply_each<C>(count, a + at, b + at, y + at); });
   }
 
  private:
   // Whole vectors, which are all computed.
   Index padded() const { return round_up(m, width<C>); }
 
-  // y (n, m) = init + w (n, depth) x (depth, m), as deep at a time as x stays in the first-level
-  // cache (24 of 32 KiB).
-  void multiply_lanes(Index n, Index depth, View<const C> w, const C* x, View<const C> init,
-                      C* y) const {
-    constexpr Index most = (24 << 10) / (Index(sizeof(C)) * lanes<C>);
-    const Index step = ceil_div(depth, ceil_div(depth, most > depth_block ? most : depth_block));
-    for (Index j = 0; j < m; j += lanes<C>) {
-      const int vecs = int(ceil_div(min(lanes<C>, m - j), width<C>));
-      const View<C> to{y + j, row, 1};
-      for (Index k = 0; k < depth; k += step)
-        sweep<C, false>(n, vecs, min(step, depth - k), w.at(0, k), x + k * row + j, row, 0,
-                        k ? View<const C>{to.data, row, 1} : init, to, vecs * width<C>);
-    }
+  // Calls body(at, count) for the elements of so many columns.
+  template <class F>
+  void each(Index columns, const F& body) const {
+    if (padded() == row) return body(0, columns * row);
+    for (Index i = 0; i < columns; ++i) body(i * row, padded());
+  }
+
+  LaneProduct<C> product(const Layer& l, const LayerWeights<C, C>& p, const C* x, C* y) const {
+    return {l.out, m, l.in, {p.matrix, l.in, 1}, p.bias, x, y, row};
+  }
+
+  template <Act kind>
+  void in_registers(const Layer& l, const LayerWeights<C, C>& p, const C* x, C* y,
+                    C* slopes) const {
+    const LaneProduct<C> to = product(l, p, x, y);
+    if (slopes)
+      multiply_lanes<C>(to, Activated<kind, true>{{y, row}, l, slopes});
+    else
+      multiply_lanes<C>(to, Activated<kind, false>{{y, row}, l, nullptr});
   }
 };
 

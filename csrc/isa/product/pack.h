@@ -24,33 +24,71 @@ static inline Index odd_lines(Index n) {
   return (lines > 8 ? lines | 1 : lines) * line;
 }
 
+// A block of up to w x w elements turned around: `rows` of them, `src_row` apart, become columns.
+template <class C, class T>
+static inline void turn_block(int rows, int columns, const T* src, Index src_row, C* dst,
+                              Index dst_row) {
+  constexpr int w = width<C>;
+  Vec<C> block[w] = {};
+  if constexpr (std::is_same_v<C, T>) {
+    if (rows < w || columns < w) {
+      for (int i = 0; i < rows; ++i) block[i] = load_part(src + i * src_row, columns);
+      transpose<C>(block);
+      for (int i = 0; i < columns; ++i) store_part(dst + i * dst_row, block[i], rows);
+      return;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < w; ++i) block[i] = load_wide(src + i * src_row);
+  transpose<C>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < w; ++i) store(dst + i * dst_row, block[i]);
+}
+
+// n pairs that lie side by side (coordinates, say) become two rows.
+template <class C, int... I>
+static void part_pairs(Index n, const C* src, C* dst, Index dst_row,
+                       std::integer_sequence<int, I...>) {
+  constexpr int w = width<C>;
+  Index l = 0;
+  for (; l + w <= n; l += w) {
+    const Vec<C> a = load(src + 2 * l), b = load(src + 2 * l + w);
+    store(dst + l, __builtin_shufflevector(a, b, (2 * I)...));
+    store(dst + dst_row + l, __builtin_shufflevector(a, b, (2 * I + 1)...));
+  }
+  for (; l < n; ++l)
+    for (int k = 0; k < 2; ++k) dst[k * dst_row + l] = src[2 * l + k];
+}
+
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
 template <class C, class T>
 static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row, Index all) {
   constexpr int w = width<C>;
-  const bool direct = src.col == 1;
-  const bool transposed = src.row == 1;
-  const Index whole_n = direct || transposed ? n / w * w : 0;
-  const Index whole_k = direct ? depth : transposed ? depth / w * w : 0;
-  for (Index k = 0; direct && k < depth; ++k)  // row by row: they may be pages apart
-    for (Index l = 0; l < whole_n; l += w)
-      store(dst + k * dst_row + l, load_wide(src.data + k * src.row + l));
-  if (!direct)
-    for (Index l = 0; l < whole_n; l += w)
-      for (Index k = 0; k < whole_k; k += w) {
-        Vec<C> block[w];
-#pragma GCC unroll 16
-        for (int i = 0; i < w; ++i) block[i] = load_wide(src.data + k + (l + i) * src.col);
-        transpose<C>(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < w; ++i) store(dst + (k + i) * dst_row + l, block[i]);
-      }
-  for (Index k = 0; k < depth; ++k) {
-    const Index first = k < whole_k ? whole_n : 0;
-    for (Index l = first; l < n; ++l)
-      dst[k * dst_row + l] = widen(src.data[k * src.row + l * src.col]);
+  constexpr bool same = std::is_same_v<C, T>;
+  // Blocks that are not whole take as long, and stretches of less than 4 longer than one by one.
+  constexpr Index least = same ? 4 : w;
+  const auto turned = [](Index size) { return size % w < least ? size / w * w : size; };
+  for (Index k = 0; n < all && k < depth; ++k)
     for (Index l = n; l < all; ++l) dst[k * dst_row + l] = 0;
+  Index whole_n = 0, whole_k = 0;
+  if (src.col == 1) {  // row by row: they may be pages apart
+    whole_n = n / w * w, whole_k = depth;
+    for (Index k = 0; k < depth; ++k)
+      for (Index l = 0; l < whole_n; l += w)
+        store(dst + k * dst_row + l, load_wide(src.data + k * src.row + l));
+  } else if (src.row == 1) {
+    if constexpr (same)
+      if (depth == 2 && src.col == 2)
+        return part_pairs<C>(n, src.data, dst, dst_row, std::make_integer_sequence<int, w>{});
+    whole_n = turned(n), whole_k = turned(depth);
+    for (Index l = 0; l < whole_n; l += w)
+      for (Index k = 0; k < whole_k; k += w)
+        turn_block<C, T>(int(min(w, whole_n - l)), int(min(w, whole_k - k)),
+                         src.data + k + l * src.col, src.col, dst + k * dst_row + l, dst_row);
   }
+  for (Index k = 0; k < depth; ++k)
+    for (Index l = k < whole_k ? whole_n : 0; l < n; ++l)
+      dst[k * dst_row + l] = widen(src.data[k * src.row + l * src.col]);
 }
 
 // dst[k][l] = src[l][k * step] for k < depth, l < n; zeros for n <= l < all. Rows of dst are

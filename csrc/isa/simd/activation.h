@@ -101,16 +101,23 @@ template <>
 struct Formula<Act::sin> {
   static Floats of(VecF x, float frequency) {
     const VecF w = x * frequency;
-    const VecI near = magnitude(w) <= SineCosine::most;
-    if (any(~near))
+    if (any(size(w) > most))  // or not a number
       return {each(w, [](float v) { return float(::sin(double(v))); }),
               each(w, [](float v) { return float(::cos(double(v))); }) * frequency};
-    const SineCosine both(w);
-    return {both.sine, both.cosine * frequency};
+    return near(w, frequency);
   }
   static Double of(double x, double frequency) {
     return {::sin(x * frequency), ::cos(x * frequency) * frequency};
   }
+
+  // Of w = frequency x, whose size is `most` at most.
+  static Floats near(VecF w, float frequency) {
+    const SineCosine both(w);
+    return {both.sine, both.cosine * frequency};
+  }
+  // Ordered as magnitudes are; what is not a number comes last.
+  static VecI size(VecF w) { return bit_cast<VecI>(magnitude(w)); }
+  static constexpr std::int32_t most = 0x46000000;  // 8192
 };
 
 template <>

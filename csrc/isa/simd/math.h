@@ -79,25 +79,28 @@ struct Exponential {
   VecF minus_one() const { return select(n == 0, tail, value() - 1.f); }
 };
 
-// Sine and cosine, |x| <= 8192: pi / 2 in parts whose products with n are exact.
+// Sine and cosine, |x| <= 8192: pi in parts whose products with the steps are exact, and
+// polynomials up to pi / 2, fitted to a relative error of 6e-9 and an absolute one of 4e-10. Half
+// as many operations as between multiples of pi / 2, where each lane takes one of both. A cosine
+// next to its zeros has as many places as 1 has.
 struct SineCosine {
-  static constexpr float most = 8192;
   VecF sine, cosine;
 
   explicit SineCosine(VecF x) {
-    const Rounded k(x * 0.636619772367581343f);
-    const VecF r = ((x - k.rounded * 1.5703125f) - k.rounded * 4.837512969970703125e-4f) -
-                   k.rounded * 7.54978995489188216e-8f;
+    const Rounded k(x * 0.318309886183790672f);
+    const VecF r = ((x - k.rounded * 3.140625f) - k.rounded * 9.67502593994140625e-4f) -
+                   k.rounded * 1.509957990978376432e-7f;
     const VecF r2 = r * r;
-    const VecF s =
-        ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
-    const VecF c =
-        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 *
-            r2 -
-        0.5f * r2 + 1.f;
-    const VecI odd = -(k.steps & 1), down = (k.steps & 2) << 30, left = ((k.steps + 1) & 2) << 30;
-    sine = bits_to_float(bit_cast<VecI>(select(odd, c, s)) ^ down);
-    cosine = bits_to_float(bit_cast<VecI>(select(odd, s, c)) ^ left);
+    VecF s = 2.606081807e-6f * r2 - 1.9809773949e-4f;
+    s = s * r2 + 8.3330692723e-3f;
+    s = s * r2 - 1.6666659713e-1f;
+    VecF c = -2.6209016823e-7f * r2 + 2.4770179152e-5f;
+    c = c * r2 - 1.3888585381e-3f;
+    c = c * r2 + 4.1666656733e-2f;
+    c = c * r2 - 0.5f;
+    const VecI sign = k.steps << 31;
+    sine = bits_to_float(bit_cast<VecI>(s * r2 * r + r) ^ sign);
+    cosine = bits_to_float(bit_cast<VecI>(c * r2 + 1.f) ^ sign);
   }
 };
 

@@ -29,6 +29,7 @@ CASES = [
     ((17, 65, 3), 40, 6, 16),
     ((12, 32, 9), 400, 2, 40),
     ((5, 63, 66, 4), 9, 20, 7),
+    ((2, 32, 1), 130, 49, 5),
     ((2, 33, 1), 12, 70, 12),
     ((2, 64, 64, 1), 2, 700, 24),
     ((3, 5, 2), 0, 4, 3),
@@ -191,6 +192,92 @@ def test_stored_networks(dtype, case, ragged):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stored_networks_of_mixed_layers(dtype, net, tasks, rows, ragged):
     check_stored(*random_stored(net, tasks, rows, dtype, ragged, ragged), net)
+
+
+EDGES = [7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 127, 129, 255, 257, 513]
+
+
+@pytest.mark.parametrize("rows", EDGES)
+@pytest.mark.parametrize(
+    "net",
+    [
+        "2 > 32 b relu, 1 b",
+        "2 > 13 b sin:3.0, 64 sin, 1 b sin",
+        "10 > 8 b relu, 8 b leaky_relu, 1 b",
+        "63 > 32 b tanh, 32 b",
+        "3 > 63 b relu abs(W), 3 b relu",
+        "1 > 1 b sin",
+        "130 > 5 relu, 17 b relu",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_at_the_edges_of_vectors(dtype, net, rows):
+    """What lies behind the rows in the kernels' own memory is NaN when they start."""
+    x, weight, grad, _ = random_stored(net, 3, rows, dtype, False, False)
+    nan = [torch.full_like(t, torch.nan) for t in (grad, x, weight)]
+    for _ in range(2):
+        op.task_mlp(*nan[1:], None, None, net)
+        op.task_mlp_backward(*nan, None, net, [True, True])
+        check_stored(x, weight, grad, None, net)
+        x, weight, grad = x.flip(1), weight, grad.flip(1)
+
+
+@pytest.mark.parametrize("rows", [49, 64, 65, 130])
+@pytest.mark.parametrize("net", ["2 > 32 b relu, 1 b", "10 > 8 b sin:2.0, 8 relu exp(W), 3 b"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_networks_that_threads_share(dtype, ragged, net, rows):
+    check_against_layers(random(net, 60, rows, 5, dtype, ragged, False), net)
+
+
+@pytest.mark.parametrize("rows", [5, 40, 64, 65])
+def test_sines_of_many_turns_beside_others(rows):
+    """A vector of rows holds arguments that the polynomials know, and one that they do not."""
+    x = torch.linspace(-9, 9, rows)
+    x[rows // 2], x[rows // 3], x[0] = 123456.7, -8193.5, 1e30
+    x = x.view(1, rows, 1)
+    weight = torch.ones(1, 14)
+    y = op.task_mlp(x, weight, None, None, "1 > 7 sin:0.5, 1")
+    turns = 0.5 * x.double()
+    torch.testing.assert_close(y.double(), 7 * turns.sin(), rtol=0, atol=7 * 3 * 2.0**-24)
+    grad_x, grad = op.task_mlp_backward(
+        torch.ones_like(y), x, weight, None, "1 > 7 sin:0.5, 1", [True, True]
+    )
+    torch.testing.assert_close(grad_x.double(), 3.5 * turns.cos(), rtol=0, atol=7 * 3 * 2.0**-24)
+    torch.testing.assert_close(
+        grad[0, 7:].double(), turns.sin().sum().expand(7), rtol=0, atol=rows * 3 * 2.0**-24
+    )
+
+
+@pytest.mark.parametrize("rows", [9, 40, 65])
+def test_what_overflows_behind_the_rows_is_not_theirs(rows):
+    """Lanes without a row hold what a row of zeros would give: 4e38 in the second layer."""
+    x = torch.full((1, rows, 1), 1.99e38)
+    weight = torch.tensor([[-1.0, 2e38, *[2.0] * 32, *[1e-36] * 32]])
+    net = "1 > 1 b relu, 32 relu, 1"
+    y = op.task_mlp(x, weight, None, None, net)
+    exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    truth = expected_stored(*exact, None, net)
+    torch.testing.assert_close(y.double(), truth.detach(), rtol=1e-4, atol=0)
+    unit = torch.full_like(y, 1e-3)
+    found = op.task_mlp_backward(unit, x, weight, None, net, [True, True])
+    for got, want in zip(found, torch.autograd.grad(truth, exact, unit.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("net", "rows", "features", "kept"),
+    [
+        ("2 > 32 b relu, 1 b", 64, 128, False),
+        ("2 > 32 b relu, 1 b", 40, 128, True),
+        ("64 > 64 b relu, 10 b", 64, 128, True),
+        ("64 > 64 b relu, 10 b", 128, 128, False),
+        ("2 > 64 b sin, 64 b sin, 1 b", 4096, 256, False),
+        ("2 > 400 b sin, 400 b sin, 1 b", 4096, 256, True),
+    ],
+)
+def test_what_training_keeps(net, rows, features, kept):
+    assert EXTENSION.keeps(net, "float32", False, 16, 16 * rows, features) == kept
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
