@@ -32,6 +32,7 @@ GPU = {
 }
 GPU_MEMORY, GPU_CACHE = 4.8e12, 7e12  # bytes/s
 GPU_LAUNCH = 3e-6  # seconds
+GPU_SORT = 4e-5  # seconds to sort some thousand rows by their task: about seven launches
 GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
 
 # One kernel runs a whole network of layers up to this width. Inputs and sums of a row are in
@@ -93,6 +94,12 @@ def loop(layer: Sizes, first: bool) -> str:
         "output": layer.out_features * blocks * (i + 32) * 64,
     }
     return min(work, key=lambda name: work[name])
+
+
+def sorting_pays(reads: int) -> bool:
+    """Whether to sort mixed rows by their task saves more than it takes, if each reads its task's
+    weights, ``reads`` bytes in all: of a task that others have read, from the cache."""
+    return reads > GPU_SORT * GPU_CACHE
 
 
 def fits_one_kernel(sizes: Sequence[int]) -> bool:
