@@ -46,9 +46,7 @@ class Deferred:
 
     def find(self, ids: Tensor, codes: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         """The slots ``(R,)`` of tasks, and which of ``ids (R,)`` are missing ``(R,)``."""
-        if capturing() and not any(
-            held is codes and of is columns for held, of in self._captured
-        ):
+        if capturing() and not any(held is codes and of is columns for held, of in self._captured):
             self._captured.append((codes, columns))
         return self._look_up(ids, codes, len(columns[0]), self._fault)
 

@@ -401,7 +401,9 @@ def test_a_row_is_the_same_in_any_company(activation, monkeypatch):
     for sort in (False, True):
         monkeypatch.setattr(gpu, "sorting_pays", lambda bytes, sort=sort: sort)
         found.append(torch.ops.hyperfast.task_mlp(x, weight, None, ids, net))
-        found.append(torch.ops.hyperfast.task_mlp(x.flip(0), weight, None, ids.flip(0), net).flip(0))
+        found.append(
+            torch.ops.hyperfast.task_mlp(x.flip(0), weight, None, ids.flip(0), net).flip(0)
+        )
     assert all(torch.equal(found[0], other) for other in found)
 
 
