@@ -231,8 +231,10 @@ class TaskBank:
             IndexError: an id that was not, or no longer, in the bank.
 
         Example:
-            >>> bank = hyperfast.TaskBank.from_latents(hyperfast.HyperNet(2, 3, 4), torch.randn(9, 2))
-            >>> bank.check()
+            >>> hyper = hyperfast.HyperNet(2, 3, (4,), 1)
+            >>> bank = hyperfast.TaskBank.from_latents(hyper, torch.randn(9, 2))
+            >>> y = bank(torch.randn(5, 3), torch.arange(5))
+            >>> bank.check()  # all five are there
         """
         self.contents.check()
 

@@ -66,7 +66,7 @@ def _task_mlp(
     held = ()
     if BM == 1:
         for n in tl.static_range(LAST):
-            held += (
+            held += (  # type: ignore[assignment]
                 _matrix(
                     matrices, own, w_p, v_p, SIZES[n], SIZES[n + 1], WEIGHTS[n], SCALES[n],
                     TRANSFORMS[n], SCALED, SUM, TILES[n], TILES[n + 1],
@@ -84,7 +84,7 @@ def _task_mlp(
         )
         for n in tl.static_range(LAST):
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
-                w, scale = held[n]
+                w, scale = held[n]  # type: ignore[var-annotated]
                 total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
             else:
                 w, scale = _matrix(

@@ -1,6 +1,6 @@
-"""Banks and stored networks as a GPU runs them, on CPU tensors by Triton's interpreter: ids that are
-looked up by a kernel, rows of one task in stretches, sums in parts. As ``interpreted.py``, a suite
-that ``test_interpreter.py`` runs."""
+"""Banks and stored networks as a GPU runs them, on CPU tensors by Triton's interpreter: ids looked
+up by a kernel, rows of a task in stretches, sums in parts. As ``interpreted.py``, a suite that
+``test_interpreter.py`` runs."""
 
 import math
 from collections import Counter
@@ -59,15 +59,16 @@ def right(bank, x, ids):
 # What a row reads
 
 
+READS = {
+    "_local_scalar_dense", "item", "nonzero", "unique", "_unique2", "unique_dim", "equal",
+    "unique_consecutive", "masked_select", "is_nonzero", "repeat_interleave", "_to_copy",
+    "lift_fresh",
+}  # fmt: skip
+
+
 class NoReads(TorchDispatchMode):
     """Every op below, within ours too; one that brings values to the host, or whose result has a
     size that depends on them, raises."""
-
-    READS = {
-        "_local_scalar_dense", "item", "nonzero", "unique", "_unique2", "unique_dim", "equal",
-        "unique_consecutive", "masked_select", "is_nonzero", "repeat_interleave", "_to_copy",
-        "lift_fresh",
-    }  # fmt: skip
 
     watching = False
 
@@ -86,7 +87,7 @@ class NoReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.seen[name] += 1
-        assert name not in self.READS, f"the host reads the device by {name}"
+        assert name not in READS, f"the host reads the device by {name}"
         if name == "index":  # by a mask it is a nonzero, and an index
             assert all(i is None or i.dtype != torch.bool for i in args[1])
         if func.namespace == "hyperfast":
@@ -102,13 +103,18 @@ def reads(monkeypatch):
     # What stands in the interpreter for the assertion of a device.
     monkeypatch.setattr(launch.checks, "check_in_range", lambda *_: None)
     for name in ("tolist", "cpu", "numpy"):  # of which a mode sees nothing
-
-        def read(t, name=name, read=getattr(torch.Tensor, name)):
-            assert not NoReads.watching, f"the host reads the device by {name}"
-            return read(t)
-
-        monkeypatch.setattr(torch.Tensor, name, read)
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
     return NoReads()
+
+
+def watched(name):
+    read = getattr(torch.Tensor, name)
+
+    def watched(t):
+        assert not NoReads.watching, f"the host reads the device by {name}"
+        return read(t)
+
+    return watched
 
 
 def test_the_watch_sees_what_reads(reads):
@@ -216,7 +222,7 @@ def test_an_id_that_is_not_there(bad):
         others = torch.arange(len(x)) != 4
         assert torch.equal(y[others], clean[others])
         told = min(bad, look_up.NOBODY - 1)
-        with pytest.raises(IndexError, match=f"no task of the bank has the id {told}, of an ear"):
+        with pytest.raises(IndexError, match=f"has the id {told}, of an earlier call"):
             hear()
     bank.check()
 
@@ -252,7 +258,7 @@ def test_growth_without_the_memory_to_copy(monkeypatch):
     assert len(bank.contents.table.weights.segments) == 2
     x, ids = ask(len(bank), 300)
     close(bank(x, ids), right(bank, x, ids))
-    with pytest.raises(IndexError, match="no task of the bank has the id 190$"):
+    with pytest.raises(IndexError, match=r"no task of the bank has the id 190$"):
         bank(x[:1], torch.tensor([190]))
 
 
@@ -260,7 +266,7 @@ def test_a_budget_reads_on_the_host():
     hyper = HyperNet(4, 5, (7,), 3, hidden=6)
     bank = TaskBank.from_latents(hyper, torch.randn(9, 4), max_bytes=1000)
     assert bank.contents.table.deferred is None
-    with pytest.raises(IndexError, match="no task of the bank has the id 9$"):
+    with pytest.raises(IndexError, match=r"no task of the bank has the id 9$"):
         bank(torch.randn(1, 5), torch.tensor([9]))
     bank.check()
 
