@@ -43,6 +43,7 @@ class Deferred:
         )
         self._word = ctypes.c_int64.from_address(self._fault.data_ptr())
         self._captured: list[tuple[Tensor, Columns]] = []
+        self._left: list[tuple[Tensor, Columns]] = []  # kept for the graphs that were captured
 
     def find(self, ids: Tensor, codes: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         """The slots ``(R,)`` of tasks, and which of ``ids (R,)`` are missing ``(R,)``."""
@@ -54,11 +55,13 @@ class Deferred:
         """The codes to go on with, before a change is published: graphs that were captured with
         memory which the bank has left since find nobody in theirs."""
         columns = segments[-1].columns if segments else ()
-        left = [held for held, of in self._captured if held is not codes or of is not columns]
-        if any(held is codes for held in left):
+        left = [(held, of) for held, of in self._captured if held is not codes or of is not columns]
+        if any(held is codes for held, _ in left):
             codes = codes.clone()
-        for held in left:
+        for held, _ in left:
             held.fill_(-1)
+        self._left += left
+        self._captured = [(held, of) for held, of in self._captured if held is codes]
         return codes
 
     def check(self, wait: bool = False) -> None:
@@ -69,5 +72,5 @@ class Deferred:
         if missing == self._nobody:
             return
         self._word.value = self._nobody
-        hint = ", or the bank grew after a graph was captured" if self._captured else ""
+        hint = ", or the bank grew after a graph was captured" if self._left else ""
         raise IndexError(f"no task of the bank has the id {missing}, of an earlier call{hint}")

@@ -201,10 +201,15 @@ def _whole(
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))
     transforms = tuple(layer.transform for layer in net.layers)
-    if block == 1:  # 32 weights a thread, whose loads are on their way together; fp64 that are
-        # transformed would spill
+    if (
+        block == 1
+    ):  # 32 weights of a layer a thread, whose loads are on their way together; fp64 that
+        # are transformed would spill. Those of all layers stay: 72 registers a thread at most.
+        weights = [i * o for i, o in pairwise(tiles)]
         share, warps = (512, 8) if kind == "fp64" and any(transforms) else (1024, 4)
-        warps = min(max(max(i * o for i, o in pairwise(tiles)) // share, 1), warps)
+        warps = min(max(max(weights) // share, 1), warps)
+        while sum(weights) * (1 + (kind == "fp64")) > 72 * 32 * warps:
+            warps *= 2
     scaled = scales_and_biases is not None
     vectors = weight if scales_and_biases is None else scales_and_biases
     places, then = net.places(scaled), followed(net)
