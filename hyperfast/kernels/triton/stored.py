@@ -47,13 +47,13 @@ def _task_mlp(
     BIASES: tl.constexpr, ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     TRANSFORMS: tl.constexpr, SCALED: tl.constexpr, RAGGED: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    BM: tl.constexpr,
+    HELD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """A stretch of the rows of one task, ``BM`` at a time, through its network.
 
     Of the task's row of ``weight`` the matrix of layer ``n`` begins at ``WEIGHTS[n]``; its bias, if
-    it has one, at ``BIASES[n]`` of ``vectors``. Where rows run one by one, the matrices stay in
-    registers from one to the next.
+    it has one, at ``BIASES[n]`` of ``vectors``. ``HELD`` matrices stay in registers from one row to
+    the next.
     """
     pid = tl.program_id(0).to(tl.int64)
     task, first, last = stretch(pid, keys, rows, per_task, RAGGED, ROWS)
@@ -64,7 +64,7 @@ def _task_mlp(
     matrices = weight + tl.multiple_of(task * w_t, ALIGNED)
     own = vectors + task * v_t
     held = ()
-    if BM == 1:
+    if HELD:
         for n in tl.static_range(LAST):
             held += (  # type: ignore[assignment]
                 _matrix(
@@ -83,14 +83,16 @@ def _task_mlp(
             0.0,
         )
         for n in tl.static_range(LAST):
-            if BM == 1:  # memory-bound: no matrix unit, the widest loads
+            if HELD:
                 w, scale = held[n]  # type: ignore[var-annotated]
-                total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
             else:
                 w, scale = _matrix(
                     matrices, own, w_p, v_p, SIZES[n], SIZES[n + 1], WEIGHTS[n], SCALES[n],
                     TRANSFORMS[n], SCALED, SUM, TILES[n], TILES[n + 1],
                 )  # fmt: skip
+            if BM == 1:  # memory-bound: no matrix unit, the widest loads
+                total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
+            else:
                 w = tl.trans(w.to(v.dtype))
                 total = tl.dot(v, w, input_precision=PRECISION, out_dtype=SUM)
             if SCALED and TRANSFORMS[n] == "":
@@ -201,15 +203,14 @@ def _whole(
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))
     transforms = tuple(layer.transform for layer in net.layers)
-    if (
-        block == 1
-    ):  # 32 weights of a layer a thread, whose loads are on their way together; fp64 that
-        # are transformed would spill. Those of all layers stay: 72 registers a thread at most.
+    held = False
+    if block == 1:
+        # 32 weights of a layer a thread, whose loads are on their way together; fp64 that are
+        # transformed would spill. Those of all layers stay if they take 72 registers a thread.
         weights = [i * o for i, o in pairwise(tiles)]
         share, warps = (512, 8) if kind == "fp64" and any(transforms) else (1024, 4)
         warps = min(max(max(weights) // share, 1), warps)
-        while sum(weights) * (1 + (kind == "fp64")) > 72 * 32 * warps:
-            warps *= 2
+        held = sum(weights) * (1 + (kind == "fp64")) <= 72 * 32 * warps
     scaled = scales_and_biases is not None
     vectors = weight if scales_and_biases is None else scales_and_biases
     places, then = net.places(scaled), followed(net)
@@ -226,6 +227,7 @@ def _whole(
         ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
         TRANSFORMS=transforms, SCALED=scaled, RAGGED=rows.ragged,
         **launch.arithmetic(x.dtype), ALIGNED=math.gcd(weight.stride(0), 16), ROWS=work.rows,
-        BM=block, num_warps=warps,
+        # No stages: they would fetch a task's weights again for each of its rows.
+        HELD=held, BM=block, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return y

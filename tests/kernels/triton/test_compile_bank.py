@@ -15,6 +15,7 @@ from hyperfast.kernels.triton import look_up, task_linear_grad_weight
 from tests.kernels.triton.test_compile import (
     KINDS,
     TARGETS,
+    TYPES,
     amd_resources,
     cuda_resources,
     recorded,
@@ -23,6 +24,7 @@ from tests.kernels.triton.test_compile import (
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
+TYPES[torch.bool] = "i1"
 WIDEST = "64 > 64 b relu, 64 b relu, 64 b relu, 64 b"
 NARROW = "5 > 7 b relu, 3 b"
 
