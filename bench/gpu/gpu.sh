@@ -9,4 +9,4 @@ cd "$(dirname "$0")/../.." || exit
 export HYPERFAST_NO_EXT=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 case " $* " in *" --rehearse "*) export TRITON_INTERPRET=1 ;; esac
-exec timeout 480 "${PYTHON:-python3}" -m bench.gpu "$@"
+exec timeout -k 15 465 "${PYTHON:-python3}" -m bench.gpu "$@"

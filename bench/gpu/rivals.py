@@ -194,7 +194,7 @@ def _e3nn(p: LayerProblem) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, h: product(x, h, weight)
 
 
-# In each table the first are ours; those of SLOW take long to compile.
+# In each table the first are ours.
 NETWORKS: dict[str, Build] = {
     "hyperfast": torch_call(ours.hyper_mlp),
     "hyperfast graph": graphed(torch_call(ours.hyper_mlp)),
@@ -227,13 +227,14 @@ LAYERS: dict[str, Build] = {
     "e3nn": layer(_e3nn),
     "bmm compiled": layer(lambda problem: faster(_layer_bmm(problem))),
 }
-SLOW = {name for name in NETWORKS if "compiled" in name} | {"bmm max-autotune", "vmap", "jax"}
+SLOWEST = ("bmm max-autotune", "vmap", "jax")
 
 
-def field(workload: Any_, thorough: bool) -> Mapping[str, Build]:
-    """Who races on it."""
+def field(workload: Any_, thorough: int) -> Mapping[str, Build]:
+    """Who races on it: see :class:`bench.gpu.workloads.Job`."""
     if isinstance(workload, PatternBank):
         table = BANKS
     else:
         table = LAYERS if isinstance(workload, LayerWorkload) else NETWORKS
-    return {name: build for name, build in table.items() if thorough or name not in SLOW}
+    takes = {name: 2 if name in SLOWEST else int("compiled" in name) for name in table}
+    return {name: build for name, build in table.items() if takes[name] <= thorough}

@@ -77,12 +77,13 @@ Any_ = Workload | PatternBank | LayerWorkload
 
 @dataclass(frozen=True)
 class Job:
-    """One race: ``thorough`` where rivals that take long to compile are among the others."""
+    """One race; how ``thorough``: from 1 on with rivals that are compiled, which takes some 10
+    seconds each, with 2 also with those that take longer."""
 
     workload: Any_
     mode: str
     kind: str
-    thorough: bool
+    thorough: int
 
     @property
     def bar(self) -> float:
@@ -97,24 +98,24 @@ def jobs() -> list[Job]:
     """The most telling first."""
     kinds = [kind for kind in ("bf16", "fp32") if kind in KINDS]
     best = kinds[0]
-    found = [Job(w, mode, best, True) for w in (FEW, MANY) for mode in MODES]
-    found += [Job(bank, MODES[0], best, bank.bank.rows == 4096) for bank in banks()]
-    found += [Job(FEW, mode, "fp32", True) for mode in MODES]
-    found += [Job(w, MODES[0], kind, True) for w, kind in product(LAYERS, kinds)]
     few = [replace(FEW, name=f"few128_n{n}", N=n) for n in ROWS[1:]]
-    found += [Job(w, MODES[0], best, w.N in (4, 64)) for w in few]
-    found += [Job(w, MODES[1], best, False) for w in few]
-    found += [Job(MANY, mode, "fp32", False) for mode in MODES]
-    found += [Job(bank, MODES[0], "fp32", False) for bank in banks()]
-    found += [Job(w, mode, "fp32", False) for w in few for mode in MODES]
-    found += [Job(w, mode, "tf32", False) for w in (FEW, MANY) for mode in MODES]
-    found += [Job(w, mode, best, False) for w in TABLE for mode in MODES]
+    found = [Job(FEW, mode, best, 1) for mode in MODES]
+    found += [Job(b, MODES[0], best, int(b.name == "bank100000_r4096_uniform")) for b in banks()]
+    found += [Job(w, MODES[0], kind, int(kind == best)) for w, kind in product(LAYERS, kinds)]
+    found += [Job(MANY, mode, best, 1) for mode in MODES]
+    found += [Job(w, MODES[0], best, int(w.N in (4, 64))) for w in few]
+    found += [Job(w, MODES[1], best, 0) for w in few]
+    found += [Job(w, mode, "fp32", 0) for w in (FEW, MANY) for mode in MODES]
+    found += [Job(bank, MODES[0], "fp32", 0) for bank in banks()]
+    found += [Job(w, mode, "fp32", 0) for w in few for mode in MODES]
+    found += [Job(w, mode, "tf32", 2 * (mode == MODES[0])) for w in (FEW, MANY) for mode in MODES]
+    found += [Job(w, mode, best, 0) for w in TABLE for mode in MODES]
     if REHEARSAL:  # one of each: a network, a layer, who asks a bank
         each = {(tiny(job.workload).name, job.mode): job for job in reversed(found)}
         of_each: list[Any_] = [FEW, LAYERS[0], *banks()]
         wanted = {(tiny(w).name, mode) for w in of_each for mode in w.modes}
         each = {key: job for key, job in each.items() if key in wanted}
-        return [replace(job, workload=tiny(job.workload)) for job in each.values()]
+        return [replace(job, workload=tiny(job.workload), thorough=2) for job in each.values()]
     return list(dict.fromkeys(found))
 
 

@@ -1,6 +1,9 @@
 """The races on a GPU, without one: what races, what the rows say, and all of it at tiny sizes."""
 
 import json
+import os
+import re
+import signal
 import time
 from collections import Counter
 
@@ -29,7 +32,7 @@ LIMITS = {"bf16": 1e12, "tf32": 1e12, "fp32": 1e12, "fp64": 1e12, "copy": 1e11, 
 
 def test_the_most_telling_races_come_first_and_none_twice():
     found = jobs()
-    assert [j.workload.name for j in found[:4:2]] == ["few128", "many64"]
+    assert [j.workload.name for j in found[:2]] == ["few128"] * 2
     assert len(set(found)) == len(found)
     kinds = Counter(j.kind for j in found if isinstance(j.workload, PatternBank))
     assert kinds == {"bf16": 16, "fp32": 16}
@@ -75,7 +78,7 @@ def test_requests_reach_the_memory():
 @pytest.mark.parametrize("w", [tiny(FEW), tiny(LAYERS[0]), *map(tiny, banks()[:4])], ids=str)
 def test_a_race(w, kind, on_the_cpu, dynamo):
     """Everybody who is there runs, and is right."""
-    found = contest.hold(workloads.Job(w, MODES[0], kind, kind == "fp32"), LIMITS)
+    found = contest.hold(workloads.Job(w, MODES[0], kind, 2 * (kind == "fp32")), LIMITS)
     by_rival = {row["rival"]: row for row in found}
     for name, row in by_rival.items():
         if "absent" in row or name == "jax":
@@ -236,5 +239,19 @@ def test_both_assemblers_are_tested_once_each(monkeypatch):
 def test_the_parts_end_within_eight_minutes():
     """What is begun ends: the longest step fits between its start, at the latest, and the end."""
     script = (command.machine.ROOT / "bench/gpu/gpu.sh").read_text()
-    assert "timeout 480" in script
-    assert command.ALL <= 460
+    end, grace = re.search(r"timeout -k (\d+) (\d+)", script).group(2, 1)
+    assert int(end) + int(grace) <= 480
+    assert int(end) > command.ALL
+
+
+def test_what_runs_when_the_time_is_over_is_broken_off(tmp_path, monkeypatch):
+    """And the rest is summed up."""
+    monkeypatch.setattr(command, "REHEARSAL", True)
+    monkeypatch.setattr(command.device, "facts", lambda: {"device": "none", "ptxas": ""})
+    before = signal.signal(signal.SIGTERM, command.out_of_time)
+    try:
+        whole = command.Run(tmp_path / "gpu.json")
+        whole.step("slow", "slow", lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert whole.result["failed"] == ["slow: TimeoutError: the time is over"]

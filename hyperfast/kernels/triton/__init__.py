@@ -10,8 +10,8 @@
 ``launch``     tiles, rows and tasks, the choice of a configuration
 
 Rows of mixed tasks are never moved: they are read, and written, as they lie where they are few, or
-through the order that a stable sort of their task ids gives. Offsets that can pass 2^31 elements are 64-bit. No kernel adds floats
-atomically: the same arguments give the same bits.
+through the order that a stable sort of their task ids gives. Offsets that can pass 2^31 elements
+are 64-bit. No kernel adds floats atomically: the same arguments give the same bits.
 
 ``HYPERFAST_AUTOTUNE=1`` times the configurations of a kernel at the first call of a size, and keeps
 the fastest.

@@ -69,7 +69,7 @@ def _task_mlp(
             held += (  # type: ignore[assignment]
                 _matrix(
                     matrices, own, w_p, v_p, SIZES[n], SIZES[n + 1], WEIGHTS[n], SCALES[n],
-                    TRANSFORMS[n], SCALED, SUM, TILES[n], TILES[n + 1],
+                    tl.constexpr(TRANSFORMS[n]), SCALED, SUM, TILES[n], TILES[n + 1],
                 ),
             )  # fmt: skip
     begin, end = tl.arange(0, TILES[0]), tl.arange(0, TILES[LAST])
@@ -88,7 +88,7 @@ def _task_mlp(
             else:
                 w, scale = _matrix(
                     matrices, own, w_p, v_p, SIZES[n], SIZES[n + 1], WEIGHTS[n], SCALES[n],
-                    TRANSFORMS[n], SCALED, SUM, TILES[n], TILES[n + 1],
+                    tl.constexpr(TRANSFORMS[n]), SCALED, SUM, TILES[n], TILES[n + 1],
                 )  # fmt: skip
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
@@ -101,7 +101,7 @@ def _task_mlp(
                 o = tl.arange(0, TILES[n + 1])
                 bias = tl.load(own + (BIASES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
                 total += bias.to(SUM)[None, :]
-            v = activate(total, ACTIVATIONS[n], PARAMETERS[n]).to(y.dtype.element_ty)
+            v = activate(total, tl.constexpr(ACTIVATIONS[n]), PARAMETERS[n]).to(y.dtype.element_ty)
         mask = live[:, None] & (end < SIZES[LAST])[None, :]
         tl.store(y + r[:, None] * SIZES[LAST] + end[None, :], v, mask)
 
