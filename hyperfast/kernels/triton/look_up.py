@@ -23,7 +23,7 @@ def _look_up(ids, codes, slots, missing, fault, rows, places, end, ids_r, BLOCK:
     live = r < rows
     id = tl.load(ids + r * ids_r, live, 0)
     place = id & PLACE
-    known = (id >= 0) & (place < places)
+    known = place < places
     slot = tl.load(codes + place, live & known, -1) ^ id
     known = known & (slot >= 0) & (slot < end)
     tl.store(slots + r, tl.where(known, slot, 0), live)
