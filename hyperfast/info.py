@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 
@@ -12,11 +14,17 @@ import hyperfast
 from hyperfast.ops.backends import KEYS, has_kernel, why_missing
 from hyperfast.ops.define import CPU_OPS, OPS
 from hyperfast.plans.cpu import EXTENSION
+from hyperfast.plans.gpu import HAS_TRITON
+
+# Earlier ptxas overwrites registers that a warpgroup's product on a Hopper still reads:
+# https://github.com/triton-lang/triton/issues/9433.
+HOPPER, RIGHT = (9, 0), (13, 3)
 
 
 def report() -> str:
     """The whole text."""
-    return "\n".join([*_versions(), "", *_devices(), "", *_backends(), "", *_choices()])
+    devices = [*_devices(), *_assemblers(_capabilities())]
+    return "\n".join([*_versions(), "", *devices, "", *_backends(), "", *_choices()])
 
 
 def _versions() -> list[str]:
@@ -42,6 +50,62 @@ def _devices() -> list[str]:
             f"cuda:{n}       {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
         )
     return lines
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Of NVIDIA's devices, which Triton assembles for."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]
+
+
+class Assembler(NamedTuple):
+    """A ptxas: where it is, and of which release."""
+
+    path: str
+    release: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.release))}, {self.path}"
+
+    def errs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether what it makes for such a device may be wrong."""
+        return capability == HOPPER and self.release < RIGHT
+
+
+def assembler(capability: tuple[int, int] = HOPPER) -> Assembler:
+    """The one with which Triton would assemble kernels for such a device: what TRITON_PTXAS_PATH,
+    or from sm_100 on TRITON_PTXAS_BLACKWELL_PATH, names, or its own.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    import triton
+
+    tools = triton.knobs.nvidia
+    tool = tools.ptxas_blackwell if capability >= (10, 0) else tools.ptxas
+    return Assembler(tool.path, tuple(map(int, tool.version.split("."))))
+
+
+def _assemblers(capabilities: Sequence[tuple[int, int]]) -> list[str]:
+    """For each of these kinds of device, or where there is none for a Hopper."""
+    if not HAS_TRITON:
+        return []
+    lines = []
+    for capability in sorted(set(capabilities)) or [HOPPER]:
+        try:
+            tool = assembler(capability)
+        except RuntimeError as error:
+            lines.append(f"ptxas        {error}")
+            continue
+        lines.append(f"ptxas        {tool}")
+        if capability in capabilities and tool.errs_on(capability):
+            lines.append(
+                "             warning: before release 13.3 it miscompiles products on sm_90 "
+                "(triton issue 9433); let TRITON_PTXAS_PATH name a later one, as the package "
+                "nvidia-cuda-nvcc has"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _backends() -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hyperfast
+from hyperfast import info
 from hyperfast.__main__ import main
 from hyperfast.info import report
 from hyperfast.ops import backends
@@ -46,6 +47,59 @@ def test_a_build_that_is_not_here_is_told_by_name(monkeypatch):
 
     monkeypatch.setattr(_C, "isa", elsewhere)
     assert "built, but cannot run: no such build" in report()
+
+
+@pytest.fixture
+def ptxas(tmp_path, monkeypatch):
+    """Makes Triton's assembler a script that says it is of this release."""
+    pytest.importorskip("triton")
+
+    def install(release, variable="TRITON_PTXAS_PATH"):
+        file = tmp_path / f"ptxas-{release}"
+        file.write_text(
+            "#!/bin/sh\n"
+            'echo "ptxas: NVIDIA (R) Ptx optimizing assembler"\n'
+            f'echo "Cuda compilation tools, release {release}, V{release}.20"\n'
+        )
+        file.chmod(0o755)
+        monkeypatch.setenv(variable, str(file))
+        return str(file)
+
+    return install
+
+
+HOPPER, ADA, BLACKWELL = (9, 0), (8, 9), (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("release", "devices", "warned"),
+    [
+        ("12.8", [HOPPER], True),
+        ("13.2", [ADA, HOPPER], True),
+        ("13.3", [HOPPER], False),
+        ("13.10", [HOPPER], False),
+        ("12.8", [ADA, BLACKWELL], False),
+        ("12.8", [], False),
+    ],
+)
+def test_the_assembler_and_a_warning_where_it_errs(ptxas, monkeypatch, release, devices, warned):
+    path = ptxas(release)
+    monkeypatch.setattr(info, "_capabilities", lambda: devices)
+    lines = [line for line in report().splitlines() if line.startswith("ptxas ")]
+    assert f"ptxas        {release}, {path}" in lines
+    assert ("warning: before release 13.3" in report()) == warned
+
+
+def test_later_devices_have_an_assembler_of_their_own(ptxas, monkeypatch):
+    old, new = ptxas("12.8"), ptxas("13.4", "TRITON_PTXAS_BLACKWELL_PATH")
+    monkeypatch.setattr(info, "_capabilities", lambda: [BLACKWELL])
+    assert f"ptxas        13.4, {new}" in report()
+    assert old not in report()
+
+
+def test_without_triton_no_assembler_is_named(monkeypatch):
+    monkeypatch.setattr(info, "HAS_TRITON", False)
+    assert "ptxas" not in report()
 
 
 def test_the_command_prints_it_and_takes_no_options(capsys):

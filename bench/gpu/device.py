@@ -15,10 +15,11 @@ import torch
 
 from bench.measure.race import flat, race
 from bench.rivals.rival import Call
+from hyperfast.info import assembler
 
 REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
-ROUNDS = 5
+ROUNDS = 1 if REHEARSAL else 5
 TURN, MOST_CALLS = 5e-3, 50  # seconds and calls of a turn
 
 # Kinds of arithmetic: dtype, and whether fp32 products may be rounded to TF32.
@@ -39,8 +40,13 @@ def select(kind: str) -> torch.dtype:
     return dtype
 
 
-def name() -> str:
-    return platform.processor() if REHEARSAL else torch.cuda.get_device_name()
+def facts() -> dict[str, str]:
+    """The device, and who assembles for it."""
+    if REHEARSAL:
+        return {"device": platform.processor() or "CPU", "ptxas": str(assembler())}
+    capability = torch.cuda.get_device_capability()
+    tool = "" if torch.version.hip else str(assembler(capability))
+    return {"device": torch.cuda.get_device_name(), "ptxas": tool}
 
 
 def event_seconds(call: Callable[[], object], count: int) -> float:
@@ -74,6 +80,7 @@ def turn(call: Callable[[], object]) -> list[float]:
 
 def medians(calls: Mapping[str, Call], rounds: int = ROUNDS) -> dict[str, float]:
     """Seconds a call: rivals in turns, the median over rounds."""
+    rounds = min(rounds, ROUNDS)
     return {name: median(flat(times)) for name, times in race(calls, rounds, turn).items()}
 
 
@@ -91,7 +98,8 @@ def peak_extra(call: Call) -> int | None:
 
 
 def ceilings() -> dict[str, float]:
-    """FLOP/s of a library's product of random matrices of each kind; bytes/s read and written."""
+    """FLOP/s of a library's product of random matrices of each kind; bytes/s read and written by a
+    copy, and by one that stays in the last-level cache."""
     found = {}
     n = 64 if REHEARSAL else 8192
     for kind in KINDS:
@@ -100,7 +108,9 @@ def ceilings() -> dict[str, float]:
         a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
         times = medians({"": lambda a=a, b=b: (a @ b,)})  # type: ignore[misc]
         found[kind] = 2 * size**3 / times[""]
-    source = torch.randn(1 << (16 if REHEARSAL else 30), device=DEVICE)
-    target = torch.empty_like(source)
-    found["copy"] = 2 * source.nbytes / medians({"": lambda: (target.copy_(source),)})[""]
+    for name, floats in (("copy", 1 << 28), ("cache", 1 << 21)):
+        source = torch.randn(1 << 14 if REHEARSAL else floats, device=DEVICE)
+        target = torch.empty_like(source)
+        copy = {"": lambda t=target, s=source: (t.copy_(s),)}
+        found[name] = 2 * source.nbytes / medians(copy)[""]
     return found

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.gpu.contest import Row, make
+from bench.gpu.contest import Row, network
 from bench.gpu.device import DEVICE, KINDS, REHEARSAL, host_seconds, medians, select
-from bench.gpu.rivals import RIVALS
-from bench.gpu.workloads import FEW, MANY, tiny
+from bench.gpu.rivals import NETWORKS
+from bench.gpu.workloads import FEW, MANY, tiny_network
 from bench.rivals.rival import Call
 from bench.workloads import MODES
 from hyperfast.functional import hyper_linear
@@ -41,8 +41,10 @@ def plan_times() -> list[Row]:
         times = medians(calls, rounds=3)
         layer = Sizes(b, b * n, i, o, k)
         chosen = choose(layer, dtype, gpu.arithmetic(dtype))
-        rows.append({"kind": kind, "rows_a_task": n, "chosen": chosen, **times})
-    return rows
+        rate = 2 * layer.rows * layer.params * k / times["contract"]
+        found = {"kind": kind, "rows_a_task": n, "chosen": chosen, "flops_per_s": rate}
+        rows.append(found | times)
+    return sorted(rows, key=lambda row: -row["rows_a_task"])  # a kind's last: of one row a task
 
 
 def network_times() -> list[Row]:
@@ -101,11 +103,17 @@ def config_times() -> dict[str, dict[str, float]]:
     dtype = select(next(iter(KINDS)))
     try:
         for w in (FEW, MANY):
-            RIVALS["hyperfast"](make(tiny(w) if REHEARSAL else w, dtype), MODES[1])()
+            NETWORKS["hyperfast"](network(tiny_network(w) if REHEARSAL else w, dtype), MODES[1])()
     finally:
         launch.milliseconds, launch.run, launch.AUTOTUNE = clock, pick, False
         launch.tuned.clear()
     return found
+
+
+def sort_time() -> float:
+    """Seconds of the device to sort 16,384 rows by their task, as the kernels do."""
+    keys = torch.randint(100_000, (16_384,), dtype=torch.int32, device=DEVICE)
+    return medians({"": lambda: tuple(keys.sort(stable=True))})[""]
 
 
 def launch_times() -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import uuid
 import zlib
@@ -138,11 +139,22 @@ class Contents:
         if torch.is_autocast_enabled(self.device.type):  # it would cast the whole bank
             with torch.autocast(self.device.type, enabled=False):
                 return self.run(x, ids)
+        if self.table.deferred is not None:
+            with self.table.deferred_visit(ids) as found:
+                if found is not None:
+                    columns, index, missing = found
+                    y = self.format.apply(self.activations, columns, x, index)
+                    return y.masked_fill(missing.unsqueeze(1), math.nan)
         pieces = [
             (where, self.format.apply(self.activations, columns, _some(x, where), index))
             for columns, where, index in self.table.visit(ids, self.generate)
         ]
         return _join(pieces, len(x))
+
+    def check(self) -> None:
+        """Raises what calls met of which the host has not heard yet."""
+        if self.table.deferred is not None:
+            self.table.deferred.check(wait=True)
 
     def weights(self, ids: Tensor) -> Tensor:
         """The flat weights ``(n, P)`` of tasks as stored, in the compute dtype."""

@@ -54,6 +54,8 @@ class Store:
     Args:
         columns: width and dtype of every column.
         limit: the largest number of slots; ``reserve`` returns fewer where there are no more.
+        whole: growth copies all rows into one segment, however many, as long as there is memory for
+            both: on a GPU a copy takes less than a millisecond a gigabyte.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Store:
         columns: Sequence[tuple[int, torch.dtype]],
         device: torch.device,
         limit: int | None = None,
+        whole: bool = False,
     ):
         self.columns = tuple(columns)
         self.device = device
         self.limit = limit
+        self.whole = whole
         self.segments: tuple[Segment, ...] = ()
         self.slots = 0
         self._adopted = 0
@@ -129,11 +133,13 @@ class Store:
         # Merging would lose what another thread writes meanwhile to a segment that it copies. There
         # is none: who makes a store grow is its only writer, by the table's write lock or, where
         # there is a limit, by writing before it lets go of the lock that is held here.
-        merge = own if own * slot_bytes <= MERGE else 0
-        columns = tuple(
-            torch.empty(merge + more, width, dtype=dtype, device=self.device)
-            for width, dtype in self.columns
-        )
+        merge = own if self.whole or own * slot_bytes <= MERGE else 0
+        try:
+            columns = self._empty(merge + more)
+        except torch.OutOfMemoryError:
+            if not merge:
+                raise
+            merge, columns = 0, self._empty(more)
         kept = list(self.segments)
         if merge:
             for old in [s for s in kept if s.start >= self._adopted]:
@@ -144,6 +150,12 @@ class Store:
         self._free.append(torch.arange(self.slots, self.slots + more, device=self.device))
         self.slots += more
         return True
+
+    def _empty(self, slots: int) -> Columns:
+        return tuple(
+            torch.empty(slots, width, dtype=dtype, device=self.device)
+            for width, dtype in self.columns
+        )
 
     def segments_of(self, slots: Tensor) -> Iterator[tuple[Columns, Tensor | None, Tensor]]:
         """``(columns, where, index)``: ``slots[where]`` (``None``: all) are the rows ``index`` of

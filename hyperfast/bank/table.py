@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hyperfast.bank import fork
+from hyperfast.bank import deferred, fork
 from hyperfast.bank.formats import Format
 from hyperfast.bank.rows import Columns, Guard, Store
 from hyperfast.kernels.rows import blocks
@@ -102,7 +102,10 @@ class Table:
         self.format = format
         self.device = device
         self.limit = limit
-        self.weights = Store(tuple(format.columns.values()), device, limit)
+        # Where the host need not see ids: there are no others to generate, nor any in files.
+        later = limit is None and deferred.answers_later(device)
+        self.deferred = deferred.Deferred(device) if later else None
+        self.weights = Store(tuple(format.columns.values()), device, limit, whole=later)
         self.latents = Store([latent], device) if latent is not None else None
         self.lock = threading.Lock()
         self.write = threading.RLock()
@@ -237,6 +240,30 @@ class Table:
                 with self.lock:
                     latents.leave(regenerator)
 
+    @contextmanager
+    def deferred_visit(self, ids: Tensor) -> Iterator[tuple[Columns, Tensor, Tensor] | None]:
+        """The same on a GPU, for which nothing is read from it: ``(columns, index, missing)`` says
+        that the weights of ``ids`` are the rows ``index`` of ``columns``, but of those that are
+        ``missing``. ``None`` where a visit must be: there are no weights, or in several segments.
+
+        Raises:
+            IndexError: an earlier visit missed a task.
+        """
+        assert self.deferred is not None
+        self.deferred.check()
+        with self.lock:
+            segments = self.weights.segments
+            found = None
+            if len(segments) == 1:
+                columns = segments[0].columns
+                found = (columns, *self.deferred.find(ids, self._codes, columns))
+            reader = self.weights.enter()
+        try:
+            yield found
+        finally:
+            with self.lock:
+                self.weights.leave(reader)
+
     def _code(self, places: Tensor) -> Tensor:
         return code_of(self._entries[places, ID], self._entries[places, SLOT], places)
 
@@ -367,6 +394,8 @@ class Table:
                     del keys[key]
 
     def _publish(self, change: Change) -> None:
+        if self.deferred is not None:
+            self._codes = self.deferred.renewed(self._codes, self.weights.segments)
         places = change.ids & PLACE
         self._entries[places] = torch.stack(change[:3], 1)
         self._codes[places] = self._code(places)

@@ -189,6 +189,13 @@ class TaskBank:
     def __call__(self, x: Tensor, task_ids: Tensor) -> Tensor:
         """Runs every row through the network of its task. No gradient flows.
 
+        On a CUDA or ROCm device the host does not wait for the ids: the rows of an id that is not
+        there are NaN, and the next call, or :meth:`check`, raises. So a call can be captured in a
+        graph, which sees later changes; when the bank has grown into larger memory, capture again,
+        until then :meth:`check` raises. Calls and changes are to be on one stream, or ordered by
+        events. The host still reads ids where the bank has a memory budget, and where int8 runs
+        layer by layer, for an activation without a name.
+
         Args:
             x: ``(R, in)``, any floating-point dtype and strides. It is cast to the dtype of the
                 bank, float32 for int8; sums, and in one fused op hidden layers too, are of float32
@@ -201,7 +208,7 @@ class TaskBank:
         Raises:
             ValueError: shapes or devices that disagree.
             TypeError: ``x`` is not floating-point, or ``task_ids`` not int64.
-            IndexError: an id that is not, or no longer, in the bank.
+            IndexError: an id that is not, or no longer, in the bank; on a GPU, of an earlier call.
             BankFileError: weights that were mapped from a file are damaged.
         """
         checks.check_dense(x=checks.check_tensor("x", x))
@@ -215,6 +222,21 @@ class TaskBank:
         if not len(x):
             return x.new_empty(0, self.spec.sizes[-1])
         return self.contents.run(x.to(self.contents.format.compute), task_ids).to(x.dtype)
+
+    def check(self) -> None:
+        """Waits for the calls so far, where they are on a GPU, and raises what they met; where they
+        raised at once, it does nothing.
+
+        Raises:
+            IndexError: an id that was not, or no longer, in the bank.
+
+        Example:
+            >>> hyper = hyperfast.HyperNet(2, 3, (4,), 1)
+            >>> bank = hyperfast.TaskBank.from_latents(hyper, torch.randn(9, 2))
+            >>> y = bank(torch.randn(5, 3), torch.arange(5))
+            >>> bank.check()  # all five are there
+        """
+        self.contents.check()
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -1,4 +1,5 @@
-"""What the Triton kernels reach, and what one kernel can run. No GPU has been measured yet."""
+"""What the Triton kernels reach, and what one kernel can run. Our kernels have not been measured on
+a GPU yet; ``bench/gpu/gpu.sh`` does so, and prints the figures to put here."""
 
 from __future__ import annotations
 
@@ -30,8 +31,30 @@ GPU = {
     "fp32": Gpu(33e12, 50e12),
     "fp64": Gpu(33e12, 50e12),
 }
-GPU_MEMORY, GPU_CACHE = 4.8e12, 7e12  # bytes/s
-GPU_LAUNCH = 3e-6  # seconds
+
+
+class Machine(NamedTuple):
+    """What a device and its host reach: bytes/s read and written by a copy, and seconds of the host
+    to launch a kernel eagerly. Triton's launches of 19 arguments take 12 us, ours have more: with
+    what PyTorch adds, 12 to 25 us."""
+
+    memory: float
+    launch: float
+
+
+# By a part of the device's name. Copies as others measured them.
+MACHINES = {"H100": Machine(3.0e12, 12e-6), "H200": Machine(4.3e12, 12e-6)}
+
+
+@lru_cache(maxsize=1)
+def machine() -> Machine:
+    """Of the present device; an H100's where there is none, or an unknown one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((m for key, m in MACHINES.items() if key in name), MACHINES["H100"])
+
+
+GPU_CACHE = 5.5e12  # bytes/s
+GPU_SORT = 4e-5  # seconds to sort some thousand rows by their task: about seven launches
 GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
 
 # One kernel runs a whole network of layers up to this width. Inputs and sums of a row are in
@@ -57,13 +80,13 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
     weights = b * p * itemsize
     generated = 2 * b * p * k + 2 * r * p
     blocks = max(-(-weights // GPU_BLOCK), 1)
-    memory = GPU_MEMORY if blocks > 1 else GPU_CACHE
+    memory = machine().memory if blocks > 1 else GPU_CACHE
     # FLOPs at a rate, weights stored, bytes of them moved at a rate, launches. Mixed rows would
     # have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
     table = {
         "contract": (2 * r * p * k, gpu.fused, 0, 0, memory, 1),
         "tile": (generated, gpu.library, min(weights, GPU_BLOCK), 2 * weights, GPU_CACHE,
-                 2 * blocks),
+                 3 * blocks),
         "materialize": (generated, gpu.library, weights, 2 * weights, memory, 2),
     }  # fmt: skip
     never = {"tile"} if ragged else set()
@@ -75,7 +98,9 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
             flops,
             io + min(moved, 2 * stored),
             stored,
-            math.inf if name in never else flops / rate + moved / bandwidth + launches * GPU_LAUNCH,
+            math.inf
+            if name in never
+            else flops / rate + moved / bandwidth + launches * machine().launch,
         )
         for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()
     }
@@ -93,6 +118,12 @@ def loop(layer: Sizes, first: bool) -> str:
         "output": layer.out_features * blocks * (i + 32) * 64,
     }
     return min(work, key=lambda name: work[name])
+
+
+def sorting_pays(reads: int) -> bool:
+    """Whether to sort mixed rows by their task saves more than it takes, if each reads its task's
+    weights, ``reads`` bytes in all: of a task that others have read, from the cache."""
+    return reads > GPU_SORT * GPU_CACHE
 
 
 def fits_one_kernel(sizes: Sequence[int]) -> bool:
@@ -114,8 +145,8 @@ def one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str) -> bool:
     fill = min(rows / (GPU_ROWS * GPU_MULTIPROCESSORS), 1)
     whole = sum(table["contract"].flops for table in tables) / GPU[device].fused / fill
     apart = sum(min(c.seconds for c in table.values()) for table in tables)
-    apart += 2 * rows * sum(widths[1:-1]) * itemsize / GPU_MEMORY
-    return whole + (1 + copied) * GPU_LAUNCH < apart
+    apart += 2 * rows * sum(widths[1:-1]) * itemsize / machine().memory
+    return whole + (1 + copied) * machine().launch < apart
 
 
 def arithmetic(dtype: torch.dtype) -> str:

@@ -377,6 +377,8 @@ class TaskServer:
             repeats = torch.tensor(sizes, dtype=torch.int64, device=x.device)
             ids = ids.repeat_interleave(repeats, output_size=len(x))
         y = self.bank(x, ids)
+        if isinstance(self.bank, TaskBank):
+            self.bank.check()  # these requests are to hear of it, not the next
         if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
             got = checks.shape(y) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"bank must return a Tensor of {len(x)} rows, got {got}")

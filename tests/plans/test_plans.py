@@ -243,4 +243,28 @@ def test_a_narrow_side_is_looped_over():
 def test_explain_tells_of_one_kernel(model, monkeypatch):
     monkeypatch.setattr(explain, "device_key", lambda device, dtype: "half")
     assert "in one kernel" in str(hyperfast.explain(model, (65536, 4), (65536, 5)))
-    assert "in one kernel" not in str(hyperfast.explain(model, (8, 1 << 20, 4), (8, 5)))
+    wide = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, 64, 10))
+    assert "in one kernel" not in str(hyperfast.explain(wide, (8, 1 << 20, 64), (8, 5)))
+
+
+def test_figures_are_those_of_the_device(monkeypatch):
+    """Of one that is known by its name; else an H100's."""
+    gpu.machine.cache_clear()
+    assert gpu.machine() == gpu.MACHINES["H100"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, key in {
+        "NVIDIA H200": "H200",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "Other": "H100",
+    }.items():
+        gpu.machine.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert gpu.machine() == gpu.MACHINES[key]
+    gpu.machine.cache_clear()
+
+
+def test_launches_decide_where_little_is_done():
+    """To make and use the weights a block at a time is not worth three launches each."""
+    layer = Sizes(4096, 8 * 4096, 128, 128, 64)
+    table = gpu.costs(layer, 2, "half")
+    assert table["materialize"].seconds < table["tile"].seconds

@@ -5,12 +5,13 @@
 ``grouped``    rows times the given weights of their tasks, and the gradient of those
 ``network``    a generated network: in one kernel where it fits, else by its layers
 ``stored``     given networks: likewise
+``look_up``    the slots of a bank's tasks
 ``activation`` what follows a layer, and the transforms of weights, inside a kernel
 ``launch``     tiles, rows and tasks, the choice of a configuration
 
-Rows of mixed tasks are never moved: they are read, and written, through the order that a stable
-sort of their task ids gives. Offsets that can pass 2^31 elements are 64-bit. No kernel adds floats
-atomically: the same arguments give the same bits.
+Rows of mixed tasks are never moved: they are read, and written, as they lie where they are few, or
+through the order that a stable sort of their task ids gives. Offsets that can pass 2^31 elements
+are 64-bit. No kernel adds floats atomically: the same arguments give the same bits.
 
 ``HYPERFAST_AUTOTUNE=1`` times the configurations of a kernel at the first call of a size, and keeps
 the fastest.

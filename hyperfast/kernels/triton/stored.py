@@ -1,6 +1,6 @@
 """Given networks on the rows of their tasks: in one kernel where the widths fit, else by layers.
 
-The rows are put in the order of their tasks once; every touched weight is read from memory once.
+Mixed rows are put in the order of their tasks once; every touched weight is read from memory once.
 Steps of int8 are widened, and weights transformed, in registers.
 """
 
@@ -16,10 +16,28 @@ from torch import Tensor
 
 from hyperfast.kernels.triton import grouped, launch
 from hyperfast.kernels.triton.activation import NOTHING, activate, followed
-from hyperfast.kernels.triton.grouped import NONE, owners, transformed
-from hyperfast.kernels.triton.launch import Rows, agree, expect, power, rows_of, tile, up
+from hyperfast.kernels.triton.grouped import row, stretch, transformed
+from hyperfast.kernels.triton.launch import Rows, agree, expect, power, rows_of, tile
 from hyperfast.layout import Layer, Network
 from hyperfast.plans import gpu
+
+
+@triton.jit
+def _matrix(
+    matrices, own, w_p, v_p, I: tl.constexpr, O: tl.constexpr, BEGIN: tl.constexpr,
+    SCALE: tl.constexpr, TRANSFORM: tl.constexpr, SCALED: tl.constexpr, SUM: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """The matrix of one layer ``(BO, BI)``, transformed, and the scales of its outputs."""
+    i, o = tl.arange(0, BI), tl.arange(0, BO)
+    held = (o < O)[:, None] & (i < I)[None, :]
+    w = tl.load(matrices + (BEGIN + o[:, None] * I + i[None, :]).to(tl.int64) * w_p, held, 0.0)
+    scale = o
+    if SCALED:
+        scale = tl.load(own + (SCALE + o).to(tl.int64) * v_p, o < O, 0.0)
+    if TRANSFORM != "":  # what lies past the inputs meets weights of 0
+        w = tl.where(held, transformed(w, scale, SCALED, TRANSFORM, SUM), 0.0)
+    return w, scale
 
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
@@ -28,38 +46,50 @@ def _task_mlp(
     SIZES: tl.constexpr, TILES: tl.constexpr, WEIGHTS: tl.constexpr, SCALES: tl.constexpr,
     BIASES: tl.constexpr, ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr,
     TRANSFORMS: tl.constexpr, SCALED: tl.constexpr, RAGGED: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    HELD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """``BM`` rows, in the order of their tasks, through the networks of these, which take turns.
+    """A stretch of the rows of one task, ``BM`` at a time, through its network.
 
-    A row keeps what its own network makes of it, so that a NaN in one does not reach another. Of a
-    task's row of ``weight`` the matrix of layer ``n`` begins at ``WEIGHTS[n]``; its bias, if it has
-    one, at ``BIASES[n]`` of ``vectors``.
+    Of the task's row of ``weight`` the matrix of layer ``n`` begins at ``WEIGHTS[n]``; its bias, if
+    it has one, at ``BIASES[n]`` of ``vectors``. ``HELD`` matrices stay in registers from one row to
+    the next.
     """
-    p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    live = p < rows
-    r, task = owners(p, live, keys, order, per_task, RAGGED)
+    pid = tl.program_id(0).to(tl.int64)
+    task, first, last = stretch(pid, keys, rows, per_task, RAGGED, ROWS)
+    if first == last:
+        return
     LAST: tl.constexpr = len(ACTIVATIONS)
-    WIDTH: tl.constexpr = TILES[LAST]
-    result = tl.zeros((BM, WIDTH), y.dtype.element_ty)
-    first = tl.arange(0, TILES[0])
-    inside = (first < SIZES[0])[None, :]
-    turn = tl.min(task)
-    while turn < NONE:
-        mine = (task == turn)[:, None]
-        v = tl.load(x + r[:, None] * x_r + first[None, :].to(tl.int64) * x_i, mine & inside, 0.0)
-        matrices = weight + tl.multiple_of(turn * w_t, ALIGNED)
-        own = vectors + turn * v_t
+    # The weights of all layers lie in one piece, whose length is seldom a multiple of 16.
+    matrices = weight + tl.multiple_of(task * w_t, ALIGNED)
+    own = vectors + task * v_t
+    held = ()
+    if HELD:
         for n in tl.static_range(LAST):
-            i, o = tl.arange(0, TILES[n]), tl.arange(0, TILES[n + 1])
-            at = matrices + (WEIGHTS[n] + o[:, None] * SIZES[n] + i[None, :]).to(tl.int64) * w_p
-            held = (o < SIZES[n + 1])[:, None] & (i < SIZES[n])[None, :]
-            w = tl.load(at, held, 0.0)
-            scale = o
-            if SCALED:
-                scale = tl.load(own + (SCALES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
-            if TRANSFORMS[n] != "":  # what lies past the inputs meets weights of 0
-                w = tl.where(held, transformed(w, scale, SCALED, TRANSFORMS[n], SUM), 0.0)
+            held += (  # type: ignore[assignment]
+                _matrix(
+                    matrices, own, w_p, v_p, SIZES[n], SIZES[n + 1], WEIGHTS[n], SCALES[n],
+                    tl.constexpr(TRANSFORMS[n]), SCALED, SUM, TILES[n], TILES[n + 1],
+                ),
+            )  # fmt: skip
+    begin, end = tl.arange(0, TILES[0]), tl.arange(0, TILES[LAST])
+    for p0 in range(first, last, BM):
+        p = p0 + tl.arange(0, BM)
+        live = p < last
+        r = row(p, live, order, RAGGED, ROWS)
+        v = tl.load(
+            x + r[:, None] * x_r + begin[None, :].to(tl.int64) * x_i,
+            live[:, None] & (begin < SIZES[0])[None, :],
+            0.0,
+        )
+        for n in tl.static_range(LAST):
+            if HELD:
+                w, scale = held[n]  # type: ignore[var-annotated]
+            else:
+                w, scale = _matrix(
+                    matrices, own, w_p, v_p, SIZES[n], SIZES[n + 1], WEIGHTS[n], SCALES[n],
+                    tl.constexpr(TRANSFORMS[n]), SCALED, SUM, TILES[n], TILES[n + 1],
+                )  # fmt: skip
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
             else:
@@ -68,14 +98,12 @@ def _task_mlp(
             if SCALED and TRANSFORMS[n] == "":
                 total *= scale.to(SUM)[None, :]
             if BIASES[n] is not None:
+                o = tl.arange(0, TILES[n + 1])
                 bias = tl.load(own + (BIASES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
                 total += bias.to(SUM)[None, :]
-            v = activate(total, ACTIVATIONS[n], PARAMETERS[n]).to(y.dtype.element_ty)
-        result = tl.where(mine, v, result)
-        turn = tl.min(tl.where(task > turn, task, NONE))
-    o = tl.arange(0, WIDTH)
-    mask = live[:, None] & (o < SIZES[LAST])[None, :]
-    tl.store(y + r[:, None] * SIZES[LAST] + o[None, :], result, mask)
+            v = activate(total, tl.constexpr(ACTIVATIONS[n]), PARAMETERS[n]).to(y.dtype.element_ty)
+        mask = live[:, None] & (end < SIZES[LAST])[None, :]
+        tl.store(y + r[:, None] * SIZES[LAST] + end[None, :], v, mask)
 
 
 # Most rows of a program and its warps, where rows share tasks: none spills, as 16 rows of fp64 do.
@@ -175,25 +203,31 @@ def _whole(
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))
     transforms = tuple(layer.transform for layer in net.layers)
-    if block == 1:  # 32 weights a thread, whose loads are on their way together; fp64 that are
-        # transformed would spill
+    held = False
+    if block == 1:
+        # 32 weights of a layer a thread, whose loads are on their way together; fp64 that are
+        # transformed would spill. Those of all layers stay if they take 72 registers a thread.
+        weights = [i * o for i, o in pairwise(tiles)]
         share, warps = (512, 8) if kind == "fp64" and any(transforms) else (1024, 4)
-        warps = min(max(max(i * o for i, o in pairwise(tiles)) // share, 1), warps)
-    keys, order = rows.sorted
+        warps = min(max(max(weights) // share, 1), warps)
+        held = sum(weights) * (1 + (kind == "fp64")) <= 72 * 32 * warps
     scaled = scales_and_biases is not None
     vectors = weight if scales_and_biases is None else scales_and_biases
     places, then = net.places(scaled), followed(net)
+    task_bytes = weight.shape[1] * weight.element_size()
+    work = grouped.stretches(rows, block, task_bytes)
     y = x.new_empty(len(x), net.sizes[-1])
     launch.start(
-        _task_mlp, up(rows.total, block),
-        x, weight, vectors, keys, order, y, rows.total, rows.per_task,
+        _task_mlp, work.programs,
+        x, weight, vectors, work.keys, work.order, y, rows.total, rows.per_task,
         *x.stride(), *weight.stride(), *vectors.stride(),
         SIZES=net.sizes, TILES=tiles, WEIGHTS=tuple(p.matrix for p in places),
         SCALES=tuple(p.scale for p in places),
         BIASES=tuple(p.bias if v.bias else None for p, v in zip(places, net.layers, strict=True)),
         ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
         TRANSFORMS=transforms, SCALED=scaled, RAGGED=rows.ragged,
-        **launch.arithmetic(x.dtype), ALIGNED=math.gcd(weight.stride(0), 16), BM=block,
-        num_warps=warps,
+        **launch.arithmetic(x.dtype), ALIGNED=math.gcd(weight.stride(0), 16), ROWS=work.rows,
+        # No stages: they would fetch a task's weights again for each of its rows.
+        HELD=held, BM=block, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return y

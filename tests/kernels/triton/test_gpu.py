@@ -114,6 +114,118 @@ def test_a_graph_of_stored_networks():
     assert torch.equal(y, torch.ops.hyperfast.task_mlp(*args))
 
 
+@pytest.fixture
+def no_waiting():
+    """Whatever waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+SPEC = hyperfast.MLPSpec((16, 32, 4))
+ASKED = {
+    "uniform": lambda rows: torch.randint(500, (rows,)),
+    "distinct": lambda rows: torch.randperm(500).repeat(rows // 500 + 1)[:rows],
+    "identical": lambda rows: torch.full((rows,), 7),
+}
+
+
+def make_bank(dtype=torch.float32):
+    flat = torch.randn(500, SPEC.numel, device="cuda") / 4
+    return hyperfast.TaskBank.from_weights(SPEC, flat, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [3, 900, 70_000])
+def test_a_bank_reads_nothing_back(dtype, rows, request):
+    """Whoever is asked for; in order, and after a change. Its answers are those of a CPU's."""
+    bank = make_bank(dtype)
+    asked = [ask(rows).cuda() for ask in ASKED.values()]
+    x = torch.randn(rows, 16, device="cuda")
+    bank(x, asked[0])  # compiles
+    bank.update([3], weights=torch.randn(1, SPEC.numel, device="cuda"))
+    torch.cuda.synchronize()
+    request.getfixturevalue("no_waiting")
+    found = [bank(x, ids) for ids in asked]
+    torch.cuda.set_sync_debug_mode("default")
+    bank.check()
+    for ids, y in zip(asked, found, strict=True):
+        weights = SPEC.split(bank.weights(ids).double())
+        exact = hyperfast.TargetNet()(x.double().unsqueeze(1), weights).squeeze(1)
+        close(y.double(), exact, 0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_a_bank_tells_later_of_an_id_that_is_not_there():
+    bank, x = make_bank(), torch.randn(3, 16, device="cuda")
+    ids = torch.tensor([4, 500, -1], device="cuda")
+    y = bank(x, ids)
+    assert y[0].isfinite().all()
+    assert y[1:].isnan().all()
+    with pytest.raises(IndexError, match=r"no task of the bank has the id (500|-1), of an"):
+        bank.check()
+    bank.check()
+    bank(x, ids)
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="of an earlier call"):
+        bank(x, ids[:1].expand(3))
+
+
+def test_a_graph_of_a_bank():
+    """New rows and ids take effect at a replay, and so do changes; what the bank has left finds
+    nobody."""
+    bank, x = make_bank(), torch.randn(900, 16, device="cuda")
+    ids = torch.randint(500, (900,), device="cuda")
+    bank(x, ids)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = bank(x, ids)
+    x.normal_()
+    ids.copy_(ids.flip(0))
+    bank.update([7], weights=torch.randn(1, SPEC.numel, device="cuda"))
+    graph.replay()
+    assert torch.equal(y, bank(x, ids))
+    bank.check()
+    ids[0] = 500
+    graph.replay()
+    assert y[0].isnan().all()
+    with pytest.raises(IndexError, match="has the id 500, of an earlier call"):
+        bank.check()
+    bank.add(weights=torch.randn(5000, SPEC.numel, device="cuda"))
+    graph.replay()
+    assert y.isnan().all()
+    with pytest.raises(IndexError, match="the bank grew after a graph was captured"):
+        bank.check()
+    assert bank(x, ids).isfinite().all()
+
+
+def test_a_training_step_waits_for_nothing(model, request):
+    inputs = batch(True)
+    for _ in range(2):
+        gradients = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
+        torch.cuda.synchronize()
+        request.getfixturevalue("no_waiting")  # once the kernels are compiled
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ins", [1, 17, 64])
+def test_sums_of_a_hot_task(ins, dtype):
+    """70,000 rows, of which one task has nearly all: in parts, the same bits every time."""
+    ids = torch.randint(9, (70_000,), device="cuda")
+    ids[100:-300] = 4
+    grad, x = (torch.randn(70_000, n, device="cuda", dtype=dtype) for n in (33, ins))
+    op = torch.ops.hyperfast.task_linear_grad_weight
+    plain, exact = (
+        torch.stack([grad[ids == t].to(at).mT @ x[ids == t].to(at) for t in range(9)])
+        for at in (dtype, torch.float64)
+    )
+    y = op(grad, x, ids, 9)
+    in_norm(y, plain, exact)
+    assert torch.equal(op(grad, x, ids, 9), y)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(model, dtype):
     x, z = batch(False)

@@ -20,8 +20,9 @@ def version(package):
     version(triton) < (3, 7) and version(numpy) >= (2, 4),
     reason="the interpreter of Triton before 3.7 needs NumPy before 2.4",
 )
-def test_by_the_interpreter():
-    tests = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("suite", ["interpreted.py", "interpreted_bank.py"])
+def test_by_the_interpreter(suite):
+    tests = Path(__file__).with_name(suite)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,76 @@
+"""The look-up of ids that are on a GPU. To see them the host would wait for all that runs there;
+so a kernel looks them up, and the host hears later of one that no task has."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from hyperfast.bank.rows import Columns, Segment
+from hyperfast.plans.gpu import HAS_TRITON
+
+
+def answers_later(device: torch.device) -> bool:
+    """Whether ids on ``device`` are looked up there."""
+    return device.type == "cuda" and HAS_TRITON
+
+
+def capturing() -> bool:
+    """Whether what is launched now is not run, but captured in a graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Deferred:
+    """Look-ups in the codes of a table, whose lock the caller holds.
+
+    A missing id goes to a word of the host's memory that kernels can write: to see whether there is
+    one waits for nothing. A row that asks for it is marked, and reads some other task's weights.
+
+    A graph keeps the addresses with which it was captured. They stay valid as long as the bank,
+    which sees to it that a graph sees every change: in place; or, when the bank moves to larger
+    memory, by finding nobody from then on in what is left behind.
+    """
+
+    def __init__(self, device: torch.device):
+        from hyperfast.kernels.triton import look_up
+
+        self._look_up, self._nobody = look_up.look_up, look_up.NOBODY
+        self._device = device
+        self._fault = torch.full(
+            (1,), self._nobody, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+        )
+        self._word = ctypes.c_int64.from_address(self._fault.data_ptr())
+        self._captured: list[tuple[Tensor, Columns]] = []
+        self._left: list[tuple[Tensor, Columns]] = []  # kept for the graphs that were captured
+
+    def find(self, ids: Tensor, codes: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+        """The slots ``(R,)`` of tasks, and which of ``ids (R,)`` are missing ``(R,)``."""
+        if capturing() and not any(held is codes and of is columns for held, of in self._captured):
+            self._captured.append((codes, columns))
+        return self._look_up(ids, codes, len(columns[0]), self._fault)
+
+    def renewed(self, codes: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+        """The codes to go on with, before a change is published: graphs that were captured with
+        memory which the bank has left since find nobody in theirs."""
+        columns = segments[-1].columns if segments else ()
+        left = [(held, of) for held, of in self._captured if held is not codes or of is not columns]
+        if any(held is codes for held, _ in left):
+            codes = codes.clone()
+        for held, _ in left:
+            held.fill_(-1)
+        self._left += left
+        self._captured = [(held, of) for held, of in self._captured if held is codes]
+        return codes
+
+    def check(self, wait: bool = False) -> None:
+        """Raises IndexError if a look-up, of those that have run, missed an id."""
+        if wait and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        missing = self._word.value
+        if missing == self._nobody:
+            return
+        self._word.value = self._nobody
+        hint = ", or the bank grew after a graph was captured" if self._left else ""
+        raise IndexError(f"no task of the bank has the id {missing}, of an earlier call{hint}")
