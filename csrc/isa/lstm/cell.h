@@ -4,7 +4,7 @@
 
 #include "hyper_lstm.h"
 #include "isa/network/activate.h"
-#include "isa/product/dot.h"
+#include "isa/simd/vector.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -31,8 +31,9 @@ struct Moments {
 
   Moments() = default;
   Moments(Index n, const C* y) {
-    mean = sum_of(y, n) / C(n);
-    Vec<C> squares{};
+    Vec<C> total{}, squares{};
+    each_vector<C>(n, [&](Index i, int count) { total += get(y + i, count); });
+    mean = sum<C>(total) / C(n);
     each_vector<C>(n, [&](Index i, int count) {
       const Vec<C> off = first_lanes_of(get(y + i, count) - mean, count);
       squares += off * off;
