@@ -138,6 +138,12 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def index(t: Tensor) -> tl.dtype:
+    """What holds the offset of any element."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return tl.int32 if last < 2**31 else tl.int64
+
+
 # Whether to time the configurations at the first call of a size, instead of taking the default.
 AUTOTUNE = os.environ.get("HYPERFAST_AUTOTUNE") == "1"
 tuned: dict[tuple, Config] = {}
