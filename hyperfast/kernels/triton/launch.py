@@ -21,13 +21,21 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Config(NamedTuple):
-    """A tile of the output, the depth of one product, warps a program, stages of its pipeline."""
+    """A tile of the output, the depth of one product, warps a program, stages of its pipeline; the
+    width of a product that generates weights, and the most registers of a thread."""
 
     rows: int
     columns: int
     depth: int
     warps: int = 4
     stages: int = 3
+    width: int = 64
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What the compiler is told; AMD's knows no limit of registers."""
+        limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @triton.jit(debug=True)

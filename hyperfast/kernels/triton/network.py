@@ -113,8 +113,12 @@ def _hyper_mlp(
 
 # Largest tile first; columns are the most that a layer may have.
 WHOLE = {
-    "half": (Config(128, 64, 64, 8), Config(64, 64, 64), Config(32, 64, 64)),
-    "tf32": (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)),
+    "half": (
+        Config(128, 64, 64, 8, 3, 64, 128),
+        Config(64, 64, 64, 4, 3, 64),
+        Config(32, 64, 64, 4, 3, 64),
+    ),
+    "tf32": (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)),
     "fp32": (Config(64, 64, 16, 8, 2),),
     "fp64": (Config(32, 64, 16, 8, 2),),
 }
@@ -215,19 +219,18 @@ def _whole(
     """``(R, out)``; the arguments of the first ``keep`` activations go to ``preactivations``."""
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
     features = weight.shape[1]
-    kind = gpu.arithmetic(x.dtype)
     weight = packed(weight.unsqueeze(0), rows.total)[0]
     tiles = tuple(power(size) if n == 0 else tile(size) for n, size in enumerate(sizes))
-    group = tuple(groups(o, i, o, kind)[0] for i, o in pairwise(tiles))
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])
-    table = WHOLE[kind]
+    table = WHOLE[gpu.arithmetic(x.dtype)]
 
     def block(config: Config) -> int:
         return min(tile(rows.total), config.rows)
 
     def run(config: Config) -> None:
         depth = deep(features, config.depth)
+        group = tuple(groups(o, i, o, config.width)[0] for i, o in pairwise(tiles))
         launch.start(
             _hyper_mlp, up(rows.total, block(config)),
             x, h, weight, b, rows.keys, preactivations, y, rows.total, rows.per_task,
@@ -242,7 +245,7 @@ def _whole(
             KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
             TARGET_BIASES=tuple(layer.bias for layer in layers), HAS_BIAS=bias is not None,
             RAGGED=rows.ragged, **launch.arithmetic(x.dtype), BM=block(config),
-            BK=depth, num_warps=config.warps, num_stages=config.stages,
+            BK=depth, **config.options(),
         )  # fmt: skip
 
     key = ("network", x.dtype, sizes, features, launch.power(rows.total))

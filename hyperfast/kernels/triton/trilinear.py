@@ -182,20 +182,21 @@ def _outer(
 
 
 # By kind of arithmetic, largest tile first: a large tile reads what is shared less often, a small
-# one fills the device with few rows. Columns are outputs. A product is as many columns wide as
-# there are weights in a step.
+# one fills the device with few rows. Columns are outputs.
 CONTRACT = {
     "half": (
-        Config(128, 32, 64, 8),
-        Config(128, 16, 64, 8),
-        Config(64, 16, 64),
-        Config(16, 16, 64),
+        Config(128, 16, 64, 8, 3, 128, 128),
+        Config(64, 16, 64, 4, 3, 128),
+        Config(16, 16, 64, 4, 3, 128),
     ),
-    "tf32": (Config(128, 16, 32, 8), Config(64, 16, 32), Config(16, 16, 32)),
+    "tf32": (
+        Config(128, 16, 32, 8, 3, 128, 128),
+        Config(64, 16, 32, 4, 3, 128),
+        Config(16, 16, 32, 4, 3, 128),
+    ),
     "fp32": (Config(64, 16, 16, 8, 2), Config(16, 16, 16, 4, 2)),
     "fp64": (Config(64, 16, 16, 8, 2), Config(32, 16, 16, 4, 2), Config(16, 16, 16, 4, 2)),
 }
-WIDTH = {"half": 128, "tf32": 128, "fp32": 64, "fp64": 64}
 WIDEST = 64  # of what is applied: a block of it stays in registers
 # One size each, for the rows are split to fill the device.
 OUTER = {
@@ -214,11 +215,10 @@ PACK = 256
 Operand = tuple[Tensor, bool]
 
 
-def groups(outputs: int, applied: int, columns: int, kind: str) -> tuple[int, int]:
+def groups(outputs: int, applied: int, columns: int, width: int) -> tuple[int, int]:
     """Outputs a step, and what is applied to each: a product's width in all, 16 at least."""
     block = min(power(applied), WIDEST)
-    most = max(WIDTH[kind] // block, 1)
-    return min(most, max(power(outputs), 16 // block), columns), block
+    return min(max(width // block, 1), max(power(outputs), 16 // block), columns), block
 
 
 def packed(v: Tensor, rows: int) -> Tensor:
@@ -250,8 +250,7 @@ def trilinear(
     and constant: ``a_weight (N, I)``, ``b_weight (N, J)``, ``bias (N,)``; and what follows.
     """
     n, i, j = v.shape
-    kind = gpu.arithmetic(v.dtype)
-    table = CONTRACT[kind]
+    table = CONTRACT[gpu.arithmetic(v.dtype)]
 
     def work(applied: int, dotted: int) -> int:
         block, depth = min(power(applied), WIDEST), deep(dotted, table[0].depth)
@@ -280,7 +279,7 @@ def trilinear(
 
     def run(config: Config) -> None:
         block, columns = cut(config)
-        group, along = groups(n, applied, columns, kind)
+        group, along = groups(n, applied, columns, config.width)
         launch.start(
             _contract, programs(config),
             a_, c, v, u, s, extra, rows.keys, then.pre, y, rows.total, rows.per_task,
@@ -292,7 +291,7 @@ def trilinear(
             BM=block, BN=columns, BJ=along, BK=depth, G=group,
             FULL=not (n % group or applied % along or v.shape[2] % depth),
             INDEX=launch.index(v),
-            num_warps=config.warps, num_stages=config.stages,
+            **config.options(),
         )  # fmt: skip
 
     key = "contract", v.dtype, v.shape, applied, dotted, power(rows.total), dtype
@@ -345,7 +344,7 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
             *a_.stride(), *b_.stride(), *c_.stride(), *out.stride(),
             A_TASK=a_task, B_TASK=b_task, C_TASK=c_task, RAGGED=rows.ragged,
             **launch.arithmetic(y.dtype), BA=outer, BB=inner, BC=columns, BR=config.depth,
-            num_warps=config.warps, num_stages=config.stages,
+            **config.options(),
         )  # fmt: skip
         if parts > 1:
             y.copy_(out.sum(0))

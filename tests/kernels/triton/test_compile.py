@@ -101,7 +101,7 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, kernel, args, named):
-        options = {n: named.pop(n) for n in ("num_warps", "num_stages") if n in named}
+        options = {n: named.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in named}
         if kernel.debug:
             options["debug"] = True
         signature, constants, aligned = {}, dict(named), []
