@@ -75,10 +75,15 @@ class Rows:
         """Whether mixed rows are fewer than the tasks."""
         return self.ragged and self.total < self.tasks
 
+    def each(self, h: Tensor) -> Tensor:
+        """For each row what is its task's of ``h``, an entry a task."""
+        if self.keys is not None:
+            return h.index_select(0, self.keys)
+        return h if self.per_task == 1 else h.repeat_interleave(self.per_task, 0)
+
     def alone(self, h: Tensor) -> tuple[Tensor, Rows]:
-        """The mixed rows as tasks of their own, and what is theirs of ``h``, an entry a task."""
-        assert self.keys is not None
-        return h.index_select(0, self.keys), Rows(self.total, self.total, 1)
+        """The mixed rows as tasks of their own, and what is theirs of ``h``."""
+        return self.each(h), Rows(self.total, self.total, 1)
 
     @cached_property
     def sorted(self) -> tuple[Tensor | None, Tensor | None]:

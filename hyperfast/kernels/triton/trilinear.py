@@ -190,9 +190,9 @@ CONTRACT = {
         Config(16, 16, 64, 4, 3, 128),
     ),
     "tf32": (
-        Config(128, 16, 32, 8, 3, 128, 128),
-        Config(64, 16, 32, 4, 3, 128),
-        Config(16, 16, 32, 4, 3, 128),
+        Config(128, 16, 32, 8, 3, 64, 128),
+        Config(64, 16, 32),
+        Config(16, 16, 32),
     ),
     "fp32": (Config(64, 16, 16, 8, 2), Config(16, 16, 16, 4, 2)),
     "fp64": (Config(64, 16, 16, 8, 2), Config(32, 16, 16, 4, 2), Config(16, 16, 16, 4, 2)),
@@ -314,10 +314,10 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
     total_dtype = torch.promote_types(y.dtype, torch.float32)
 
     def cut(config: Config) -> tuple[int, int, int]:
-        # A square tile reads least; 16 pairs at least are a side of a product.
-        inner = min(power(shape[1]), 1 << config.rows.bit_length() // 2)
-        outer = min(max(power(shape[0]), 16 // inner), config.rows // inner)
-        inner = min(power(shape[1]), config.rows // outer)
+        # A square tile reads least; a product of TF32 is 32 pairs wide at least.
+        outer = min(power(shape[0]), 1 << config.rows.bit_length() // 2)
+        inner = max(min(power(shape[1]), config.rows // outer), 32 // outer)
+        outer = min(power(shape[0]), config.rows // inner)
         return outer, inner, min(tile(shape[2]), config.columns)
 
     def split(config: Config) -> tuple[int, int]:

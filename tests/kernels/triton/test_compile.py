@@ -143,6 +143,8 @@ def recorded(kind, multiprocessors, work):
     found = {}
 
     def record(kernel, programs, *args, **named):
+        if kernel is launching._keys:  # read by what is not replaced
+            args[1].zero_()
         found[Launch.of(kernel, args, named)] = None
 
     with pytest.MonkeyPatch.context() as patch:
