@@ -32,9 +32,10 @@ class Config(NamedTuple):
     width: int = 64
     registers: int | None = None
 
-    def options(self) -> dict[str, int]:
-        """What the compiler is told; AMD's knows no limit of registers."""
-        limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
+    def options(self, device: torch.device) -> dict[str, int]:
+        """What the compiler is told. The limit is a Hopper's, whose products need few registers
+        besides their sums."""
+        limit = {"maxnreg": self.registers} if self.registers and hopper(device) else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
@@ -207,6 +208,14 @@ def start(kernel: Any, programs: int, first: Tensor, *args: Any, **options: Any)
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def hopper(device: torch.device) -> bool:
+    """Whether warp groups multiply, from shared memory."""
+    if INTERPRETED or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def up(n: int, size: int) -> int:

@@ -93,9 +93,7 @@ def _hyper_mlp(
     h_row = (h + entry(r, keys, per_task, live, True, RAGGED) * h_t)[:, None]
     x_row = (x + r * x_r)[:, None]
     i = tl.arange(0, TILES[0])
-    v = tl.load(
-        x_row + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0
-    )
+    v = tl.load(x_row + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0)
     for n in tl.static_range(len(GROUPS)):
         total = _layer(
             v, x_row, h_row, weight, bias, live, K, FILLED, x_i, h_k, w_p, w_k, bias_p,
@@ -245,7 +243,7 @@ def _whole(
             KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
             TARGET_BIASES=tuple(layer.bias for layer in layers), HAS_BIAS=bias is not None,
             RAGGED=rows.ragged, **launch.arithmetic(x.dtype), BM=block(config),
-            BK=depth, **config.options(),
+            BK=depth, **config.options(y.device),
         )  # fmt: skip
 
     key = ("network", x.dtype, sizes, features, launch.power(rows.total))

@@ -26,7 +26,7 @@ from hyperfast.plans import gpu
 
 @triton.jit
 def _pack(v, y, N, J, K, v_n, v_j, v_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``y[n,j,k] = v[n,j,k]``, its rows ``WIDTH`` apart and filled up with 0. Read and written along
+    """``y[n,j,k] = v[n,j,k]``, rows ``WIDTH`` apart and filled up with 0. Reads and writes go along
     what is contiguous in each."""
     blocks = tl.cdiv(N, BLOCK)
     pid = tl.program_id(0)
@@ -58,7 +58,8 @@ def generate(
     n, j, k = q // BJ, j0 + q % BJ, k0 + tl.arange(0, BK)
     at = (n.to(INDEX) * v_n + j.to(INDEX) * v_j)[None, :] + k.to(INDEX)[:, None] * v_k
     step = tl.arange(0, STEPS)
-    for s in range(tl.minimum(tl.cdiv(N, G), STEPS)):
+    # K is not below 0, which the compiler does not know: it would unroll a few steps.
+    for s in range(tl.minimum(tl.cdiv(N, G), STEPS) + tl.minimum(K, 0)):
         if FULL:
             v_tile = tl.load(v + at)
         else:
@@ -291,7 +292,7 @@ def trilinear(
             BM=block, BN=columns, BJ=along, BK=depth, G=group,
             FULL=not (n % group or applied % along or v.shape[2] % depth),
             INDEX=launch.index(v),
-            **config.options(),
+            **config.options(y.device),
         )  # fmt: skip
 
     key = "contract", v.dtype, v.shape, applied, dotted, power(rows.total), dtype
@@ -344,7 +345,7 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
             *a_.stride(), *b_.stride(), *c_.stride(), *out.stride(),
             A_TASK=a_task, B_TASK=b_task, C_TASK=c_task, RAGGED=rows.ragged,
             **launch.arithmetic(y.dtype), BA=outer, BB=inner, BC=columns, BR=config.depth,
-            **config.options(),
+            **config.options(y.device),
         )  # fmt: skip
         if parts > 1:
             y.copy_(out.sum(0))
