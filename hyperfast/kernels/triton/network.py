@@ -76,6 +76,16 @@ def _layer(
     return total
 
 
+@triton.jit
+def _finish(
+    total, pre, at, mask,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """What follows layer ``N``. Triton 3.6 passes no string on but from a name."""
+    NAME: tl.constexpr = ACTIVATIONS[N]
+    return finish(total, pre, at, mask, NAME, PARAMETERS[N], KEEP, False)
+
+
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _hyper_mlp(
     x, h, weight, bias, keys, preactivations, y, rows, per_task, K, FILLED,
@@ -104,7 +114,7 @@ def _hyper_mlp(
         at = r[:, None] * SIZES[n + 1] + o[None, :]
         mask = live[:, None] & (o < SIZES[n + 1])[None, :]
         pre = preactivations + tl.cast(rows, tl.int64) * AT[n]
-        total = finish(total, pre, at, mask, ACTIVATIONS[n], PARAMETERS[n], n < KEPT, False)
+        total = _finish(total, pre, at, mask, ACTIVATIONS, PARAMETERS, n, n < KEPT)
         v = total.to(y.dtype.element_ty)
     tl.store(y + at, v, mask)
 
