@@ -227,7 +227,7 @@ def _whole(
     """``(R, out)``; the arguments of the first ``keep`` activations go to ``preactivations``."""
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
     features = weight.shape[1]
-    weight = packed(weight.unsqueeze(0), rows.total)[0]
+    weight = packed(weight.unsqueeze(1), rows.total)[:, 0]
     tiles = tuple(power(size) if n == 0 else tile(size) for n, size in enumerate(sizes))
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])

@@ -302,8 +302,8 @@ def trilinear(
 
 def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None:
     """Writes ``y[i,j,k] = sum_r a[r,i] b[r,j] c[r,k]`` into ``y (I, J, K)`` of any strides."""
-    # The longer of two operands goes innermost; the third, which the left pair is multiplied with,
-    # is the contiguous one unless it is narrow (the head's bias has a single feature).
+    # The longer of two operands goes innermost; the third, which their pairs are multiplied with,
+    # is the contiguous one unless it is narrow.
     if y.shape[2] < 16 and max(y.shape[:2]) > y.shape[2]:
         longest = int(y.shape[1] < y.shape[0])
         a, b, c, y = (c, a, b, y.permute(2, 0, 1)) if not longest else (c, b, a, y.permute(2, 1, 0))

@@ -55,7 +55,9 @@ def cuda_resources(cubin, path):
     tool = machine_code.TOOLS / "cuobjdump"
     listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
     code = machine_code.loops(machine_code.disassembled(path))
-    return int(re.search(r"REG:(\d+)", listing.stdout)[1]), max(loop.local for loop in code)
+    return int(re.search(r"REG:(\d+)", listing.stdout)[1]), max(
+        (loop.local for loop in code), default=0
+    )
 
 
 def amd_resources(assembly):
