@@ -119,7 +119,8 @@ def _hyper_mlp(
     tl.store(y + at, v, mask)
 
 
-# Largest tile first; columns are the most that a layer may have.
+# Largest tile first; columns are the most that a layer may have. Beside a layer's inputs and sums,
+# 128 registers hold a product of 64 columns.
 WHOLE = {
     "half": (
         Config(128, 64, 64, 8, 3, 64, 128),
