@@ -184,8 +184,8 @@ def _outer(
 
 # By kind of arithmetic, largest tile first: a large tile reads what is shared less often, a small
 # one fills the device with few rows. Columns are outputs. A product is waited for before it is
-# applied: at 128 registers a thread two programs of 8 warps share a Hopper's multiprocessor, and one
-# multiplies while the other applies.
+# applied: at 128 registers a thread two programs of 8 warps share a multiprocessor of a Hopper, and
+# one multiplies while the other applies.
 CONTRACT = {
     "half": (
         Config(128, 16, 64, 8, 3, 128, 128),
