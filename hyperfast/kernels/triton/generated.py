@@ -164,7 +164,7 @@ def _contract_grad_weight(grad: Tensor, x: Tensor, h: Tensor, rows: Rows, vector
     y = grad.new_empty(n + out * vector, h.shape[1])
     sum_outer((grad, False), (x, False), (h, True), y[:n].unflatten(0, (out, ins)), rows)
     if vector:
-        sum_outer((grouped.ones(grad), False), (grad, False), (h, True), y[n:].unsqueeze(0), rows)
+        torch.mm(grad.mT, rows.each(h), out=y[n:])
     return y
 
 

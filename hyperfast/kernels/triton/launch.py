@@ -21,13 +21,22 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Config(NamedTuple):
-    """A tile of the output, the depth of one product, warps a program, stages of its pipeline."""
+    """A tile of the output, the depth of one product, warps a program, stages of its pipeline; the
+    width of a product that generates weights, and the most registers of a thread."""
 
     rows: int
     columns: int
     depth: int
     warps: int = 4
     stages: int = 3
+    width: int = 64
+    registers: int | None = None
+
+    def options(self, device: torch.device) -> dict[str, int]:
+        """What the compiler is told. The limit is a Hopper's, whose products need few registers
+        besides their sums."""
+        limit = {"maxnreg": self.registers} if self.registers and hopper(device) else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @triton.jit(debug=True)
@@ -67,10 +76,15 @@ class Rows:
         """Whether mixed rows are fewer than the tasks."""
         return self.ragged and self.total < self.tasks
 
+    def each(self, h: Tensor) -> Tensor:
+        """For each row what is its task's of ``h``, an entry a task."""
+        if self.keys is not None:
+            return h.index_select(0, self.keys)
+        return h if self.per_task == 1 else h.repeat_interleave(self.per_task, 0)
+
     def alone(self, h: Tensor) -> tuple[Tensor, Rows]:
-        """The mixed rows as tasks of their own, and what is theirs of ``h``, an entry a task."""
-        assert self.keys is not None
-        return h.index_select(0, self.keys), Rows(self.total, self.total, 1)
+        """The mixed rows as tasks of their own, and what is theirs of ``h``."""
+        return self.each(h), Rows(self.total, self.total, 1)
 
     @cached_property
     def sorted(self) -> tuple[Tensor | None, Tensor | None]:
@@ -138,6 +152,12 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def index(t: Tensor) -> tl.dtype:
+    """What holds the offset of any element."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return tl.int32 if last < 2**31 else tl.int64
+
+
 # Whether to time the configurations at the first call of a size, instead of taking the default.
 AUTOTUNE = os.environ.get("HYPERFAST_AUTOTUNE") == "1"
 tuned: dict[tuple, Config] = {}
@@ -188,6 +208,14 @@ def start(kernel: Any, programs: int, first: Tensor, *args: Any, **options: Any)
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def hopper(device: torch.device) -> bool:
+    """Whether warp groups multiply, from shared memory."""
+    if INTERPRETED or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def up(n: int, size: int) -> int:

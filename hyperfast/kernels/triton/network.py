@@ -8,7 +8,7 @@ only where the backward pass will ask for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import triton
@@ -17,127 +17,117 @@ from torch import Tensor
 
 from hyperfast.kernels.triton import generated, launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish, followed
-from hyperfast.kernels.triton.launch import Config, Rows, agree, deep, entry, expect, tile, up
+from hyperfast.kernels.triton.launch import (
+    Config,
+    Rows,
+    agree,
+    deep,
+    entry,
+    expect,
+    power,
+    tile,
+    up,
+)
+from hyperfast.kernels.triton.trilinear import generate, groups, packed, product
 from hyperfast.layout import Network, of_layer
 from hyperfast.plans import gpu
 from hyperfast.plans.sizes import Sizes
 
 
 @triton.jit
-def _transpose(a, b, rows, columns, a_r, a_c, b_r, BLOCK: tl.constexpr):
-    """``b[c, r] = a[r, c]``, read and written along the contiguous dimension of each."""
-    blocks = tl.cdiv(columns, BLOCK)
-    pid = tl.program_id(0)
-    r = (pid // blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = (r < rows)[:, None] & (c < columns)[None, :]
-    block = tl.load(a + r[:, None] * a_r + c[None, :] * a_c, mask)
-    tl.store(b + c[:, None] * b_r + r[None, :], tl.trans(block), tl.trans(mask))
+def _layer(
+    v, x_row, h_row, weight, bias, live, K, FILLED, x_i, h_k, w_p, w_k, bias_p,
+    I: tl.constexpr, O: tl.constexpr, BEGIN: tl.constexpr, FIRST: tl.constexpr,
+    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+    FULL: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The sums of one layer: ``sum_ik V[o,i,k] v[r,i] h[r,k]``, and what is linear and constant.
+    Columns of ``v`` past ``I`` meet weights of 0."""
+    i, o = tl.arange(0, BI), tl.arange(0, BO)
+    total = tl.zeros((BM, BO // G, G), SUM)
+    step = tl.cast(w_p, tl.int64)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        h_tile = tl.load(
+            h_row + k[None, :].to(tl.int64) * h_k, live[:, None] & (k < K)[None, :], 0.0
+        )
+        total = generate(
+            total, h_tile, v, weight + BEGIN * step, 0, k0, I, FILLED, O, I * step, step, w_k,
+            PRECISION, BI, BK, FULL, INDEX,
+        )  # fmt: skip
+    total = tl.reshape(total, (BM, BO))
+    if TARGET_BIAS:
+        biases = weight + (BEGIN + O * I) * step
+        total = product(total, h_row, biases, live, o, K, O, h_k, w_p, w_k, PRECISION, BK)
+    if HAS_BIAS:
+        step = tl.cast(bias_p, tl.int64)
+        shared = bias + BEGIN * step
+        if FIRST:
+            total = product(total, x_row, shared, live, o, I, O, x_i, I * step, step, PRECISION, 16)
+        else:
+            held = (o < O)[:, None] & (i < I)[None, :]
+            shared = tl.load(shared + (o[:, None] * I + i[None, :]) * step, held, 0.0)
+            made = tl.dot(shared, tl.trans(v), input_precision=PRECISION, out_dtype=SUM)
+            total += tl.trans(made)
+        if TARGET_BIAS:
+            constant = tl.load(bias + (BEGIN + O * I + o) * step, o < O, 0.0)
+            total += constant.to(SUM)[None, :]
+    return total
 
 
 @triton.jit
-def _layer(
-    v, x_row, h_row, weight, by_feature, bias, live, K, step, x_i, h_k, w_p, w_k, bias_p,
-    I: tl.constexpr, O: tl.constexpr, BEGIN: tl.constexpr, LOOP: tl.constexpr,
-    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+def _finish(
+    total, pre, at, mask,
+    ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The sums of one layer: ``sum_ik V[o,i,k] v[r,i] h[r,k]``, and what is linear and constant.
-
-    It multiplies along inputs, once for each feature (``LOOP == "feature"``) or output, or along
-    features, once for each input: a narrow side makes few steps. Columns of ``v`` past ``I`` meet
-    weights of 0.
-    """
-    i, o = tl.arange(0, BI), tl.arange(0, BO)
-    inside = (i < I)[:, None] & (o < O)[None, :]
-    p = BEGIN + o[None, :] * I + i[:, None]
-    total = tl.zeros((BM, BO), SUM)
-    if HAS_BIAS:
-        shared = tl.load(bias + p * bias_p, inside, 0.0)
-        total = tl.dot(v, shared, total, input_precision=PRECISION, out_dtype=SUM)
-    if LOOP == "feature":
-        scales, slices = h_row, by_feature + p
-        for _ in range(K):
-            pairs = v * tl.load(scales, live, 0.0)[:, None]
-            slice = tl.load(slices, inside, 0.0)
-            total = tl.dot(pairs, slice, total, input_precision=PRECISION, out_dtype=SUM)
-            scales += h_k
-            slices += step
-    if LOOP != "feature" or TARGET_BIAS:
-        for k0 in range(0, K, BK):
-            k = k0 + tl.arange(0, BK)
-            h_tile = tl.load(
-                h_row[:, None] + k[None, :].to(tl.int64) * h_k,
-                live[:, None] & (k < K)[None, :],
-                0.0,
-            )
-            into = (k < K)[:, None] & (o < O)[None, :]
-            if LOOP == "input":
-                column = x_row
-                inputs = weight + (BEGIN + o[None, :] * I).to(tl.int64) * w_p + k[:, None] * w_k
-                for _ in range(I):
-                    made = h_tile * tl.load(column, live, 0.0)[:, None]
-                    input = tl.load(inputs, into, 0.0)
-                    total = tl.dot(made, input, total, input_precision=PRECISION, out_dtype=SUM)
-                    column += x_i
-                    inputs += w_p
-            elif LOOP == "output":
-                outputs = weight + (BEGIN + i[:, None]).to(tl.int64) * w_p + k[None, :] * w_k
-                for j in range(O):
-                    output = tl.load(outputs, (i < I)[:, None] & (k < K)[None, :], 0.0)
-                    product = tl.dot(v, output, input_precision=PRECISION, out_dtype=SUM)
-                    sums = tl.sum(product * h_tile.to(SUM), 1)
-                    total += tl.where(o[None, :] == j, sums[:, None], 0.0)
-                    outputs += I * w_p
-            if TARGET_BIAS:
-                biases = weight + (BEGIN + O * I + o[None, :]).to(tl.int64) * w_p
-                made_bias = tl.load(biases + k[:, None] * w_k, into, 0.0)
-                total = tl.dot(h_tile, made_bias, total, input_precision=PRECISION, out_dtype=SUM)
-    if HAS_BIAS and TARGET_BIAS:
-        total += tl.load(bias + (BEGIN + O * I + o) * bias_p, o < O, 0.0).to(SUM)[None, :]
-    return total
+    """What follows layer ``N``. Triton 3.6 passes no string on but from a name."""
+    NAME: tl.constexpr = ACTIVATIONS[N]
+    return finish(total, pre, at, mask, NAME, PARAMETERS[N], KEEP, False)
 
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _hyper_mlp(
-    x, h, weight, by_feature, bias, keys, preactivations, y, rows, per_task, K, step,
+    x, h, weight, bias, keys, preactivations, y, rows, per_task, K, FILLED,
     x_r, x_i, h_t, h_k, w_p, w_k, bias_p,
-    SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, LOOPS: tl.constexpr,
+    SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, GROUPS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, KEPT: tl.constexpr, AT: tl.constexpr,
     TARGET_BIASES: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``BM`` rows through a network; the arguments of the first ``KEPT`` activations are stored,
     those of layer ``n`` after ``AT[n]`` for each row."""
     r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = r < rows
-    h_row = h + entry(r, keys, per_task, live, True, RAGGED) * h_t
-    x_row = x + r * x_r
+    h_row = (h + entry(r, keys, per_task, live, True, RAGGED) * h_t)[:, None]
+    x_row = (x + r * x_r)[:, None]
     i = tl.arange(0, TILES[0])
-    v = tl.load(
-        x_row[:, None] + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0
-    )
-    for n in tl.static_range(len(LOOPS)):
+    v = tl.load(x_row + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0)
+    for n in tl.static_range(len(GROUPS)):
         total = _layer(
-            v, x_row, h_row, weight, by_feature, bias, live, K, step,
-            x_i, h_k, w_p, w_k, bias_p,
-            SIZES[n], SIZES[n + 1], BEGINS[n], LOOPS[n], TARGET_BIASES[n], HAS_BIAS,
-            SUM, PRECISION, BM, TILES[n], TILES[n + 1], BK,
+            v, x_row, h_row, weight, bias, live, K, FILLED, x_i, h_k, w_p, w_k, bias_p,
+            SIZES[n], SIZES[n + 1], BEGINS[n], n == 0, TARGET_BIASES[n], HAS_BIAS,
+            SUM, PRECISION, BM, TILES[n], TILES[n + 1], BK, GROUPS[n], FULL[n], INDEX,
         )  # fmt: skip
         o = tl.arange(0, TILES[n + 1])
         at = r[:, None] * SIZES[n + 1] + o[None, :]
         mask = live[:, None] & (o < SIZES[n + 1])[None, :]
         pre = preactivations + tl.cast(rows, tl.int64) * AT[n]
-        total = finish(total, pre, at, mask, ACTIVATIONS[n], PARAMETERS[n], n < KEPT, False)
+        total = _finish(total, pre, at, mask, ACTIVATIONS, PARAMETERS, n, n < KEPT)
         v = total.to(y.dtype.element_ty)
     tl.store(y + at, v, mask)
 
 
-# Largest tile first; columns are the most that a layer may have, depth is that of products along
-# features. None spills on sm_90 or gfx942, and on sm_80 one of TF32 two registers.
+# Largest tile first; columns are the most that a layer may have. Beside a layer's inputs and sums,
+# 128 registers hold a product of 64 columns.
 WHOLE = {
-    "half": (Config(128, 64, 64, 8), Config(64, 64, 64), Config(32, 64, 64)),
-    "tf32": (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)),
+    "half": (
+        Config(128, 64, 64, 8, 3, 64, 128),
+        Config(64, 64, 64, 4, 3, 64),
+        Config(32, 64, 64, 4, 3, 64),
+    ),
+    "tf32": (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)),
     "fp32": (Config(64, 64, 16, 8, 2),),
     "fp64": (Config(32, 64, 16, 8, 2),),
 }
@@ -237,17 +227,9 @@ def _whole(
 ) -> Tensor:
     """``(R, out)``; the arguments of the first ``keep`` activations go to ``preactivations``."""
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
-    params, features = weight.shape
-    loops = tuple(gpu.loop(layer, n == 0) for n, layer in enumerate(layers))
-    # Along the inputs the head's weight lies in steps of its width. A transposed copy, whose rows
-    # start at multiples of 16, is read in wide pieces.
-    by_feature = weight
-    if "feature" in loops:
-        by_feature = weight.new_empty(features, 16 * up(params, 16))
-        launch.start(
-            _transpose, up(params, 64) * up(features, 64),
-            weight, by_feature, params, features, *weight.stride(), by_feature.stride(0), BLOCK=64,
-        )  # fmt: skip
+    features = weight.shape[1]
+    weight = packed(weight.unsqueeze(1), rows.total)[:, 0]
+    tiles = tuple(power(size) if n == 0 else tile(size) for n, size in enumerate(sizes))
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])
     table = WHOLE[gpu.arithmetic(x.dtype)]
@@ -256,17 +238,23 @@ def _whole(
         return min(tile(rows.total), config.rows)
 
     def run(config: Config) -> None:
+        depth = deep(features, config.depth)
+        group = tuple(groups(o, i, o, config.width)[0] for i, o in pairwise(tiles))
         launch.start(
             _hyper_mlp, up(rows.total, block(config)),
-            x, h, weight, by_feature, b, rows.keys, preactivations, y, rows.total, rows.per_task,
-            features, by_feature.stride(0), *x.stride(), *h.stride(), *weight.stride(), b.stride(0),
-            SIZES=sizes, TILES=tuple(map(tile, sizes)), LOOPS=loops,
+            x, h, weight, b, rows.keys, preactivations, y, rows.total, rows.per_task,
+            features, weight.shape[1], *x.stride(), *h.stride(), *weight.stride(), b.stride(0),
+            SIZES=sizes, TILES=tiles, GROUPS=group, INDEX=launch.index(weight),
+            FULL=tuple(
+                not (o % g or i % t or weight.shape[1] % depth)
+                for (i, o), g, t in zip(pairwise(sizes), group, tiles, strict=False)
+            ),
             BEGINS=(0, *accumulate(layer.params for layer in layers[:-1])),
             ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
             KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
             TARGET_BIASES=tuple(layer.bias for layer in layers), HAS_BIAS=bias is not None,
             RAGGED=rows.ragged, **launch.arithmetic(x.dtype), BM=block(config),
-            BK=deep(features, config.depth), num_warps=config.warps, num_stages=config.stages,
+            BK=depth, **config.options(y.device),
         )  # fmt: skip
 
     key = ("network", x.dtype, sizes, features, launch.power(rows.total))

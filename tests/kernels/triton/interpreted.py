@@ -237,6 +237,31 @@ def test_strides(variant, how):
     close(variant.op(*args), variant.expected(*args))
 
 
+@pytest.mark.parametrize("how", ["transposed", "gaps", "contiguous"])
+@pytest.mark.parametrize("size", [Sizes(5, 2, 3, 4, 6), Sizes(5, 2, 17, 70, 70)], ids=str)
+def test_heads_read_from_a_copy(size, how, monkeypatch, launched):
+    """Of few rows as of many: a layer, the gradient of its features, a network."""
+    monkeypatch.setattr(trilinear, "PACK", 0)
+    for name in ("hyper_linear", "hyper_linear_grad_h"):
+        variant = Variant(name, True, plan="contract")
+        args = variant.random(size)
+        if how != "contiguous":
+            args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
+        close(variant.op(*args), variant.expected(*args))
+    choose(monkeypatch, True)
+    check_network(NETWORKS[0], "tanh,identity", False)
+    assert launched["_pack"] >= 3
+
+
+def test_fp16_does_not_overflow():
+    """Products of inputs and features would, but no weight does, nor any output."""
+    x, h = torch.full((5, 1, 4), 300.0).half(), torch.full((5, 6), 300.0).half()
+    weight = torch.full((3 * 4, 6), 1e-3).half()
+    y = hyper_linear(x, h, weight, None, target_bias=False, plan="contract")
+    exact = reference.hyper_linear(x.double(), h.double(), weight.double().unflatten(0, (3, 4)))
+    assert_as_good(y, exact.half(), exact)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 @pytest.mark.parametrize("variant", [v for v in FUSED if "grad_weight" in v.name], ids=str)
 def test_rows_summed_in_parts(variant, multiprocessors, monkeypatch):
@@ -302,8 +327,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
     )
     choose(monkeypatch, True)
     weight = apart(3, 2, far=far // 2)  # the product with a row's number leaves 32 bits
-    for loop, bias in product(("feature", "input", "output"), (False, True)):
-        monkeypatch.setattr(gpu, "loop", lambda layer, first, loop=loop: loop)
+    for bias in (False, True):
         ins = 3 - bias
         args = apart(2, 1, ins), h, weight, None, None, text((ins, 1), "tanh", bias)
         close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
@@ -379,14 +403,12 @@ def test_activations(activation, whole, monkeypatch):
     check_network(NETWORKS[0], f"{activation},{activation}", True, bias=False)
 
 
-@pytest.mark.parametrize("first", ["feature", "input", "output"])
-@pytest.mark.parametrize("later", ["feature", "output"])
-def test_every_way_through_a_layer(first, later, monkeypatch):
+@pytest.mark.parametrize("sizes", [(3, 5, 4), (20, 33, 1), (1, 17, 40)], ids=str)
+def test_every_bias_of_a_network(sizes, monkeypatch):
+    """Groups of outputs, full and not; features in more blocks than one."""
     choose(monkeypatch, True)
-    monkeypatch.setattr(gpu, "loop", lambda layer, is_first: first if is_first else later)
     for bias, target_bias in product((False, True), (False, True)):
-        size = (3, 5, 4), 3, 2, 18
-        check_network(size, "tanh,identity", False, bias=bias, target_bias=target_bias)
+        check_network((sizes, 3, 2, 18), "tanh,identity", False, bias=bias, target_bias=target_bias)
 
 
 def test_a_wide_network_runs_by_its_layers(launched):

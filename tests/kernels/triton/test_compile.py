@@ -9,7 +9,7 @@ import multiprocessing
 import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,229 +18,23 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from hyperfast.kernels import triton as kernels  # noqa: E402
 from hyperfast.kernels.triton import launch as launching  # noqa: E402
-from hyperfast.layout import TRANSFORMS, Generated, Network  # noqa: E402
-from tests.support.networks import text  # noqa: E402
+from tests.support import machine_code  # noqa: E402
+from tests.support.launches import (  # noqa: E402
+    KINDS,
+    TARGETS,
+    launches,
+    recorded,
+    run_network,
+)
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
-
-class Target(NamedTuple):
-    gpu: GPUTarget
-    shared: int  # bytes that one program may have
-    multiprocessors: int
-
-
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 108),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 132),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 304),
-}
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-KINDS = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-# Bytes a thread: ptxas spills up to four registers rather than give up a program a multiprocessor.
-MAY_SPILL = dict.fromkeys([*product(["sm_80"], KINDS), ("sm_90", "fp32")], 16)
-RUNS_AS = {"bf16": "half", "fp16": "half"}
-TILE = "BM", "BN", "BA", "BB", "BC", "BK", "BR"
+# Where registers are limited, so that two programs share a multiprocessor: what is in a loop beside
+# that which generates weights runs once for every 64 features.
+MAY_SPILL = 8
 PRODUCTS = "_contract", "_outer", "_hyper_mlp"
 MATRIX_UNIT = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|v_mfma")
-
-# tasks, rows a task, in, out, features, ragged: many rows and few, wide layers and narrow.
-SIZES = [
-    (20000, 1, 128, 128, 64, False),
-    (512, 4, 64, 10, 128, True),
-    (4096, 1, 128, 128, 64, False),
-    (64, 1, 8, 32, 64, False),
-    (16, 64, 2, 64, 256, True),
-]
-# Networks: rows, sizes, activations, ragged. 16-bit kinds have a tile for each number of rows; the
-# second network makes its steps along inputs, features and outputs.
-NETWORKS = [
-    (40000, (64, 64, 10), "relu,identity", False),
-    (20000, (2, 64, 64, 1), "tanh,silu,elu", True),
-    (8448, (64, 64, 10), "relu,identity", False),
-    (4224, (8, 32, 1), "elu,identity", False),
-]
-
-
-# Layers of transformed weights: one row a task, few and many.
-TRANSFORMED = [
-    (64, 1, 8, 32, 8, False),
-    (128, 4, 64, 10, 8, True),
-    (16, 64, 64, 64, 8, True),
-]
-TRANSFORMED_NETWORK = "64 > 64 b silu softplus(W), 64 relu abs(W), 10 b exp(W)"
-
-
-class Launch(NamedTuple):
-    """One kernel with what the compiler sees of its arguments."""
-
-    kernel: object
-    signature: tuple
-    constants: tuple
-    aligned: tuple
-    options: tuple
-
-    @classmethod
-    def of(cls, kernel, args, named):
-        options = {n: named.pop(n) for n in ("num_warps", "num_stages") if n in named}
-        if kernel.debug:
-            options["debug"] = True
-        signature, constants, aligned = {}, dict(named), []
-        for p, value in zip(kernel.params, args, strict=False):
-            if isinstance(value, torch.Tensor):
-                signature[p.name] = "*" + TYPES[value.dtype]
-                if value.data_ptr() % 16 == 0:
-                    aligned.append(p.name)
-            elif value is None or (value == 1 and not p.do_not_specialize):
-                constants[p.name] = value
-            else:
-                signature[p.name] = "i64" if value >= 2**31 else "i32"
-                if value % 16 == 0 and not p.do_not_specialize:
-                    aligned.append(p.name)
-        return cls(
-            kernel,
-            tuple(signature.items()),
-            tuple(constants.items()),
-            tuple(aligned),
-            tuple(options.items()),
-        )
-
-    def __str__(self):
-        tile = ",".join(f"{n}={v}" for n, v in self.constants if n in TILE)
-        options = ",".join(f"{n[4:]}={v}" for n, v in self.options)
-        return f"{self.kernel.__name__} {tile} {options}"
-
-    def compile(self, target):
-        names = self.kernel.arg_names
-        constants = {(names.index(n),): v for n, v in self.constants}
-        signature = dict(self.signature) | {n: "constexpr" for n, _ in self.constants}
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in self.aligned}
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=dict(self.options))
-
-
-def recorded(kind, multiprocessors, work):
-    """What ``work`` would launch."""
-    found = {}
-
-    def record(kernel, programs, *args, **named):
-        found[Launch.of(kernel, args, named)] = None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launching, "start", record)
-        patch.setattr(launching, "multiprocessors", lambda device: multiprocessors)
-        patch.setattr(launching.gpu, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
-        work()
-    return list(found)
-
-
-def launches(kind, multiprocessors):
-    """What all ops would launch for arguments of every size."""
-
-    def work():
-        for size in {"bf16": SIZES, "fp16": SIZES[:1]}.get(kind, SIZES[::2]):
-            run_all(KINDS[kind], *size)
-        for size in [] if kind == "fp16" else TRANSFORMED:
-            run_transformed(KINDS[kind], *size, "softplus")
-        for transform in TRANSFORMS if kind == "bf16" else ():
-            run_transformed(KINDS[kind], *TRANSFORMED[-1], transform)
-        for network in {"bf16": NETWORKS, "fp16": []}.get(kind, NETWORKS[1:2]):
-            run_network(KINDS[kind], *network)
-        if kind != "fp16":
-            run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
-
-    return recorded(kind, multiprocessors, work)
-
-
-def run_all(dtype, tasks, n, ins, out, features, ragged):
-    rows = (tasks * n,) if ragged else (tasks, n)
-    p = out * ins
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=dtype)
-
-    ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
-    x, grad, h = empty(*rows, ins), empty(*rows, out), empty(tasks, features)
-    head, bias, w = empty(p + out, features), empty(p + out), empty(1, out, ins)
-    w = w.expand(tasks, -1, -1)
-    made = Generated.of_head(head, bias, ins, True)
-    kernels.hyper_linear(x, h, *made, ids, "", "contract")
-    kernels.hyper_linear(grad, h, *made.transposed, ids, "", "contract")
-    kernels.hyper_linear_grad_h(grad, x, made.matrix, made.vector, ids, tasks, "contract")
-    kernels.hyper_linear_grad_weight(grad, x, h, ids, True, "contract")
-    kernels.hyper_linear_grad_weight(grad, x, h[:, :1], ids, True, "contract")
-    kernels.task_linear(x, w, empty(tasks, out), ids)
-    kernels.task_linear(grad, w.mT, None, ids)
-    kernels.task_linear_grad_weight(grad, x, ids, tasks)
-
-
-def run_transformed(dtype, tasks, n, ins, out, features, ragged, transform):
-    rows = (tasks * n,) if ragged else (tasks, n)
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=dtype)
-
-    ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
-    x, grad, h = empty(*rows, ins), empty(*rows, out), empty(tasks, features)
-    made = Generated.of_head(empty(out * ins + out, features), empty(out * ins + out), ins, True)
-    kernels.hyper_linear(x, h, *made, ids, transform, "materialize")
-    kernels.hyper_linear(grad, h, *made.transposed, ids, transform, "materialize")
-    mask = [True, True, True]
-    kernels.hyper_linear_backward(grad, x, h, *made[:3], ids, transform, mask, "materialize")
-
-
-def run_network(dtype, rows, sizes, activations, ragged):
-    """Generated, with what the backward pass needs; given."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype)
-
-    params = sum(o * (i + 1) for i, o in pairwise(sizes))
-    ids = torch.zeros(rows, dtype=torch.int64) if ragged else None
-    x = empty(rows, sizes[0]) if ragged else empty(rows, 1, sizes[0])
-    network = text(sizes, activations)
-    head = empty(params, 64), empty(params)
-    kernels.hyper_mlp(x, empty(rows, 64), *head, ids, network, ragged)
-    if ragged:
-        hidden = empty(rows * sum(sizes[1:]))
-        mask = [True, False, False, False]
-        grad = empty(rows, sizes[-1])
-        kernels.hyper_mlp_backward(grad, x, empty(rows, 64), *head, ids, hidden, network, mask)
-        run_stored(dtype, rows, network)
-
-
-def run_stored(dtype, rows, network):
-    """Given networks, with few rows a task and with many; of int8."""
-    net = Network.parse(network)
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype)
-
-    x, ids = empty(rows, net.sizes[0]), torch.zeros(rows, dtype=torch.int64)
-    for tasks in (rows, 500):
-        kernels.task_mlp(x, empty(1, net.numel).expand(tasks, -1), None, ids, network)
-    steps = empty(1, net.weight_numel, dtype=torch.int8).expand(rows, -1)
-    vectors = empty(1, net.vector_numel).expand(rows, -1)
-    kernels.task_mlp(x, steps, vectors, ids, network)
 
 
 class Binary(NamedTuple):
@@ -251,16 +45,19 @@ class Binary(NamedTuple):
     size: int
     shared: int
     registers: int
-    spilled: int  # bytes a thread
+    spilled: int  # accesses to local memory in the innermost loops
     matrix_unit: bool
 
 
 def cuda_resources(cubin, path):
+    """What a thread uses."""
     path.write_bytes(cubin)
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tool = machine_code.TOOLS / "cuobjdump"
     listing = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing.stdout).groups()
-    return int(registers), int(stack)
+    code = machine_code.loops(machine_code.disassembled(path))
+    return int(re.search(r"REG:(\d+)", listing.stdout)[1]), max(
+        (loop.local for loop in code), default=0
+    )
 
 
 def amd_resources(assembly):
@@ -271,7 +68,7 @@ def amd_resources(assembly):
 def compile_all(target, kind, directory):
     gpu = TARGETS[target].gpu
     binaries = []
-    for n, launch in enumerate(launches(kind, TARGETS[target].multiprocessors)):
+    for n, launch in enumerate(launches(kind, target)):
         made = launch.compile(gpu)
         if gpu.backend == "cuda":
             binary, text = made.asm["cubin"], made.asm["ptx"]
@@ -319,7 +116,8 @@ def test_every_kernel_fits(compiled, target, kind):
     for b in binaries:
         assert b.size > 0, b
         assert b.shared <= TARGETS[target].shared, b
-        assert b.spilled <= MAY_SPILL.get((target, kind), 0), b
+        # Of IEEE fp32 ptxas spills one register rather than give up a program a multiprocessor.
+        assert b.spilled <= (MAY_SPILL if "reg=" in b.launch else int(kind == "fp32")), b
 
 
 @every_job
@@ -339,7 +137,7 @@ def test_products_run_on_matrix_units(compiled, target, kind):
 def test_a_sine_does_not_spill(tmp_path):
     """Its reduction of large arguments has an array in local memory, which counts as stack."""
     sizes = (2, 64, 64, 1), "sin:30.0,sin:30.0,identity"
-    made = recorded("bf16", 132, lambda: run_network(torch.bfloat16, 40000, *sizes, False))
+    made = recorded("bf16", "sm_90", lambda: run_network(torch.bfloat16, 40000, *sizes, False))
     (launch,) = [one for one in made if one.kernel.__name__ == "_hyper_mlp"]
     source = tmp_path / "sine.ptx"
     source.write_text(launch.compile(TARGETS["sm_90"].gpu).asm["ptx"])
@@ -347,16 +145,3 @@ def test_a_sine_does_not_spill(tmp_path):
     command = [tool, "-v", "--gpu-name=sm_90a", "-o", tmp_path / "cubin", source]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in told
-
-
-def test_a_large_tile_of_16_bit_products_is_a_warpgroups(compiled):
-    """wgmma, the instruction that reaches a Hopper's peak, with its left operand in registers."""
-    (launch,) = [
-        la
-        for la in launches("bf16", 132)
-        if la.kernel.__name__ == "_contract" and dict(la.constants)["BM"] == 128
-    ][:1]
-    ptx = launch.compile(TARGETS["sm_90"].gpu).asm["ptx"]
-    instructions = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, (\{|%rd)", ptx)
-    assert instructions
-    assert "{" in instructions

@@ -298,6 +298,16 @@ def test_tf32_follows_pytorch(dtype):
         assert errors["highest"] == errors["high"]
 
 
+def test_fp16_does_not_overflow():
+    """Products of inputs and features would, but no weight does, nor any output."""
+    x, h = torch.full((300, 1, 64), 300.0).half(), torch.full((300, 32), 300.0).half()
+    weight = torch.full((48 * 64, 32), 1e-5).half()
+    x, h, weight = (t.cuda() for t in (x, h, weight))
+    y = hyper_linear(x, h, weight, None, target_bias=False, plan="contract")
+    exact = reference.hyper_linear(x.double(), h.double(), weight.double().unflatten(0, (48, 64)))
+    assert_as_good(y, exact.half(), exact)
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [*product(LARGE, DTYPES[1:3]), (LARGE[1], torch.float64), (LARGE[1], torch.float16)],
