@@ -20,6 +20,8 @@ NO_BANK = {
     "hyperfast compiled": "the eager entry is one op: nothing is left to fuse",
     "vmap": "takes the gathered weights of every row, as bmm does, and calls the same bmm",
     "bmm by layer compiled": "no weights are generated here: the same as bmm compiled",
+    "bmm by layer compiled bf16": "no weights are generated here: the same as bmm compiled",
+    "bmm bf16": "the copies of gathered weights are timed in float32",
     "hypnettorch": "keeps no bank: its target takes the weights of one task a call",
     "hyperlight": "keeps no bank: its target takes the weights of one task a call",
     "hyper-nn": "keeps no bank: its target takes the weights of one task a call",

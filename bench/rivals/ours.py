@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bench.absent import Unavailable
@@ -12,6 +11,7 @@ from bench.rivals.rival import (
     Call,
     Network,
     Rival,
+    in_bf16,
     load_linears,
     on_one_thread,
     torch_rival,
@@ -40,12 +40,6 @@ def hyper_mlp(problem: Problem) -> Network:
     return function, leaves
 
 
-def _bf16(problem: Problem, mode: str) -> Call:
-    if mode != "forward":
-        raise Unavailable("bfloat16 is timed forward only: training keeps float32 parameters")
-    return torch_rival("hyperfast bf16", "", hyper_mlp).build(problem, mode)
-
-
 def _no_bank(problem: Problem, mode: str) -> Call:
     raise Unavailable("serves stored weights; here they are generated")
 
@@ -54,7 +48,7 @@ OURS = torch_rival("hyperfast", "HyperMLP, default backend and plan", hyper_mlp)
 HYPERFAST = (
     OURS,
     on_one_thread(OURS),
-    Rival("hyperfast bf16", "the same in bfloat16, forward", _bf16, torch.bfloat16),
+    in_bf16("hyperfast bf16", "the same in bfloat16, forward", hyper_mlp),
     Rival("hyperfast TaskBank", "TaskBank, for given weights", _no_bank),
     torch_rival("hyperfast compiled", "the same under torch.compile", compiled(hyper_mlp)),
 )

@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import linear
 
 from bench.problem import ACTIVATIONS, Problem, target_weights
-from bench.rivals.rival import Network, load_linears, torch_rival
+from bench.rivals.rival import Network, in_bf16, load_linears, torch_rival
 from bench.workloads import MLP, Workload
 
 
@@ -34,6 +34,7 @@ def target_module(workload: Workload) -> nn.Sequential:
 def generator(problem: Problem) -> tuple[nn.Sequential, tuple[Tensor, ...]]:
     w = problem.workload
     module = nn.Sequential(nn.Linear(w.z_dim, w.H), nn.ReLU(), nn.Linear(w.H, w.P))
+    module.to(problem.z.dtype)
     return module, load_linears(module, problem)
 
 
@@ -136,4 +137,6 @@ TORCH_RIVALS = (
         "a GEMM for each layer's share of the head, then baddbmm, under torch.compile",
         compiled(bmm_by_layer),
     ),
+    in_bf16("bmm bf16", "bmm in bfloat16", bmm),
+    in_bf16("bmm by layer compiled bf16", "the same by layer and compiled", compiled(bmm_by_layer)),
 )

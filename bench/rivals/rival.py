@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.absent import Unavailable
 from bench.problem import Problem
 
 Call = Callable[[], tuple[Any, ...]]
@@ -54,6 +55,17 @@ def torch_rival(
         return forward if mode == "forward" else forward_backward
 
     return Rival(name, about, build, dtype)
+
+
+def in_bf16(name: str, about: str, network: Callable[[Problem], Network]) -> Rival:
+    """A rival in bfloat16, forward only."""
+
+    def build(problem: Problem, mode: str) -> Call:
+        if mode != "forward":
+            raise Unavailable("bfloat16 is timed forward only: training keeps float32 parameters")
+        return torch_rival(name, about, network).build(problem, mode)
+
+    return Rival(name, about, build, torch.bfloat16)
 
 
 def on_one_thread(rival: Rival) -> Rival:
