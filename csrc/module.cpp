@@ -100,7 +100,7 @@ PyObject* whole(PyObject*, PyObject* args, PyObject* keywords) {
   if (!q.parse(args, keywords)) return nullptr;
   return guarded([&] {
     const Network network(q.network);
-    const Groups groups = Grouping::assumed(q.ragged, q.tasks, q.rows, network_piece(q.features));
+    const Groups groups = Grouping::assumed(q.ragged, q.tasks, q.rows, generated_piece);
     return PyBool_FromLong(network.refusal().empty() &&
                            runs_whole(Makes::weights, dtype_of(q.dtype), groups, network.params()));
   });

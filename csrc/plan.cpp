@@ -71,7 +71,7 @@ bool keeps(Dtype dtype, Index params, Index kept, Index tasks, Index rows, Index
   // With many rows a task, to compute pre-activations again takes less than to write them to new
   // memory (SIREN 2-64-64-1, 4,096 rows a task: 2 ms against 8 ms), unless to generate the weights
   // again takes longer than to apply them. Narrow networks do even then: a float that is kept takes
-  // as long as about 20 multiply-adds (256 of 2-32-1, 128 features, 64 rows a task, on one thread:
+  // as long as about 16 multiply-adds (256 of 2-32-1, 128 features, 64 rows a task, on one thread:
   // 0.67 ms for both passes against 0.79). Larger networks run layer by layer, and would generate
   // all weights again.
   if (rows < 48 * tasks || params * (dtype == Dtype::f64 ? 8 : 4) > (256 << 10)) return true;

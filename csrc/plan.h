@@ -10,13 +10,6 @@ namespace hyperfast {
 // piece.
 constexpr Index given_piece = 512, generated_piece = 2048, whole = INT64_MAX;
 
-// The same of generated networks, whose every weight takes a multiply-add a feature to make and one
-// a row to apply: to make it again for each piece takes a sixteenth more at most (2-64-64-1 of 256
-// features, 4,096 rows a task, in training: 22 ms on one thread, and 23 with pieces of 2,048).
-inline Index network_piece(Index features) {
-  return features > generated_piece / 16 ? 16 * features : generated_piece;
-}
-
 // Weights of networks that run whole are made for a block of tasks at a time: the head and its
 // gradient, which lie in memory, are read for many. With twice as many, their own way to and from
 // the caches takes longer.

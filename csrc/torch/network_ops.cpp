@@ -30,8 +30,7 @@ struct Generated {
         weight("weight", weight_),
         network(text.value),
         net(network.view()),
-        groups((h.rank(2, "(B, features)"),
-                group_rows(x, task_ids, h.size(0), network_piece(h.size(1))))) {
+        groups((h.rank(2, "(B, features)"), group_rows(x, task_ids, h.size(0), generated_piece))) {
     x.dtype();
     h.same_dtype(x);
     weight.rank(2, "(P, features)");

@@ -12,7 +12,8 @@ namespace hyperfast {
 
 // For memory that nobody has touched yet. What is new comes page by page otherwise, which can take
 // longer than to fill it (the gradient of 10,000 policies, 80 MB: 44 ms with its arithmetic, in
-// huge pages 23 ms). Smaller memory mostly comes back from earlier calls.
+// huge pages 23 ms). Smaller memory, of less than two of them, mostly comes back from earlier
+// calls.
 inline void ask_for_huge_pages(void* data, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = std::uintptr_t{2} << 20;

@@ -150,8 +150,9 @@ constexpr Tile<C> pick(int vecs) {
 
 // Rows of A in steps of 6, then what is left in steps of 4, 2 and 1. Meanwhile a line of what
 // `ahead` points to is fetched at each step: by default, what follows the panel; of A, where its
-// columns lie lines apart, or where so narrow a panel makes A what is read most (from memory:
-// 65,536 x 256 by 16 columns, 46 ms become 32).
+// columns lie lines apart, or where so narrow a panel makes A what is read most, its next six rows,
+// if they are as long as the panel is deep (65,536 x 256 from memory by 16 columns: 46 ms become
+// 32).
 template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row,
                   int tail, View<const C> init, View<C> c, int n, const C* ahead = nullptr) {

@@ -1,7 +1,7 @@
 // Activations: one table, and below it value and slope of each. A new one is a row and a formula.
 //
-// In float: simd/math.h, within 3 units in the last place; in double: the C library's functions.
-// What is not finite gives what PyTorch makes of it in double.
+// In float: simd/math.h, within 3 units in the last place but next to zeros of sines; in double:
+// the C library's functions. What is not finite gives what PyTorch makes of it in double.
 #pragma once
 
 #include <cmath>

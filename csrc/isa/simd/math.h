@@ -1,6 +1,6 @@
 // Functions of float vectors: polynomials after range reduction, within 3 units in the last place
-// (tests/kernels/cpp); the coefficients are those of Moshier's Cephes library, unless said
-// otherwise.
+// (tests/kernels/cpp), but for sines and cosines next to their zeros; the coefficients are those of
+// Moshier's Cephes library, unless said otherwise.
 #pragma once
 
 #include "isa/simd/vector.h"
@@ -79,10 +79,11 @@ struct Exponential {
   VecF minus_one() const { return select(n == 0, tail, value() - 1.f); }
 };
 
-// Sine and cosine, |x| <= 8192: pi in parts whose products with the steps are exact, and
-// polynomials up to pi / 2, fitted to a relative error of 6e-9 and an absolute one of 4e-10. Half
-// as many operations as between multiples of pi / 2, where each lane takes one of both. A cosine
-// next to its zeros has as many places as 1 has.
+// Sine and cosine, |x| <= 8192: pi in three parts, of which the products of the first two with the
+// steps are exact, and polynomials up to pi / 2, fitted to a relative error of 6e-9 and an absolute
+// one of 4e-10. Half as many operations as between multiples of pi / 2, where each lane takes one
+// of both. Next to its zeros a cosine has as many places as 1 has, and a sine, many turns from 0,
+// as many as what is left of pi.
 struct SineCosine {
   VecF sine, cosine;
 
