@@ -12,15 +12,8 @@ pytest.importorskip("triton")
 
 from hyperfast.kernels.triton import launch as launching
 from hyperfast.kernels.triton import look_up, task_linear_grad_weight
-from tests.kernels.triton.test_compile import (
-    KINDS,
-    TARGETS,
-    TYPES,
-    amd_resources,
-    cuda_resources,
-    recorded,
-    run_stored,
-)
+from tests.kernels.triton.test_compile import amd_resources, cuda_resources
+from tests.support.launches import KINDS, TARGETS, TYPES, recorded, run_stored
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
@@ -45,7 +38,7 @@ def work(kind):
 def compile_all(target, kind, directory):
     device = TARGETS[target]
     found = []
-    for n, launch in enumerate(recorded(kind, device.multiprocessors, lambda: work(kind))):
+    for n, launch in enumerate(recorded(kind, target, lambda: work(kind))):
         made = launch.compile(device.gpu)
         if device.gpu.backend == "cuda":
             _, spilled = cuda_resources(made.asm["cubin"], Path(directory) / f"{target}{kind}{n}")
