@@ -1,6 +1,6 @@
 """Banks and stored networks as a GPU runs them, on CPU tensors by Triton's interpreter: ids looked
-up by a kernel, rows of a task in stretches, sums in parts. As ``interpreted.py``, a suite that
-``test_interpreter.py`` runs."""
+up by a kernel, rows of a task in stretches, sums in parts. As
+``interpreted_layers.py``, a suite that pytest does not collect by itself."""
 
 import math
 from collections import Counter
@@ -18,6 +18,7 @@ from hyperfast.kernels.triton import grouped, launch, look_up
 from hyperfast.layout import Network
 from hyperfast.plans import gpu
 from tests.support.budget import close
+from tests.support.interpreted import on_triton_kernels
 from tests.support.networks import apply_stored, text
 
 FP64 = torch.float64
@@ -30,15 +31,7 @@ def on_a_gpu(monkeypatch, nan_poison):
     """Banks look their ids up in a kernel, and ops run on Triton kernels, whose programs count."""
     monkeypatch.setattr(deferred, "answers_later", lambda device: True)
     monkeypatch.setattr(deferred, "capturing", lambda: False)
-    count = Counter()
-    start = launch.start
-
-    def counting(kernel, programs, *args, **options):
-        count[kernel.fn.__name__] += programs
-        start(kernel, programs, *args, **options)
-
-    monkeypatch.setattr(launch, "start", counting)
-    with hyperfast.use_backend("triton"):
+    with on_triton_kernels(monkeypatch) as count:
         yield count
 
 
