@@ -18,8 +18,8 @@ from hyperfast.layout import Network
 
 @triton.jit
 def _expm1(z):
-    """``exp(z) - 1``; near 0, where the difference would lose digits, by its series, whose next term
-    is below 1e-13 of it."""
+    """``exp(z) - 1``; where the difference would lose digits, by its series, whose next term is
+    below 1e-13 of it."""
     series = 1 + z * (1 / 10)
     for n in tl.static_range(9, 1, -1):
         series = 1 + z * (1 / n) * series

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperfast
 from hyperfast import HyperNet, MLPSpec, TargetNet, TaskBank
-from hyperfast.activations import KNOWN
 from hyperfast.bank import deferred, rows
 from hyperfast.kernels import triton as kernels
 from hyperfast.kernels.triton import grouped, launch, look_up
@@ -361,7 +360,7 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("rows", [1, 31, 33, 100])
+@pytest.mark.parametrize("rows", [1, 33, 100])
 def test_any_popularity(rows, whole, sort, pattern, monkeypatch, on_a_gpu):
     monkeypatch.setattr(gpu, "fits_one_kernel", lambda sizes: whole)
     monkeypatch.setattr(gpu, "sorting_pays", lambda bytes: sort)
@@ -390,7 +389,7 @@ def test_rows_that_share_a_task(rows, batched, monkeypatch):
         close(y, apply_stored(x, weight, ids, net))
 
 
-@pytest.mark.parametrize("activation", KNOWN)
+@pytest.mark.parametrize("activation", ["tanh", "sin"])
 def test_a_row_is_the_same_in_any_company(activation, monkeypatch):
     """Sorted or not, alone in its stretch or not."""
     net = text((5, 9, 3), activation)
@@ -416,8 +415,8 @@ def test_where_sorting_pays():
 # Sums in parts
 
 
-@pytest.mark.parametrize("width", [1, 3, 20])
-@pytest.mark.parametrize("part", [4, 8, 1024])
+@pytest.mark.parametrize("width", [1, 20])
+@pytest.mark.parametrize("part", [4, 1024])
 @pytest.mark.parametrize("pattern", [*PATTERNS, "two"])
 def test_sums_of_parts(pattern, part, width, monkeypatch, on_a_gpu):
     """Parts within a task, across two, and tasks within a part; of one input, and of more."""

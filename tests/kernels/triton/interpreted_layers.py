@@ -42,6 +42,10 @@ LARGE = [
 ]
 STORED = [v for v in VARIANTS if v.plan in ("tile", "materialize") and v.bias and v.target_bias]
 TRANSFORMED = [v for v in VARIANTS if v.transform and not v.plan]
+# Kernels read biases alike whatever the sizes and strides are.
+every_biased = pytest.mark.parametrize(
+    "variant", [v for v in FUSED if v.bias and v.target_bias], ids=str
+)
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS)
 
 # What computes each op when the weights are not stored; a library does where rows are many.
@@ -61,13 +65,18 @@ def launched(monkeypatch, nan_poison):
 
 
 @every_size
-@every_fused
+@every_biased
 def test_value_and_gradients(variant, sizes):
     value_and_gradients(variant, sizes)
 
 
+@pytest.mark.parametrize("variant", [v for v in FUSED if not (v.bias and v.target_bias)], ids=str)
+def test_without_biases(variant):
+    value_and_gradients(variant, Sizes())
+
+
 @pytest.mark.parametrize(("sizes", "dtype"), LARGE, ids=str)
-@every_fused
+@every_biased
 def test_value_of_larger_sizes(variant, sizes, dtype, launched):
     args = variant.random(sizes, dtype=dtype)
     y = variant.op(*args)
@@ -189,14 +198,14 @@ def test_strides_of_transforms(ragged, how):
     )
 
 
-@every_fused
+@every_biased
 def test_gradcheck(variant):
     args = variant.random(Sizes(2, 2, 2, 3, 2), grad=True)
     assert gradcheck(variant.op, args, fast_mode=True)
 
 
 @pytest.mark.parametrize("how", ["transposed", "gaps", "expanded"])
-@every_fused
+@every_biased
 def test_strides(variant, how):
     args = variant.random(Sizes(5, 2, 3, 4, 6))
     args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]

@@ -85,11 +85,22 @@ def test_generated_networks(size, whole, ragged, monkeypatch, launched):
     assert bool(launched["_hyper_mlp"]) == (whole and size[1] * size[2] > 0)
 
 
-@one_kernel_or_layers
 @pytest.mark.parametrize("activation", [*KNOWN, "leaky_relu:0.2", "sin:3.0"])
-def test_activations(activation, whole, monkeypatch):
-    choose(monkeypatch, whole)
+def test_activations(activation, monkeypatch):
+    """In one kernel, and their slopes in those of layers: what finishes a layer is the same code."""
+    choose(monkeypatch, True)
     check_network(NETWORKS[0], f"{activation},{activation}", True, bias=False)
+
+
+@pytest.mark.parametrize("function", ["tanh", "elu", "softplus"])
+def test_digits_near_0(function):
+    """Of what is a difference near 0 no digit is lost there, nor elsewhere."""
+    size = torch.logspace(-6, 1, 200)
+    x = torch.cat([size, -size]).unsqueeze(1)
+    ids = torch.zeros(len(x), dtype=torch.int64)
+    y = torch.ops.hyperfast.task_mlp(x, torch.ones(1, 1), None, ids, f"1 > 1 {function}")
+    exact = KNOWN[function].value(x.double(), 1.0)
+    assert ((y.double() - exact) / exact).abs().max() <= 4 * torch.finfo(FP32).eps
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 4), (20, 33, 1), (1, 17, 40)], ids=str)
