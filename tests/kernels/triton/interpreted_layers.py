@@ -20,7 +20,6 @@ from tests.support.cases import (
     VARIANTS,
     Sizes,
     Variant,
-    every_fused,
     every_size,
     floats,
     is_float,

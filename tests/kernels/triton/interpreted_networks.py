@@ -87,7 +87,7 @@ def test_generated_networks(size, whole, ragged, monkeypatch, launched):
 
 @pytest.mark.parametrize("activation", [*KNOWN, "leaky_relu:0.2", "sin:3.0"])
 def test_activations(activation, monkeypatch):
-    """In one kernel, and their slopes in those of layers: what finishes a layer is the same code."""
+    """In one kernel, and their slopes in those of layers: the same code finishes both."""
     choose(monkeypatch, True)
     check_network(NETWORKS[0], f"{activation},{activation}", True, bias=False)
 
