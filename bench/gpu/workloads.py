@@ -115,7 +115,12 @@ def jobs() -> list[Job]:
         of_each: list[Any_] = [FEW, LAYERS[0], *banks()]
         wanted = {(tiny(w).name, mode) for w in of_each for mode in w.modes}
         each = {key: job for key, job in each.items() if key in wanted}
-        return [replace(job, workload=tiny(job.workload), thorough=2) for job in each.values()]
+        # Rivals are compiled, for most of a minute, once for each sort of workload.
+        first = {type(job.workload): job for job in reversed(each.values())}
+        return [
+            replace(job, workload=tiny(job.workload), thorough=2 * (job in first.values()))
+            for job in each.values()
+        ]
     return list(dict.fromkeys(found))
 
 

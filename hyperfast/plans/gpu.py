@@ -106,20 +106,6 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
     }
 
 
-def loop(layer: Sizes, first: bool) -> str:
-    """What the kernel of a whole network loops over in one layer: ``"feature"``, ``"input"`` or
-    ``"output"``; it multiplies along one of the other two. By steps, times the sizes of a product
-    and what goes with it; only the ``first`` layer's inputs lie in memory."""
-    i, o = (max(16, 1 << (n - 1).bit_length()) for n in (layer.in_features, layer.out_features))
-    blocks = -(-layer.features // 64)
-    work = {
-        "feature": layer.features * (i + 16) * o,
-        "input": layer.in_features * blocks * (64 + 16) * o if first else math.inf,
-        "output": layer.out_features * blocks * (i + 32) * 64,
-    }
-    return min(work, key=lambda name: work[name])
-
-
 def sorting_pays(reads: int) -> bool:
     """Whether to sort mixed rows by their task saves more than it takes, if each reads its task's
     weights, ``reads`` bytes in all: of a task that others have read, from the cache."""
@@ -141,12 +127,11 @@ def one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str) -> bool:
     if not fits_one_kernel(widths) or not rows or any(layer.transform for layer in layers):
         return False
     tables = [costs(layer, itemsize, device) for layer in layers]
-    copied = any(loop(layer, n == 0) == "feature" for n, layer in enumerate(layers))
     fill = min(rows / (GPU_ROWS * GPU_MULTIPROCESSORS), 1)
     whole = sum(table["contract"].flops for table in tables) / GPU[device].fused / fill
     apart = sum(min(c.seconds for c in table.values()) for table in tables)
     apart += 2 * rows * sum(widths[1:-1]) * itemsize / machine().memory
-    return whole + (1 + copied) * machine().launch < apart
+    return whole + machine().launch < apart
 
 
 def arithmetic(dtype: torch.dtype) -> str:

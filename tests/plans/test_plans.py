@@ -232,14 +232,6 @@ def test_transformed_weights_are_stored_on_a_gpu(device):
     assert not gpu.one_kernel((*layers[:2], layers[2]._replace(transform=True)), 2, device)
 
 
-def test_a_narrow_side_is_looped_over():
-    assert gpu.loop(Sizes(9, 9, 2, 64, 64), True) == "input"
-    assert gpu.loop(Sizes(9, 9, 2, 64, 64), False) == "feature"
-    assert gpu.loop(Sizes(9, 9, 64, 1, 64), False) == "output"
-    assert gpu.loop(Sizes(9, 9, 64, 64, 64), True) == "feature"
-    assert gpu.loop(Sizes(9, 9, 64, 64, 1), False) == "feature"
-
-
 def test_explain_tells_of_one_kernel(model, monkeypatch):
     monkeypatch.setattr(explain, "device_key", lambda device, dtype: "half")
     assert "in one kernel" in str(hyperfast.explain(model, (65536, 4), (65536, 5)))

@@ -35,6 +35,7 @@ TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.bool: "i1",
 }
 KINDS = {
     "bf16": torch.bfloat16,
@@ -54,8 +55,7 @@ SIZES = [
     (64, 1, 8, 32, 64, False),
     (16, 64, 2, 64, 256, True),
 ]
-# Networks: rows, sizes, activations, ragged. 16-bit kinds have a tile for each number of rows; the
-# second network makes its steps along inputs, features and outputs.
+# Networks: rows, sizes, activations, ragged. 16-bit kinds have a tile for each number of rows.
 NETWORKS = [
     (40000, (64, 64, 10), "relu,identity", False),
     (20000, (2, 64, 64, 1), "tanh,silu,elu", True),
@@ -140,19 +140,22 @@ def recorded(kind, target, work):
 
 
 def launches(kind, target):
-    """What all ops would launch for arguments of every size."""
+    """What the ops would launch: in bf16 on a Hopper for arguments of every size, else the tiles of
+    many rows, batched and mixed, of each layer and of a network."""
+    every = (kind, target) == ("bf16", "sm_90")
 
     def work():
-        for size in {"bf16": SIZES, "fp16": SIZES[:1]}.get(kind, SIZES[::2]):
+        for size in SIZES if every else SIZES[: 1 if kind == "fp16" else 2]:
             run_all(KINDS[kind], *size)
-        for size in [] if kind == "fp16" else TRANSFORMED:
+        if kind == "fp16":
+            return
+        for size in TRANSFORMED if every else TRANSFORMED[-1:]:
             run_transformed(KINDS[kind], *size, "softplus")
-        for transform in TRANSFORMS if kind == "bf16" else ():
+        for transform in TRANSFORMS if every else ():
             run_transformed(KINDS[kind], *TRANSFORMED[-1], transform)
-        for network in {"bf16": NETWORKS, "fp16": []}.get(kind, NETWORKS[1:2]):
+        for network in NETWORKS if every else NETWORKS[1:2]:
             run_network(KINDS[kind], *network)
-        if kind != "fp16":
-            run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
+        run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
 
     return recorded(kind, target, work)
 

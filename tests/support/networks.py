@@ -30,11 +30,13 @@ def random_for(network, tasks, rows, features, *, ragged=False, bias=True, grad=
     ids = torch.randint(max(tasks - 1, 1), lead) if ragged else None
 
     rand = partial(draw, grad=grad)
-    # So that hidden layers stay of the order of 1, and sines of sines do not amplify rounding.
-    head = rand(net.numel, features, scale=(features * max(net.sizes)) ** -0.5)
+    # So that hidden layers stay of the order of 1, and sines of sines do not amplify rounding: with
+    # a bias of 1, half a unit in the inputs moves gradients in fp64 by as much as plain fp32 errs.
+    scale = max(net.sizes) ** -0.5
+    head = rand(net.numel, features, scale=scale * features**-0.5)
     return [
         *(rand(*lead, net.sizes[0]), rand(tasks, features), head),
-        *(rand(net.numel) if bias else None, ids),
+        *(rand(net.numel, scale=scale) if bias else None, ids),
     ]
 
 

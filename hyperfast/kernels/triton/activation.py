@@ -18,9 +18,12 @@ from hyperfast.layout import Network
 
 @triton.jit
 def _expm1(z):
-    """``exp(z) - 1``; near 0 by its series, whose next term is below 1e-18 of it."""
-    series = z * (1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7))))))
-    return tl.where(tl.abs(z) < 0.01, series, tl.exp(z) - 1)
+    """``exp(z) - 1``; where the difference would lose digits, by its series, whose next term is
+    below 1e-13 of it."""
+    series = 1 + z * (1 / 10)
+    for n in tl.static_range(9, 1, -1):
+        series = 1 + z * (1 / n) * series
+    return tl.where(tl.abs(z) < 0.25, z * series, tl.exp(z) - 1)
 
 
 @triton.jit

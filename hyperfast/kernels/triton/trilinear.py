@@ -169,6 +169,8 @@ def _outer(
         a_tile = tl.load(a_row[:, None] + i[None, :] * a_n, live[:, None] & (i < A)[None, :], 0.0)
         b_tile = tl.load(b_row[:, None] + j[None, :] * b_n, live[:, None] & (j < B)[None, :], 0.0)
         c_tile = tl.load(c_row[None, :] + k[:, None] * c_n, (k < C)[:, None] & live[None, :], 0.0)
+        # What the matrix unit takes is of the inputs' type: of fp16 a pair above 65504 overflows,
+        # in whatever precision it is formed.
         pairs = tl.reshape(a_tile[:, :, None] * b_tile[:, None, :], (BR, BA * BB))
         total = tl.dot(c_tile, pairs, total, input_precision=PRECISION, out_dtype=SUM)
     q = tl.arange(0, BA * BB)

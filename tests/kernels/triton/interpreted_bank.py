@@ -1,6 +1,6 @@
 """Banks and stored networks as a GPU runs them, on CPU tensors by Triton's interpreter: ids looked
-up by a kernel, rows of a task in stretches, sums in parts. As ``interpreted.py``, a suite that
-``test_interpreter.py`` runs."""
+up by a kernel, rows of a task in stretches, sums in parts. As
+``interpreted_layers.py``, a suite that pytest does not collect by itself."""
 
 import math
 from collections import Counter
@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperfast
 from hyperfast import HyperNet, MLPSpec, TargetNet, TaskBank
-from hyperfast.activations import KNOWN
 from hyperfast.bank import deferred, rows
 from hyperfast.kernels import triton as kernels
 from hyperfast.kernels.triton import grouped, launch, look_up
 from hyperfast.layout import Network
 from hyperfast.plans import gpu
 from tests.support.budget import close
+from tests.support.interpreted import on_triton_kernels
 from tests.support.networks import apply_stored, text
 
 FP64 = torch.float64
@@ -30,15 +30,7 @@ def on_a_gpu(monkeypatch, nan_poison):
     """Banks look their ids up in a kernel, and ops run on Triton kernels, whose programs count."""
     monkeypatch.setattr(deferred, "answers_later", lambda device: True)
     monkeypatch.setattr(deferred, "capturing", lambda: False)
-    count = Counter()
-    start = launch.start
-
-    def counting(kernel, programs, *args, **options):
-        count[kernel.fn.__name__] += programs
-        start(kernel, programs, *args, **options)
-
-    monkeypatch.setattr(launch, "start", counting)
-    with hyperfast.use_backend("triton"):
+    with on_triton_kernels(monkeypatch) as count:
         yield count
 
 
@@ -368,7 +360,7 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("rows", [1, 31, 33, 100])
+@pytest.mark.parametrize("rows", [1, 33, 100])
 def test_any_popularity(rows, whole, sort, pattern, monkeypatch, on_a_gpu):
     monkeypatch.setattr(gpu, "fits_one_kernel", lambda sizes: whole)
     monkeypatch.setattr(gpu, "sorting_pays", lambda bytes: sort)
@@ -397,7 +389,7 @@ def test_rows_that_share_a_task(rows, batched, monkeypatch):
         close(y, apply_stored(x, weight, ids, net))
 
 
-@pytest.mark.parametrize("activation", KNOWN)
+@pytest.mark.parametrize("activation", ["tanh", "sin"])
 def test_a_row_is_the_same_in_any_company(activation, monkeypatch):
     """Sorted or not, alone in its stretch or not."""
     net = text((5, 9, 3), activation)
@@ -423,8 +415,8 @@ def test_where_sorting_pays():
 # Sums in parts
 
 
-@pytest.mark.parametrize("width", [1, 3, 20])
-@pytest.mark.parametrize("part", [4, 8, 1024])
+@pytest.mark.parametrize("width", [1, 20])
+@pytest.mark.parametrize("part", [4, 1024])
 @pytest.mark.parametrize("pattern", [*PATTERNS, "two"])
 def test_sums_of_parts(pattern, part, width, monkeypatch, on_a_gpu):
     """Parts within a task, across two, and tasks within a part; of one input, and of more."""

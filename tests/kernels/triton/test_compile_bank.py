@@ -1,10 +1,6 @@
 """What a bank launches beyond what ``test_compile.py`` lists, compiled for devices that need not be
 there: look-ups, parts of sums, and the largest networks whose weights stay in registers."""
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,19 +8,11 @@ pytest.importorskip("triton")
 
 from hyperfast.kernels.triton import launch as launching
 from hyperfast.kernels.triton import look_up, task_linear_grad_weight
-from tests.kernels.triton.test_compile import (
-    KINDS,
-    TARGETS,
-    TYPES,
-    amd_resources,
-    cuda_resources,
-    recorded,
-    run_stored,
-)
+from tests.kernels.triton.test_compile import made_of
+from tests.support.launches import KINDS, TARGETS, recorded, run_stored
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
-TYPES[torch.bool] = "i1"
 WIDEST = "64 > 64 b relu, 64 b relu, 64 b relu, 64 b"
 NARROW = "5 > 7 b relu, 3 b"
 
@@ -42,38 +30,20 @@ def work(kind):
         task_linear_grad_weight(grad, x, ids, 16)
 
 
-def compile_all(target, kind, directory):
-    device = TARGETS[target]
-    found = []
-    for n, launch in enumerate(recorded(kind, device.multiprocessors, lambda: work(kind))):
-        made = launch.compile(device.gpu)
-        if device.gpu.backend == "cuda":
-            _, spilled = cuda_resources(made.asm["cubin"], Path(directory) / f"{target}{kind}{n}")
-        else:
-            _, spilled = amd_resources(made.asm["amdgcn"])
-        rows = dict(launch.constants).get("ROWS")
-        found.append((launch.kernel.__name__, rows, made.metadata.shared, spilled))
-    return found
+# Each kind, and each device.
+JOBS = [*((target, "bf16") for target in TARGETS), ("sm_90", "fp32"), ("sm_90", "fp64")]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("binaries")
-    jobs = [(target, kind) for target in TARGETS for kind in ("bf16", "fp32", "fp64")]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        made = {job: pool.submit(compile_all, *job, directory) for job in jobs}
-        return {job: future.result() for job, future in made.items()}
-
-
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "fp64"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_a_bank_launches_fits(compiled, target, kind):
-    made = compiled[target, kind]
-    names = {name for name, *_ in made}
-    assert {"_look_up", "_task_mlp", "_task_parts", "_task_outer"} <= names
-    stretches = {rows for name, rows, *_ in made if name == "_task_mlp"}
-    assert {1, 32} <= stretches
-    for name, rows, shared, spilled in made:
-        assert shared <= TARGETS[target].shared, (name, rows)
+@pytest.mark.parametrize(("target", "kind"), JOBS)
+def test_what_a_bank_launches_fits(target, kind):
+    made = recorded(kind, target, lambda: work(kind))
+    assert {"_look_up", "_task_mlp", "_task_parts", "_task_outer"} <= {
+        launch.kernel.__name__ for launch in made
+    }
+    stretches = [dict(launch.constants).get("ROWS") for launch in made]
+    assert {1, 32} <= set(stretches)
+    for launch in made:
+        binary = made_of(launch, target)
+        assert binary.shared <= TARGETS[target].shared, launch
         # ptxas spills up to four registers rather than give up a program a multiprocessor.
-        assert spilled <= 16, (name, rows)
+        assert binary.spilled <= 16, launch

@@ -39,14 +39,14 @@ def test_loops(target, launch, version):
             # ptxas may wait for every single one, where registers do not suffice for more
             assert 2 * loop.steps <= len(loop.products)
         assert loop.count("BAR") <= 8  # sums of narrow tiles change hands more often
-        if loop.generates:  # a thread's number, where registers are limited
+        if loop.generates:  # of 128 registers a few addresses are kept in local memory
             assert loop.local <= 4
 
 
 @pytest.mark.parametrize("version", assemblers())
 def test_what_bounds_the_loops_of_wide_layers(version):
     """Two programs share a multiprocessor: while one multiplies, the other issues instructions, for
-    no longer than that."""
+    no longer than that; in a network, whose products are half as wide, for a fifth longer."""
     for launch in layers("bf16", "sm_90", FEW[:1], NETWORKS[:1]):
         if launch.kernel.__name__ == "_outer":
             continue
@@ -54,4 +54,5 @@ def test_what_bounds_the_loops_of_wide_layers(version):
         loop = max(loops(code), key=lambda one: one.count("FFMA"))
         assert registers <= 128
         assert loop.count("BAR") == 2  # a tile has come; sums change hands
-        assert len(loop.code) < 1.2 * loop.clocks("sm_90"), launch
+        longer = 1.2 if launch.kernel.__name__ == "_hyper_mlp" else 1
+        assert len(loop.code) < longer * loop.clocks("sm_90"), launch

@@ -1,10 +1,5 @@
-"""The Triton kernels on CPU tensors, by Triton's interpreter: a suite that pytest does not collect
-by itself. ``test_interpreter.py`` runs it, in a process that interprets.
+"""Networks on CPU tensors, by Triton's interpreter, as ``interpreted_layers.py``."""
 
-The interpreter has no 16-bit arithmetic, and knows nothing of a GPU's memory or its parallelism.
-"""
-
-from collections import Counter
 from itertools import product
 
 import pytest
@@ -16,25 +11,26 @@ from hyperfast.activations import KNOWN
 from hyperfast.bank.formats import format_of
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.kernels import reference
-from hyperfast.kernels.triton import generated, grouped, launch, trilinear
-from hyperfast.kernels.triton import stored as stored_networks
-from hyperfast.layout import TRANSFORMS, Network
+from hyperfast.kernels.triton import trilinear
+from hyperfast.layout import Network
 from hyperfast.ops import network as networks
-from hyperfast.plans import gpu
 from tests.support.budget import assert_as_good, close, norm
 from tests.support.cases import (
-    FUSED,
-    SIZES,
-    VARIANTS,
     Sizes,
     Variant,
-    every_fused,
-    every_size,
     floats,
     is_float,
-    value_and_gradients,
 )
 from tests.support.draw import draw
+from tests.support.interpreted import (
+    NETWORKS,
+    WIDE,
+    choose,
+    on_triton_kernels,
+    one_kernel_or_layers,
+    ragged_or_not,
+    strided,
+)
 from tests.support.networks import (
     MIXED,
     apply_stored,
@@ -48,319 +44,12 @@ from tests.support.networks import (
 )
 
 FP64, FP32 = torch.float64, torch.float32
-LARGE = [
-    (Sizes(17, 1, 63, 17, 3), FP64),
-    (Sizes(3, 17, 17, 129, 1), FP64),
-    (Sizes(2, 3, 129, 3, 17), FP64),
-    (Sizes(1, 63, 3, 17, 63), FP64),
-    (Sizes(5, 3, 17, 33, 17), FP32),
-]
-STORED = [v for v in VARIANTS if v.plan in ("tile", "materialize") and v.bias and v.target_bias]
-TRANSFORMED = [v for v in VARIANTS if v.transform and not v.plan]
-every_transform = pytest.mark.parametrize("transform", TRANSFORMS)
-ragged_or_not = pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
-
-# What computes each op when the weights are not stored; a library does where rows are many.
-KERNELS = {
-    "task_linear": "_task_linear",
-    "task_linear_grad_weight": "_task_outer",
-    "hyper_linear": "_contract",
-    "hyper_linear_grad_h": "_contract",
-    "hyper_linear_grad_weight": "_outer",
-}
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch, nan_poison):
-    """Runs the ops on Triton kernels, and counts their launches."""
-    count = Counter()
-    start = launch.start
-
-    def counting(kernel, programs, *args, **options):
-        count[kernel.fn.__name__] += programs
-        start(kernel, programs, *args, **options)
-
-    monkeypatch.setattr(launch, "start", counting)
-    with hyperfast.use_backend("triton"):
+    with on_triton_kernels(monkeypatch) as count:
         yield count
-
-
-@every_size
-@every_fused
-def test_value_and_gradients(variant, sizes):
-    value_and_gradients(variant, sizes)
-
-
-@pytest.mark.parametrize(("sizes", "dtype"), LARGE, ids=str)
-@every_fused
-def test_value_of_larger_sizes(variant, sizes, dtype, launched):
-    args = variant.random(sizes, dtype=dtype)
-    y = variant.op(*args)
-    exact = variant.expected(*(a.double() if is_float(a) else a for a in args))
-    assert_as_good(y, variant.expected(*args), exact)
-    if variant.ragged or sizes.rows < grouped.MANY:
-        assert launched[KERNELS[variant.name]]
-
-
-@pytest.mark.parametrize("variant", STORED, ids=str)
-def test_stored_weights(variant, monkeypatch):
-    """In one piece, and in blocks of a few tasks."""
-    monkeypatch.setattr(gpu, "GPU_BLOCK", 8 * 60)
-    value_and_gradients(variant, Sizes(7, 3, 3, 4, 6))
-
-
-@pytest.mark.parametrize("size", [*SIZES[1:], Sizes(2, 70, 3, 4, 2)], ids=str)
-@pytest.mark.parametrize("variant", TRANSFORMED[-2:], ids=str)
-def test_transforms_of_every_size(variant, size):
-    """The last is of rows so many that a library multiplies."""
-    value_and_gradients(variant, size)
-
-
-@pytest.mark.parametrize("variant", TRANSFORMED, ids=str)
-def test_transforms(variant, launched):
-    """Value and gradients; the weights are transformed, and their gradients formed, in kernels."""
-    value_and_gradients(variant, Sizes())
-    assert launched["_task_linear"]
-    assert launched["_task_outer"]
-    assert not launched["_contract"]
-    assert not launched["_outer"]
-
-
-@ragged_or_not
-@every_transform
-def test_transforms_in_fp32(transform, ragged):
-    variant = Variant("hyper_linear", ragged, transform=transform)
-    args = variant.random(Sizes(5, 3, 17, 33, 17), dtype=FP32, grad=True)
-    exact = [a.detach().double().requires_grad_() if is_float(a) else a for a in args]
-    weight = torch.randn(5 * 3, 33)
-
-    def run(function, args):
-        y = function(*args)
-        seed = weight.view(y.shape).to(y.dtype)
-        return y, *torch.autograd.grad(y, floats(args), seed)
-
-    ours, plain = run(variant.op, args), run(variant.expected, args)
-    for a, b, c in zip(ours, plain, run(variant.expected, exact), strict=True):
-        assert a.dtype == FP32
-        assert_as_good(a, b, c, size=norm)
-
-
-@every_transform
-def test_transforms_of_fewer_rows_than_tasks(transform, monkeypatch):
-    """Weights are made for the rows, not for the tasks."""
-    made, whole = [], generated._weights
-
-    def weights(h, *rest):
-        made.append(len(h))
-        return whole(h, *rest)
-
-    monkeypatch.setattr(generated, "_weights", weights)
-    variant = Variant("hyper_linear", True, transform=transform)
-    x, h, *made_of, _, _, plan = variant.random(Sizes(9, 1), grad=True)
-    args = [x[:3], h, *made_of, torch.tensor([4, 1, 4]), transform, plan]
-    expected = variant.expected(*args)
-    weight, leaves = torch.randn_like(expected), [x, *floats(args[1:])]
-    gradients = torch.autograd.grad(expected, leaves, weight)
-    y = variant.op(*args)
-    close(y, expected)
-    close(torch.autograd.grad(y, leaves, weight), gradients)
-    assert set(made) == {3}
-
-
-@ragged_or_not
-@pytest.mark.parametrize("transform", ["", "exp"])
-@pytest.mark.parametrize("plan", ["", "tile"])
-def test_gradients_alone(plan, transform, ragged):
-    """Each as among all, and empty where it is not wanted."""
-    variant = Variant("hyper_linear", ragged, transform=transform, plan=plan)
-    x, h, matrix, matrix_bias, vector, _, ids, *options = variant.random()
-    grad = torch.randn(*x.shape[:-1], len(matrix), dtype=FP64)
-
-    def run(*mask):
-        given = grad, x, h, matrix, matrix_bias, vector, ids, options[0], mask, options[1]
-        return torch.ops.hyperfast.hyper_linear_backward(*given)
-
-    whole = run(True, True, True)
-    for n in range(3):
-        found = run(*(n == m for m in range(3)))
-        close(found[n], whole[n])
-        assert all(not t.numel() for m, t in enumerate(found) if m != n)
-
-
-def test_a_transform_that_is_none():
-    *args, _, plan = Variant("hyper_linear", False).random()
-    with pytest.raises(ValueError, match="transform must be one of"):
-        torch.ops.hyperfast.hyper_linear(*args, "cube", plan)
-    x, h, matrix, matrix_bias, vector, _, ids = args
-    given = torch.randn(3, 2, 5, dtype=FP64), x, h, matrix, matrix_bias, vector, ids, "cube"
-    with pytest.raises(ValueError, match="transform must be one of"):
-        torch.ops.hyperfast.hyper_linear_backward(*given, [True] * 3, plan)
-
-
-@pytest.mark.parametrize("how", ["transposed", "gaps", "expanded"])
-@ragged_or_not
-def test_strides_of_transforms(ragged, how):
-    variant = Variant("hyper_linear", ragged, transform="exp")
-    args = variant.random(Sizes(5, 2, 3, 4, 6))
-    args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
-    y = variant.expected(*args)
-    close(variant.op(*args), y)
-    x, h, matrix, matrix_bias, vector, _, ids, transform, plan = args
-    grad = strided(torch.randn_like(y), how)
-    given = grad, x, h, matrix, matrix_bias, vector, ids, transform, [True] * 3
-    close(
-        torch.ops.hyperfast.hyper_linear_backward(*given, plan),
-        reference.hyper_linear_backward(*given),
-    )
-
-
-@every_fused
-def test_gradcheck(variant):
-    args = variant.random(Sizes(2, 2, 2, 3, 2), grad=True)
-    assert gradcheck(variant.op, args, fast_mode=True)
-
-
-def strided(t, how):
-    """The same values under other strides; what lies between them is NaN."""
-    if how == "transposed":
-        return t.mT.contiguous().mT
-    if how == "gaps":
-        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
-    return t[..., :1].expand_as(t)  # other values, of stride 0
-
-
-@pytest.mark.parametrize("how", ["transposed", "gaps", "expanded"])
-@every_fused
-def test_strides(variant, how):
-    args = variant.random(Sizes(5, 2, 3, 4, 6))
-    args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
-    close(variant.op(*args), variant.expected(*args))
-
-
-@pytest.mark.parametrize("how", ["transposed", "gaps", "contiguous"])
-@pytest.mark.parametrize("size", [Sizes(5, 2, 3, 4, 6), Sizes(5, 2, 17, 70, 70)], ids=str)
-def test_heads_read_from_a_copy(size, how, monkeypatch, launched):
-    """Of few rows as of many: a layer, the gradient of its features, a network."""
-    monkeypatch.setattr(trilinear, "PACK", 0)
-    for name in ("hyper_linear", "hyper_linear_grad_h"):
-        variant = Variant(name, True, plan="contract")
-        args = variant.random(size)
-        if how != "contiguous":
-            args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
-        close(variant.op(*args), variant.expected(*args))
-    choose(monkeypatch, True)
-    check_network(NETWORKS[0], "tanh,identity", False)
-    assert launched["_pack"] >= 3
-
-
-def test_fp16_does_not_overflow():
-    """Products of inputs and features would, but no weight does, nor any output."""
-    x, h = torch.full((5, 1, 4), 300.0).half(), torch.full((5, 6), 300.0).half()
-    weight = torch.full((3 * 4, 6), 1e-3).half()
-    y = hyper_linear(x, h, weight, None, target_bias=False, plan="contract")
-    exact = reference.hyper_linear(x.double(), h.double(), weight.double().unflatten(0, (3, 4)))
-    assert_as_good(y, exact.half(), exact)
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 1000])
-@pytest.mark.parametrize("variant", [v for v in FUSED if "grad_weight" in v.name], ids=str)
-def test_rows_summed_in_parts(variant, multiprocessors, monkeypatch):
-    """Few tiles and many rows: each part has a sum of its own."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    args = variant.random(Sizes(300, 1, 3, 4, 2))
-    close(variant.op(*args), variant.expected(*args))
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 1000])
-@pytest.mark.parametrize("plan", ["contract", "materialize"])
-def test_tiles_for_few_and_many_multiprocessors(plan, multiprocessors, monkeypatch):
-    """The largest and the smallest tile, with a ragged edge in every direction."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    variant = Variant("hyper_linear", True, plan=plan)
-    args = variant.random(Sizes(67, 2, 3, 35, 18))
-    close(variant.op(*args), variant.expected(*args))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_nan_stays_with_its_task():
-    x, w, b = torch.randn(43, 3), torch.randn(5, 4, 3), torch.randn(5, 4)
-    ids = torch.arange(43) ** 2 % 5  # unevenly many, so that blocks of rows mix tasks
-    expected = reference.task_linear(x, w, b, ids)
-    w[1], x[5] = torch.inf, torch.nan
-    y = task_linear(x, w, b, ids)
-    clean = (ids != 1) & (torch.arange(43) != 5)
-    close(y[clean], expected[clean], 1e-5)
-    assert not y[~clean].isfinite().any()
-
-
-@pytest.mark.parametrize("bad", [-1, 5])
-def test_ids_out_of_range(bad):
-    ids = torch.tensor([0, bad, 1])
-    with pytest.raises(IndexError, match=rf"\[0, 5\), got {bad}"):
-        task_linear(torch.randn(3, 4), torch.randn(5, 2, 4), None, ids)
-
-
-def test_offsets_beyond_32_bits(monkeypatch):
-    """Rows, tasks and weights that lie 2^31 elements apart, in memory that is only reserved."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    far = 2**31
-
-    def apart(*shape, far=far):
-        steps = [1] * len(shape)
-        for n in range(len(shape) - 2, 0, -1):
-            steps[n] = steps[n + 1] * shape[n + 1]
-        t = torch.empty(far * (shape[0] - 1) + 4096).as_strided(shape, (far, *steps[1:]))
-        return t.copy_(torch.randn(shape))
-
-    x, w = apart(2, 1, 3), apart(2, 4, 3)
-    close(task_linear(x, w), reference.task_linear(x, w), 1e-5)
-    close(
-        torch.ops.hyperfast.task_linear_grad_weight(x, x, None, 2),
-        reference.task_linear_grad_weight(x, x, None, 2),
-        1e-5,
-    )
-    h, weight = apart(2, 2), apart(3, 2)
-    close(
-        hyper_linear(x, h, weight, None, target_bias=False, plan="contract"),
-        reference.hyper_linear(x, h, weight.unflatten(0, (1, 3))),
-        1e-5,
-    )
-    choose(monkeypatch, True)
-    weight = apart(3, 2, far=far // 2)  # the product with a row's number leaves 32 bits
-    for bias in (False, True):
-        ins = 3 - bias
-        args = apart(2, 1, ins), h, weight, None, None, text((ins, 1), "tanh", bias)
-        close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
-    w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
-    x, net = apart(3, 3), "3 > 2 b relu exp(W), 1 b"
-    y = torch.ops.hyperfast.task_mlp(x, w, None, ids, net)
-    close(y.double(), apply_stored(x, w, ids, net), 1e-5)
-    given = apart(3, 1), x, w, ids, net, [True, True]
-    close(torch.ops.hyperfast.task_mlp_backward(*given), networks._task_mlp_backward(*given), 1e-5)
-
-
-# sizes of the network, tasks, rows a task, features
-NETWORKS = [
-    ((3, 6, 2), 3, 5, 4),
-    ((1, 1), 1, 1, 1),
-    ((17, 3, 17, 1), 3, 1, 17),
-    ((3, 17, 63, 3, 2), 5, 3, 3),
-    ((2, 33, 1), 3, 23, 5),
-    ((5, 3, 2), 0, 2, 3),
-    ((5, 3, 2), 3, 0, 2),
-]
-WIDE = ((3, 129, 2), 2, 3, 3)
-one_kernel_or_layers = pytest.mark.parametrize("whole", [False, True], ids=["layers", "one"])
-
-
-def choose(monkeypatch, whole):
-    """One kernel for a network, or one for each layer, whatever the plan says, unless generated
-    weights are transformed; and fp64 in blocks of rows, as narrower types are."""
-    monkeypatch.setitem(stored_networks.TOGETHER, "fp64", (16, 8))
-    monkeypatch.setattr(
-        gpu, "one_kernel", lambda layers, *_: whole and not any(v.transform for v in layers)
-    )
-    monkeypatch.setattr(gpu, "fits_one_kernel", lambda sizes: whole)
 
 
 def check_network(size, activations, ragged, *, bias=True, target_bias=True):
@@ -396,11 +85,22 @@ def test_generated_networks(size, whole, ragged, monkeypatch, launched):
     assert bool(launched["_hyper_mlp"]) == (whole and size[1] * size[2] > 0)
 
 
-@one_kernel_or_layers
 @pytest.mark.parametrize("activation", [*KNOWN, "leaky_relu:0.2", "sin:3.0"])
-def test_activations(activation, whole, monkeypatch):
-    choose(monkeypatch, whole)
+def test_activations(activation, monkeypatch):
+    """In one kernel, and their slopes in those of layers: the same code finishes both."""
+    choose(monkeypatch, True)
     check_network(NETWORKS[0], f"{activation},{activation}", True, bias=False)
+
+
+@pytest.mark.parametrize("function", ["tanh", "elu", "softplus"])
+def test_digits_near_0(function):
+    """Of what is a difference near 0 no digit is lost there, nor elsewhere."""
+    size = torch.logspace(-6, 1, 200)
+    x = torch.cat([size, -size]).unsqueeze(1)
+    ids = torch.zeros(len(x), dtype=torch.int64)
+    y = torch.ops.hyperfast.task_mlp(x, torch.ones(1, 1), None, ids, f"1 > 1 {function}")
+    exact = KNOWN[function].value(x.double(), 1.0)
+    assert ((y.double() - exact) / exact).abs().max() <= 4 * torch.finfo(FP32).eps
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 4), (20, 33, 1), (1, 17, 40)], ids=str)
@@ -689,22 +389,56 @@ def test_a_model_and_its_gradients(launched):
     close(gradients, wanted)
 
 
-def test_tuning_keeps_the_fastest(monkeypatch):
-    """Every configuration is tried once for a size, and is as right as the default."""
-    variant = Variant("hyper_linear", False, plan="contract")
-    args = variant.random(Sizes(40, 1, 3, 20, 5))
-    times = iter([3.0, 1.0, 2.0])
-    tried = []
-
-    def clock(call):
-        call()
-        tried.append(call)
-        return next(times)
-
-    monkeypatch.setattr(launch, "AUTOTUNE", True)
-    monkeypatch.setattr(launch, "tuned", {})
-    monkeypatch.setattr(launch, "milliseconds", clock)
-    for _ in range(2):
+@pytest.mark.parametrize("how", ["transposed", "gaps", "contiguous"])
+@pytest.mark.parametrize("size", [Sizes(5, 2, 3, 4, 6), Sizes(5, 2, 17, 70, 70)], ids=str)
+def test_heads_read_from_a_copy(size, how, monkeypatch, launched):
+    """Of few rows as of many: a layer, the gradient of its features, a network."""
+    monkeypatch.setattr(trilinear, "PACK", 0)
+    for name in ("hyper_linear", "hyper_linear_grad_h"):
+        variant = Variant(name, True, plan="contract")
+        args = variant.random(size)
+        if how != "contiguous":
+            args = [strided(a, how) if is_float(a) and a.ndim > 1 else a for a in args]
         close(variant.op(*args), variant.expected(*args))
-    assert len(tried) == len(trilinear.CONTRACT["fp64"])
-    assert list(launch.tuned.values()) == [trilinear.CONTRACT["fp64"][1]]
+    choose(monkeypatch, True)
+    check_network(NETWORKS[0], "tanh,identity", False)
+    assert launched["_pack"] >= 3
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    """Rows, tasks and weights that lie 2^31 elements apart, in memory that is only reserved."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    far = 2**31
+
+    def apart(*shape, far=far):
+        steps = [1] * len(shape)
+        for n in range(len(shape) - 2, 0, -1):
+            steps[n] = steps[n + 1] * shape[n + 1]
+        t = torch.empty(far * (shape[0] - 1) + 4096).as_strided(shape, (far, *steps[1:]))
+        return t.copy_(torch.randn(shape))
+
+    x, w = apart(2, 1, 3), apart(2, 4, 3)
+    close(task_linear(x, w), reference.task_linear(x, w), 1e-5)
+    close(
+        torch.ops.hyperfast.task_linear_grad_weight(x, x, None, 2),
+        reference.task_linear_grad_weight(x, x, None, 2),
+        1e-5,
+    )
+    h, weight = apart(2, 2), apart(3, 2)
+    close(
+        hyper_linear(x, h, weight, None, target_bias=False, plan="contract"),
+        reference.hyper_linear(x, h, weight.unflatten(0, (1, 3))),
+        1e-5,
+    )
+    choose(monkeypatch, True)
+    weight = apart(3, 2, far=far // 2)  # the product with a row's number leaves 32 bits
+    for bias in (False, True):
+        ins = 3 - bias
+        args = apart(2, 1, ins), h, weight, None, None, text((ins, 1), "tanh", bias)
+        close(torch.ops.hyperfast.hyper_mlp(*args, False)[0], expected(*args), 1e-5)
+    w, ids = apart(3, 11, far=far // 2), torch.tensor([2, 0, 2])
+    x, net = apart(3, 3), "3 > 2 b relu exp(W), 1 b"
+    y = torch.ops.hyperfast.task_mlp(x, w, None, ids, net)
+    close(y.double(), apply_stored(x, w, ids, net), 1e-5)
+    given = apart(3, 1), x, w, ids, net, [True, True]
+    close(torch.ops.hyperfast.task_mlp_backward(*given), networks._task_mlp_backward(*given), 1e-5)
