@@ -446,11 +446,11 @@ class Table:
         """
         fits(self.weights.columns, weights, len(weights[0]))
         self.weights.adopt(weights, tuple(guards[name] for name in self.format.columns if guards))
-        slots = self.weights.slots, 0
+        slots = len(weights[0]), 0
         if self.latents is not None and latents is not None:
             fits(self.latents.columns, (latents,), len(latents))
             self.latents.adopt((latents,), (guards["latents"],) if guards else ())
-            slots = self.weights.slots, self.latents.slots
+            slots = len(weights[0]), len(latents)
         fits([(3, torch.int64)], (entries,), len(entries))
         places = torch.arange(len(entries), dtype=torch.int64, device=self.device)
         good = (entries[:, ID] >= 0) & (entries[:, ID] & PLACE == places)

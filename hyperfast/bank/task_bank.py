@@ -333,6 +333,10 @@ class TaskBank:
     def update(self, ids: Ids, z: Tensor | None = None, *, weights: Weights | None = None) -> None:
         """Replaces the networks of tasks, which keep their ids and keys; all or none.
 
+        New networks are stored beside the old, and then take their place. On a GPU a bank that has
+        just grown keeps room for a sixteenth of what was added, at least 64; to update more tasks
+        at a time than there is room for moves it to larger memory.
+
         Args:
             ids: different ids.
             z, weights: as in :meth:`add`, an entry an id.

@@ -2,6 +2,7 @@
 up by a kernel, rows of a task in stretches, sums in parts. As ``interpreted.py``, a suite that
 ``test_interpreter.py`` runs."""
 
+import copy
 import math
 from collections import Counter
 
@@ -299,10 +300,16 @@ def captured(bank, monkeypatch):
     return replay
 
 
-def test_a_graph_sees_changes(monkeypatch):
-    bank = make()
-    replay = captured(bank, monkeypatch)
-    bank.update([3], weights=torch.randn(1, SPEC.numel))
+@pytest.mark.parametrize("made", [make, lambda tasks: copy.deepcopy(make(tasks))])
+def test_a_graph_sees_changes(made, monkeypatch):
+    """There is room for them: nothing moves, and what is given back is used again."""
+    bank = made(500)
+    store = bank.contents.table.weights
+    replay, columns = captured(bank, monkeypatch), store.segments[0].columns
+    for _ in range(70):
+        bank.update([3], weights=torch.randn(1, SPEC.numel))
+    bank.update(range(60), weights=torch.randn(60, SPEC.numel))
+    assert store.segments[0].columns is columns
     bank.remove([4])
     assert torch.equal(replay(torch.tensor([3]))[0], bank.weights([3]))
     assert replay(torch.tensor([3, 4]))[1].tolist() == [False, True]
@@ -319,10 +326,10 @@ def test_a_graph_of_memory_that_was_left_finds_nobody(grow, monkeypatch):
     replay = captured(bank, monkeypatch)
     table = bank.contents.table
     codes, columns = table._codes, table.weights.segments[0].columns
-    if grow == "slots":  # all 64 are taken, and those given back are not free yet
+    if grow == "slots":  # all 104 are taken, and those given back are not free yet
         with table.lock:
             reader = table.weights.enter()
-        for _ in range(30):
+        for _ in range(70):
             bank.update([3], weights=torch.randn(1, SPEC.numel))
         with table.lock:
             table.weights.leave(reader)
