@@ -1,11 +1,15 @@
 """The races on a GPU, without one: what races, what the rows say, and all of it at tiny sizes."""
 
+import gc
 import json
 import os
 import re
 import signal
 import time
+import weakref
 from collections import Counter
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -96,6 +100,29 @@ def test_grouped_products_of_too_many_tasks(on_the_cpu):
     many = PatternBank(BankWorkload("", 1024, 5, (8, 16, 3), requests=1), "uniform")
     with pytest.raises(rivals.Unavailable, match="1023 groups"):
         rivals.BANKS["grouped_mm"](contest.problem_of(many, torch.bfloat16), MODES[0])
+
+
+def test_what_a_graph_reads_lives_as_long(monkeypatch):
+    """A device of no graphs stands in for one: who is captured is called, and then held."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(rivals, "REHEARSAL", False)
+    made = []
+
+    def build(problem, mode):
+        weights = torch.ones(3)
+        made.append(weakref.ref(weights))
+        return lambda: (weights.sum(),)
+
+    replay = rivals.graphed(build)(None, MODES[0])
+    gc.collect()
+    assert made[0]() is not None
+    assert replay()[0] == 3
+    del replay
+    gc.collect()
+    assert made[0]() is None
 
 
 # Exactness
@@ -254,4 +281,24 @@ def test_what_runs_when_the_time_is_over_is_broken_off(tmp_path, monkeypatch):
         whole.step("slow", "slow", lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert whole.result["failed"] == ["slow: TimeoutError: the time is over"]
+    assert whole.result["failed"] == ["slow: OutOfTime: the time is over"]
+
+
+def test_a_race_is_broken_off(on_the_cpu, monkeypatch):
+    """As a whole, not the rival alone whose turn it is."""
+    ran = []
+
+    def slow(problem, mode):
+        ran.append("slow")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    field = {"slow": slow, "later": lambda problem, mode: ran.append("later")}
+    monkeypatch.setattr(contest, "field", lambda workload, thorough: field)
+    before = signal.signal(signal.SIGTERM, command.out_of_time)
+    try:
+        with pytest.raises(command.OutOfTime):
+            contest.hold(workloads.Job(tiny(LAYERS[0]), MODES[0], "fp32", 0), LIMITS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ran == ["slow"]
