@@ -52,16 +52,17 @@ class Deferred:
         return self._look_up(ids, codes, len(columns[0]), self._fault)
 
     def renewed(self, codes: Tensor, segments: tuple[Segment, ...]) -> Tensor:
-        """The codes to go on with, before a change is published: graphs that were captured with
-        memory which the bank has left since find nobody in theirs."""
+        """The codes to go on with, once the bank has moved, before anything can be captured there:
+        graphs that were captured with what it has left find nobody in theirs."""
         columns = segments[-1].columns if segments else ()
-        left = [(held, of) for held, of in self._captured if held is not codes or of is not columns]
-        if any(held is codes for held, _ in left):
+        if all(held is codes and of is columns for held, of in self._captured):
+            return codes
+        if any(held is codes for held, _ in self._captured):
             codes = codes.clone()
-        for held, _ in left:
+        for held, _ in self._captured:
             held.fill_(-1)
-        self._left += left
-        self._captured = [(held, of) for held, of in self._captured if held is codes]
+        self._left += self._captured
+        self._captured = []
         return codes
 
     def check(self, wait: bool = False) -> None:

@@ -329,6 +329,7 @@ class Table:
             if columns is not None:
                 with self.lock:
                     slots = self.weights.reserve(len(ids))
+                    self._renew()
                 first = 0
                 for part in columns:
                     last = first + len(part[0])
@@ -365,6 +366,7 @@ class Table:
             self._keys.update((key, task) for task, key in change.named)
             self._key_of.update(change.named)
             self._in_order &= torch.equal(change.ids, change.slots)
+            self._renew()
             self._publish(change)
 
     def update(self, change: Change) -> None:
@@ -393,9 +395,12 @@ class Table:
                 if (key := self._key_of.pop(task, None)) is not None:
                     del keys[key]
 
-    def _publish(self, change: Change) -> None:
+    def _renew(self) -> None:
+        """After columns or codes may have moved, in the same critical section."""
         if self.deferred is not None:
             self._codes = self.deferred.renewed(self._codes, self.weights.segments)
+
+    def _publish(self, change: Change) -> None:
         places = change.ids & PLACE
         self._entries[places] = torch.stack(change[:3], 1)
         self._codes[places] = self._code(places)

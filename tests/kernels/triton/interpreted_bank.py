@@ -14,6 +14,7 @@ import hyperfast
 from hyperfast import HyperNet, MLPSpec, TargetNet, TaskBank
 from hyperfast.activations import KNOWN
 from hyperfast.bank import deferred, rows
+from hyperfast.bank.contents import Given
 from hyperfast.kernels import triton as kernels
 from hyperfast.kernels.triton import grouped, launch, look_up
 from hyperfast.layout import Network
@@ -343,6 +344,33 @@ def test_a_graph_of_memory_that_was_left_finds_nobody(grow, monkeypatch):
     x, ids = ask()
     close(bank(x, ids), right(bank, x, ids))
     bank.check()
+
+
+def test_a_graph_captured_after_a_growth_that_was_given_up(monkeypatch):
+    """An addition that fails has moved the bank: what is captured then goes on, what was captured
+    before finds nobody, and both find their memory."""
+    bank = make()
+    before, table = captured(bank, monkeypatch), bank.contents.table
+
+    def blocks():
+        raise torch.OutOfMemoryError("short")
+        yield
+
+    with pytest.raises(torch.OutOfMemoryError), bank.contents.adding(Given(70, None, blocks())):
+        pass
+    assert before(torch.arange(TASKS))[1].all()
+    with pytest.raises(IndexError, match="the bank grew after a graph was captured"):
+        bank.check()
+    columns = table.weights.segments[0].columns
+    after = captured(bank, monkeypatch)
+    bank.update([3], weights=torch.randn(1, SPEC.numel))
+    weights, missing = after(torch.arange(TASKS))
+    assert not missing.any()
+    assert torch.equal(weights, bank.weights(bank.ids()))
+    bank.add(weights=torch.randn(500, SPEC.numel))
+    assert after(torch.arange(TASKS))[1].all()
+    kept = table.deferred._captured + table.deferred._left
+    assert any(of is columns for _, of in kept)
 
 
 def test_what_was_not_captured_is_not_kept():
