@@ -96,7 +96,7 @@ def _task_linear(
     w_row = w + tl.multiple_of(task * w_t, ALIGNED) + o.to(tl.int64) * w_o
     scales = o
     if HAS_SCALE:
-        scales = tl.load(scale + task * scale_t + o * scale_o, inside, 0.0)
+        scales = tl.load(scale + task * scale_t + o.to(tl.int64) * scale_o, inside, 0.0)
     for p0 in range(first, last, BM):
         p = p0 + tl.arange(0, BM)
         live = p < last
@@ -110,7 +110,9 @@ def _task_linear(
                 0.0,
             )
             w_tile = tl.load(
-                w_row[:, None] + i[None, :] * w_i, inside[:, None] & (i < I)[None, :], 0.0
+                w_row[:, None] + i[None, :].to(tl.int64) * w_i,
+                inside[:, None] & (i < I)[None, :],
+                0.0,
             )
             if TRANSFORM != "":
                 w_tile = transformed(w_tile, scales, HAS_SCALE, TRANSFORM, SUM)
@@ -122,7 +124,8 @@ def _task_linear(
         if HAS_SCALE and TRANSFORM == "":
             total *= scales.to(SUM)[None, :]
         if HAS_BIAS:
-            total += tl.load(bias + task * bias_t + o * bias_o, inside, 0.0).to(SUM)[None, :]
+            added = tl.load(bias + task * bias_t + o.to(tl.int64) * bias_o, inside, 0.0)
+            total += added.to(SUM)[None, :]
         at, mask = r[:, None] * O + o[None, :], live[:, None] & inside[None, :]
         total = finish(total, pre, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
         tl.store(y + at, total.to(y.dtype.element_ty), mask)
