@@ -135,6 +135,8 @@ class Table:
         for store in (self.weights, self.latents):
             if store is not None:
                 store.dismiss()
+        if self.deferred is not None:
+            self.deferred.after_fork()
 
     # Reading
 
@@ -250,8 +252,8 @@ class Table:
             IndexError: an earlier visit missed a task.
         """
         assert self.deferred is not None
-        self.deferred.check()
         with self.lock:
+            self.deferred.check()
             segments = self.weights.segments
             found = None
             if len(segments) == 1:

@@ -3,6 +3,7 @@ up by a kernel, rows of a task in stretches, sums in parts. As ``interpreted.py`
 ``test_interpreter.py`` runs."""
 
 import copy
+import gc
 import math
 from collections import Counter
 
@@ -31,7 +32,6 @@ TASKS = 40
 def on_a_gpu(monkeypatch, nan_poison):
     """Banks look their ids up in a kernel, and ops run on Triton kernels, whose programs count."""
     monkeypatch.setattr(deferred, "answers_later", lambda device: True)
-    monkeypatch.setattr(deferred, "capturing", lambda: False)
     count = Counter()
     start = launch.start
 
@@ -287,10 +287,10 @@ def captured(bank, monkeypatch):
 
     on = bank.contents.table.deferred
     monkeypatch.setattr(on, "_look_up", recording)
-    monkeypatch.setattr(deferred, "capturing", lambda: True)
+    monkeypatch.setattr(launch, "capturing", lambda device: device == bank.device)
     x, ids = ask(len(bank), 8)
     bank(x, ids)
-    monkeypatch.setattr(deferred, "capturing", lambda: False)
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
     ((_, codes, end, fault),) = given
     columns = bank.contents.table.weights.segments[0].columns
 
@@ -388,6 +388,60 @@ def test_a_server_tells_who_asked():
         with pytest.raises(IndexError, match="no task of the bank has the id 5"):
             bad.result()
         assert server.submit(4, torch.ones(5)).result().isfinite().all()
+
+
+def test_a_server_tells_nobody_what_another_asked(monkeypatch):
+    """An id that a caller beside the server missed is not its requests'; of one that is not there
+    each of them hears."""
+    bank = make(dtype=torch.float32)
+    with hyperfast.server.TaskServer(bank, max_delay=0.0) as server:
+        bank(torch.ones(1, 5), torch.tensor([77]))
+        assert server.submit(4, torch.ones(5)).result().isfinite().all()
+        with pytest.raises(IndexError, match="no task of the bank has the id 77"):
+            server.submit(77, torch.ones(5)).result()
+        assert server.stats().calls == 3  # who is there is asked twice, but no more
+        bank.remove([5])
+        run = bank.contents.run
+
+        def missing(x, ids):
+            run(x[:1], torch.tensor([5]))  # before each of its calls
+            return run(x, ids)
+
+        monkeypatch.setattr(bank.contents, "run", missing)
+        with pytest.raises(IndexError, match="has the id 5, of an earlier call"):
+            server.submit(4, torch.ones(5)).result()
+        assert server.stats().calls == 5
+
+
+def test_the_word_of_a_bank_is_given_to_no_other():
+    """A kernel that is on its way may still write it."""
+    words = deferred.Words(pinned=False)
+    found = {words.new().data_ptr() for _ in range(1000)}
+    assert len(found) == 1000
+    banks = [make() for _ in range(2)]
+    first, second = (bank.contents.table.deferred for bank in banks)
+    banks[0](torch.ones(1, 5, dtype=FP64), torch.tensor([77]))
+    banks[1].check()
+    late, told = first._fault, second._fault
+    assert late.data_ptr() != told.data_ptr()
+    address = late.data_ptr()
+    del banks, first, late
+    gc.collect()
+    assert all(make().contents.table.deferred._fault.data_ptr() != address for _ in range(600))
+
+
+def test_a_fork_reads_no_word_of_its_parents():
+    """What is pinned is not in a child."""
+    bank = make()
+    bank(torch.ones(1, 5, dtype=FP64), torch.tensor([77]))
+    before = bank.contents.table.deferred._fault
+    bank.contents.table.after_fork()
+    bank.check()
+    after = bank.contents.table.deferred._fault
+    assert after.data_ptr() != before.data_ptr()
+    bank(torch.ones(1, 5, dtype=FP64), torch.tensor([78]))
+    with pytest.raises(IndexError, match="has the id 78"):
+        bank.check()
 
 
 # Rows of one task in stretches
