@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import hyperfast
-from bench.gpu.device import DEVICE, KINDS, REHEARSAL, select
-from hyperfast.info import assembler
+from bench.gpu.device import DEVICE, KINDS, REHEARSAL, facts, select
 from hyperfast.kernels import reference
 from hyperfast.layout import MLPSpec, Network, of_layer
 from hyperfast.ops.network import hyper_mlp, task_mlp
@@ -163,7 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     end = time.perf_counter() + args.seconds
-    found: dict[str, Any] = {"ptxas": str(assembler()), "shapes": 0, "repeats": REPEATS}
+    found: dict[str, Any] = {"ptxas": facts()["ptxas"], "shapes": 0, "repeats": REPEATS}
     found |= {"wrong": [], "failed": []}
     with hyperfast.use_backend("triton"):
         for shape in shapes(SHAPES):

@@ -152,6 +152,16 @@ def test_one_wrong_number_in_one_run_is_told(on_the_cpu, monkeypatch):
     assert exact.wrong(shape, 5) == {"shape": shape, "times": 1, "worst": 3.0}
 
 
+def test_the_assembler_is_that_of_the_device(on_the_cpu, monkeypatch, tmp_path):
+    file = tmp_path / "exact.json"
+    monkeypatch.setattr(exact, "facts", lambda: {"ptxas": "13.4, of sm_100"})
+    monkeypatch.setattr(exact, "SHAPES", 1)
+    monkeypatch.setattr(exact.hyperfast, "use_backend", lambda name: nullcontext())
+    monkeypatch.setattr("sys.argv", ["exact", "--out", str(file)])
+    exact.main()
+    assert json.loads(file.read_text())["ptxas"] == "13.4, of sm_100"
+
+
 def test_shapes_are_of_every_op_and_kind():
     found = exact.shapes(100)
     assert {s.op for s in found} == set(exact.OPS)
@@ -306,3 +316,13 @@ def test_a_race_is_broken_off(on_the_cpu, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ran == ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("rehearsal", "status", "bad"),
+    [(False, 0, False), (False, 5, True), (True, 5, False), (True, 1, True)],
+)
+def test_on_a_gpu_its_tests_must_have_run(rehearsal, status, bad, monkeypatch):
+    """5 is pytest's status where none ran."""
+    monkeypatch.setattr(command, "REHEARSAL", rehearsal)
+    assert command.failed({"rows": [], "failed": [], "tests_exit": status}) == bad

@@ -6,9 +6,10 @@
 Weights may be given before their transform: a kernel applies it to what it has loaded, and
 multiplies a gradient by its slope before it is stored.
 
-Mixed rows are sorted by their task, and a program takes a stretch of one task's rows. Which rows
-begin one the programs see for themselves, so that the host need not know how many a task has: there
-is a program for every row, and all but the first of a stretch return at once.
+Mixed rows are sorted by their task, unless they run one by one and reading a task's weights again
+takes less time; a program takes a stretch of one task's rows. Which rows begin one the programs see
+for themselves, so that the host need not know how many a task has: there is a program for every
+row, and all but the first of a stretch return at once.
 """
 
 from __future__ import annotations
@@ -162,9 +163,9 @@ def _products(
     return total
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
 def _task_parts(
-    g, x, keys, order, sums, parts, O, I, g_r, g_o, x_r, x_i,
+    g, x, keys, order, sums, O, I, g_r, g_o, x_r, x_i,
     PART: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -381,7 +382,7 @@ def outer(
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = x.new_empty(parts, out, ins, dtype=wide)
         launch.start(
-            _task_parts, parts * tiles, grad, x, keys, order, sums, parts, out, ins,
+            _task_parts, parts * tiles, grad, x, keys, order, sums, out, ins,
             *grad.stride(), *x.stride(), **options,
         )  # fmt: skip
     w = y if weight is None else weight

@@ -1,6 +1,7 @@
 """Given networks on the rows of their tasks: in one kernel where the widths fit, else by layers.
 
-Mixed rows are put in the order of their tasks once; every touched weight is read from memory once.
+Mixed rows are put in the order of their tasks once, where that pays (see grouped.py): every touched
+weight is read from memory once, and again from the cache at most.
 Steps of int8 are widened, and weights transformed, in registers.
 """
 
