@@ -55,7 +55,7 @@ class Store:
         columns: width and dtype of every column.
         limit: the largest number of slots; ``reserve`` returns fewer where there are no more.
         whole: growth copies all rows into one segment, however many, as long as there is memory for
-            both: on a GPU a copy takes less than a millisecond a gigabyte. It leaves slots to spare,
+            both: on a GPU a copy takes less than a millisecond a gigabyte. Slots are left to spare,
             so that an update of few tasks finds some, and moves nothing.
     """
 
