@@ -89,7 +89,7 @@ def assembler(capability: tuple[int, int] = HOPPER) -> Assembler:
 
 def _assemblers(capabilities: Sequence[tuple[int, int]]) -> list[str]:
     """For each of these kinds of device, or where there is none for a Hopper."""
-    if not HAS_TRITON:
+    if not HAS_TRITON or torch.version.hip:  # ROCm has an assembler of its own
         return []
     lines = []
     for capability in sorted(set(capabilities)) or [HOPPER]:

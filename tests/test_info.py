@@ -97,6 +97,11 @@ def test_later_devices_have_an_assembler_of_their_own(ptxas, monkeypatch):
     assert old not in report()
 
 
+def test_on_rocm_no_assembler_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ptxas" not in report()
+
+
 def test_without_triton_no_assembler_is_named(monkeypatch):
     monkeypatch.setattr(info, "HAS_TRITON", False)
     assert "ptxas" not in report()

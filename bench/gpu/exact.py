@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import hyperfast
-from bench.gpu.device import DEVICE, KINDS, REHEARSAL, select
-from hyperfast.info import assembler
+from bench.gpu.device import DEVICE, KINDS, REHEARSAL, facts, select
 from hyperfast.kernels import reference
 from hyperfast.layout import MLPSpec, Network, of_layer
 from hyperfast.ops.network import hyper_mlp, task_mlp
@@ -29,6 +28,8 @@ from hyperfast.ops.network import hyper_mlp, task_mlp
 # What a side of a product may be: whole tiles, and what is left over at their edges.
 SIDES = (1, 3, 4) if REHEARSAL else (8, 16, 33, 64, 64, 100, 128, 128)
 TASKS = (1, 3, 5) if REHEARSAL else (7, 64, 300, 700, 2000)
+# Rows a task, of stored networks: enough for products on matrix units, of a stretch of rows.
+MANY, MOST_ROWS = ((5, 17) if REHEARSAL else (40, 200)), 12800
 SHAPES, REPEATS = (7, 2) if REHEARSAL else (100, 20)
 
 
@@ -50,22 +51,26 @@ class Shape(NamedTuple):
 
 
 def shapes(count: int, seed: int = 0) -> list[Shape]:
-    """At random, of every op and kind in turns."""
+    """At random, of every op and kind in turns. Many rows a task are mixed: others are a library's
+    product."""
     draw = random.Random(seed)
     kinds = [kind for kind in KINDS if kind != "fp64"] or list(KINDS)
-    return [
-        Shape(
-            OPS[n % len(OPS)],
+    found = []
+    for n in range(count):
+        op = OPS[n % len(OPS)]
+        rows = draw.choice((1, 2, *MANY) if op.startswith("task") else (1, 1, 2, 5))
+        shape = Shape(
+            op,
             kinds[n // len(OPS) % len(kinds)],
-            draw.choice(TASKS),
-            draw.choice((1, 1, 2, 5)),
+            draw.choice([tasks for tasks in TASKS if tasks * rows <= MOST_ROWS]),
+            rows,
             draw.choice(SIDES),
             draw.choice(SIDES),
             draw.choice(SIDES),
-            draw.random() < 0.5,
+            rows in MANY or draw.random() < 0.5,
         )
-        for n in range(count)
-    ]
+        found.append(shape)
+    return found
 
 
 def case(shape: Shape, seed: int = 0) -> tuple[Callable[[], Tensor], Tensor]:
@@ -81,6 +86,8 @@ def case(shape: Shape, seed: int = 0) -> tuple[Callable[[], Tensor], Tensor]:
     ids = None
     if shape.ragged:
         ids = torch.randint(shape.tasks, lead, generator=generator, device=DEVICE)
+        if shape.rows in MANY:  # half of them are of one task, whose sum is made in parts
+            ids *= torch.randint(2, lead, generator=generator, device=DEVICE)
     make = _network if shape.op.endswith("mlp") else _layer
     call, want = make(shape, integers, lead, ids, dtype)
     return call, want.to(dtype)
@@ -155,7 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     end = time.perf_counter() + args.seconds
-    found: dict[str, Any] = {"ptxas": str(assembler()), "shapes": 0, "repeats": REPEATS}
+    found: dict[str, Any] = {"ptxas": facts()["ptxas"], "shapes": 0, "repeats": REPEATS}
     found |= {"wrong": [], "failed": []}
     with hyperfast.use_backend("triton"):
         for shape in shapes(SHAPES):

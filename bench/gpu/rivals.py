@@ -85,6 +85,7 @@ def graphed(build: Build) -> Build:
             graph.replay()
             return outputs
 
+        replay.call = call  # type: ignore[attr-defined]  # what the graph reads lives as long
         return replay
 
     return capture

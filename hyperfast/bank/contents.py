@@ -154,7 +154,9 @@ class Contents:
     def check(self) -> None:
         """Raises what calls met of which the host has not heard yet."""
         if self.table.deferred is not None:
-            self.table.deferred.check(wait=True)
+            self.table.deferred.wait()
+            with self.table.lock:
+                self.table.deferred.check()
 
     def weights(self, ids: Tensor) -> Tensor:
         """The flat weights ``(n, P)`` of tasks as stored, in the compute dtype."""

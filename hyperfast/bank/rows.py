@@ -55,7 +55,8 @@ class Store:
         columns: width and dtype of every column.
         limit: the largest number of slots; ``reserve`` returns fewer where there are no more.
         whole: growth copies all rows into one segment, however many, as long as there is memory for
-            both: on a GPU a copy takes less than a millisecond a gigabyte.
+            both: on a GPU a copy takes less than a millisecond a gigabyte. Slots are left to spare,
+            so that an update of few tasks finds some, and moves nothing.
     """
 
     def __init__(
@@ -115,7 +116,10 @@ class Store:
 
     def adopt(self, columns: Columns, guards: tuple[Guard, ...]) -> None:
         """Takes tensors as the first slots, those of a file with its guards; only an empty store
-        can."""
+        can. Where slots are to be spare it copies them."""
+        if self.whole and not guards:
+            self.write(self.reserve(len(columns[0])), columns)
+            return
         self.slots = len(columns[0])
         self._adopted = self.slots if guards else 0
         if self.slots:
@@ -124,7 +128,8 @@ class Store:
     def _grow(self, count: int) -> bool:
         """More free slots: twice as many, at least ``count``, at most what the limit leaves."""
         own = self.slots - self._adopted
-        more = max(count, own, 64)
+        spare = max(64, count // 16) if self.whole else 0
+        more = max(count + spare, own, 64)
         if self.limit is not None:
             more = min(more, self.limit - own)
         if more == 0:

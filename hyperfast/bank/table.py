@@ -135,6 +135,8 @@ class Table:
         for store in (self.weights, self.latents):
             if store is not None:
                 store.dismiss()
+        if self.deferred is not None:
+            self.deferred.after_fork()
 
     # Reading
 
@@ -250,8 +252,8 @@ class Table:
             IndexError: an earlier visit missed a task.
         """
         assert self.deferred is not None
-        self.deferred.check()
         with self.lock:
+            self.deferred.check()
             segments = self.weights.segments
             found = None
             if len(segments) == 1:
@@ -329,6 +331,7 @@ class Table:
             if columns is not None:
                 with self.lock:
                     slots = self.weights.reserve(len(ids))
+                    self._renew()
                 first = 0
                 for part in columns:
                     last = first + len(part[0])
@@ -365,6 +368,7 @@ class Table:
             self._keys.update((key, task) for task, key in change.named)
             self._key_of.update(change.named)
             self._in_order &= torch.equal(change.ids, change.slots)
+            self._renew()
             self._publish(change)
 
     def update(self, change: Change) -> None:
@@ -393,9 +397,12 @@ class Table:
                 if (key := self._key_of.pop(task, None)) is not None:
                     del keys[key]
 
-    def _publish(self, change: Change) -> None:
+    def _renew(self) -> None:
+        """After columns or codes may have moved, in the same critical section."""
         if self.deferred is not None:
             self._codes = self.deferred.renewed(self._codes, self.weights.segments)
+
+    def _publish(self, change: Change) -> None:
         places = change.ids & PLACE
         self._entries[places] = torch.stack(change[:3], 1)
         self._codes[places] = self._code(places)
@@ -446,11 +453,11 @@ class Table:
         """
         fits(self.weights.columns, weights, len(weights[0]))
         self.weights.adopt(weights, tuple(guards[name] for name in self.format.columns if guards))
-        slots = self.weights.slots, 0
+        slots = len(weights[0]), 0
         if self.latents is not None and latents is not None:
             fits(self.latents.columns, (latents,), len(latents))
             self.latents.adopt((latents,), (guards["latents"],) if guards else ())
-            slots = self.weights.slots, self.latents.slots
+            slots = len(weights[0]), len(latents)
         fits([(3, torch.int64)], (entries,), len(entries))
         places = torch.arange(len(entries), dtype=torch.int64, device=self.device)
         good = (entries[:, ID] >= 0) & (entries[:, ID] & PLACE == places)

@@ -190,9 +190,10 @@ class TaskBank:
         """Runs every row through the network of its task. No gradient flows.
 
         On a CUDA or ROCm device the host does not wait for the ids: the rows of an id that is not
-        there are NaN, and the next call, or :meth:`check`, raises. So a call can be captured in a
-        graph, which sees later changes; when the bank has grown into larger memory, capture again,
-        until then :meth:`check` raises. Calls and changes are to be on one stream, or ordered by
+        there are NaN, and a later call, of whomever, or :meth:`check`, raises. So a call can be
+        captured in a graph, which sees later changes; when the bank has moved to larger memory (see
+        :meth:`update`), capture again, until then :meth:`check` raises. A graph must not outlive
+        its bank, whose memory it reads. Calls and changes are to be on one stream, or ordered by
         events. The host still reads ids where the bank has a memory budget, and where int8 runs
         layer by layer, for an activation without a name.
 
@@ -224,8 +225,8 @@ class TaskBank:
         return self.contents.run(x.to(self.contents.format.compute), task_ids).to(x.dtype)
 
     def check(self) -> None:
-        """Waits for the calls so far, where they are on a GPU, and raises what they met; where they
-        raised at once, it does nothing.
+        """Waits for the calls so far on the current stream, where they are on a GPU, and raises
+        what they met; where they raised at once, it does nothing.
 
         Raises:
             IndexError: an id that was not, or no longer, in the bank.
@@ -332,6 +333,10 @@ class TaskBank:
     @torch.no_grad()
     def update(self, ids: Ids, z: Tensor | None = None, *, weights: Weights | None = None) -> None:
         """Replaces the networks of tasks, which keep their ids and keys; all or none.
+
+        New networks are stored beside the old, and then take their place. On a GPU a bank that has
+        just grown keeps room for a sixteenth of what was added, at least 64; to update more tasks
+        at a time than there is room for moves it to larger memory.
 
         Args:
             ids: different ids.

@@ -46,10 +46,16 @@ class Machine(NamedTuple):
 MACHINES = {"H100": Machine(3.0e12, 12e-6), "H200": Machine(4.3e12, 12e-6)}
 
 
-@lru_cache(maxsize=1)
 def machine() -> Machine:
-    """Of the present device; an H100's where there is none, or an unknown one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    """Of the current device; an H100's where there is none, or an unknown one."""
+    if not torch.cuda.is_available():
+        return MACHINES["H100"]
+    return _machine(torch.cuda.current_device())
+
+
+@lru_cache
+def _machine(device: int) -> Machine:
+    name = torch.cuda.get_device_name(device)
     return next((m for key, m in MACHINES.items() if key in name), MACHINES["H100"])
 
 
@@ -66,11 +72,15 @@ GPU_ROWS = 64  # of its smallest tile; 32 where products run on matrix units
 GPU_MULTIPROCESSORS = 132
 
 
-@lru_cache(maxsize=4096)
 def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
     """Where fused kernels run: ``contract`` stores nothing; ``tile`` writes and reads the weights
     in cache, a block at a time; ``materialize`` in memory, unless they fit.
     ``device`` is a key of :data:`GPU`. ``contract`` knows no transform."""
+    return _costs(layer, itemsize, device, machine())
+
+
+@lru_cache(maxsize=4096)
+def _costs(layer: Sizes, itemsize: int, device: str, machine: Machine) -> dict[str, Cost]:
     gpu = GPU[device]
     b, r, i, o, k, ragged, _, transform = layer
     if transform and ragged and r < b:  # fewer rows than tasks are tasks of their own
@@ -80,7 +90,7 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
     weights = b * p * itemsize
     generated = 2 * b * p * k + 2 * r * p
     blocks = max(-(-weights // GPU_BLOCK), 1)
-    memory = machine().memory if blocks > 1 else GPU_CACHE
+    memory = machine.memory if blocks > 1 else GPU_CACHE
     # FLOPs at a rate, weights stored, bytes of them moved at a rate, launches. Mixed rows would
     # have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
     table = {
@@ -100,7 +110,7 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
             stored,
             math.inf
             if name in never
-            else flops / rate + moved / bandwidth + launches * machine().launch,
+            else flops / rate + moved / bandwidth + launches * machine.launch,
         )
         for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()
     }
@@ -117,21 +127,25 @@ def fits_one_kernel(sizes: Sequence[int]) -> bool:
     return max(sizes) <= GPU_WIDEST and len(sizes) - 1 <= GPU_DEEPEST
 
 
-@lru_cache(maxsize=4096)
 def one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str) -> bool:
     """Whether one kernel runs the layers of a network: it stores nothing between them, but is one
     program a block of rows, where a layer's kernel cuts its outputs too. It makes no weight that
     could be transformed. ``device`` is a key of :data:`GPU`."""
+    return _one_kernel(layers, itemsize, device, machine())
+
+
+@lru_cache(maxsize=4096)
+def _one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str, machine: Machine) -> bool:
     widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
     rows = layers[0].rows
     if not fits_one_kernel(widths) or not rows or any(layer.transform for layer in layers):
         return False
-    tables = [costs(layer, itemsize, device) for layer in layers]
+    tables = [_costs(layer, itemsize, device, machine) for layer in layers]
     fill = min(rows / (GPU_ROWS * GPU_MULTIPROCESSORS), 1)
     whole = sum(table["contract"].flops for table in tables) / GPU[device].fused / fill
     apart = sum(min(c.seconds for c in table.values()) for table in tables)
-    apart += 2 * rows * sum(widths[1:-1]) * itemsize / machine().memory
-    return whole + machine().launch < apart
+    apart += 2 * rows * sum(widths[1:-1]) * itemsize / machine.memory
+    return whole + machine.launch < apart
 
 
 def arithmetic(dtype: torch.dtype) -> str:

@@ -49,7 +49,8 @@ class TaskServer:
 
     An exception of a call is not that of all its requests: those whose tasks are not in the bank,
     perhaps no longer, get its IndexError, and the others are called again; a call that fails for
-    another reason is repeated with either half, until the request at fault is alone.
+    another reason is repeated with either half, until the request at fault is alone. On a GPU the
+    exception may be of a call beside the server; a request whose task is there is called again.
 
     A server is closed by :meth:`close`, at the end of a ``with`` block, or when the interpreter
     exits; in each case every future is answered or cancelled before. In a forked process it is
@@ -324,13 +325,14 @@ class TaskServer:
         for group in alike.values():
             self._answer(group)
 
-    def _answer(self, group: list[Request]) -> None:
+    def _answer(self, group: list[Request], again: bool = False) -> None:
         with self._lock:
             self._meter.calls += 1
         try:
             results = self._call(group)
         except BaseException as error:
-            if len(group) == 1:
+            alone = len(group) == 1
+            if alone and (again or not self._of_another(error, group)):
                 with self._lock:
                     self._meter.failed += 1
                 _contain(group[0].future.set_exception, error)
@@ -346,18 +348,14 @@ class TaskServer:
                 self._meter.latencies.extend([now - request.arrived for request in group])
             return
         # Not within the handler, lest an exception hold, as its context, requests of others.
-        for part in self._apart(group):
-            self._answer(part)
+        for part in [group] if alone else self._apart(group):
+            self._answer(part, again=alone)
 
     def _apart(self, group: list[Request]) -> list[list[Request]]:
         """Requests that could not be answered together: those whose tasks are gone each for itself,
         or two halves."""
         if isinstance(self.bank, TaskBank):
-            table = self.bank.contents.table
-            tasks = [request.task for request in group]
-            ids = torch.tensor(tasks, dtype=torch.int64, device=self.bank.device)
-            with table.lock:
-                known = table.look_up(ids)[1].tolist()
+            known = self._known(self.bank, group)
             if not all(known):
                 there = [
                     request for request, is_there in zip(group, known, strict=True) if is_there
@@ -366,6 +364,24 @@ class TaskServer:
                 return [there, *gone] if there else gone
         half = len(group) // 2
         return [group[:half], group[half:]]
+
+    def _of_another(self, error: BaseException, group: list[Request]) -> bool:
+        """Whether an exception says that tasks are gone which are there: on a GPU it may be what a
+        call of someone beside the server has missed."""
+        return (
+            isinstance(error, IndexError)
+            and isinstance(self.bank, TaskBank)
+            and all(self._known(self.bank, group))
+        )
+
+    def _known(self, bank: TaskBank, group: list[Request]) -> list[bool]:
+        """Which tasks are in the bank now."""
+        tasks = [request.task for request in group]
+        ids = torch.tensor(tasks, dtype=torch.int64, device=bank.device)
+        table = bank.contents.table
+        with table.lock:
+            known: list[bool] = table.look_up(ids)[1].tolist()
+        return known
 
     def _call(self, group: list[Request]) -> list[Tensor]:
         sizes = [request.size for request in group]

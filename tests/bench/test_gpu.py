@@ -1,11 +1,15 @@
 """The races on a GPU, without one: what races, what the rows say, and all of it at tiny sizes."""
 
+import gc
 import json
 import os
 import re
 import signal
 import time
+import weakref
 from collections import Counter
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +40,8 @@ def test_the_most_telling_races_come_first_and_none_twice():
     assert len(set(found)) == len(found)
     kinds = Counter(j.kind for j in found if isinstance(j.workload, PatternBank))
     assert kinds == {"bf16": 16, "fp32": 16}
+    many = {(s.op, s.kind) for s in found if s.rows in exact.MANY and s.ragged}
+    assert many == {(op, kind) for op in exact.OPS if op.startswith("task") for kind in kinds}
     names = {(j.workload.name, j.mode, j.kind) for j in found}
     for n in (2, 4, 8, 16, 64, 256):
         assert {(f"few128_n{n}", m, k) for m in MODES for k in ("bf16", "fp32")} <= names
@@ -98,6 +104,29 @@ def test_grouped_products_of_too_many_tasks(on_the_cpu):
         rivals.BANKS["grouped_mm"](contest.problem_of(many, torch.bfloat16), MODES[0])
 
 
+def test_what_a_graph_reads_lives_as_long(monkeypatch):
+    """A device of no graphs stands in for one: who is captured is called, and then held."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(rivals, "REHEARSAL", False)
+    made = []
+
+    def build(problem, mode):
+        weights = torch.ones(3)
+        made.append(weakref.ref(weights))
+        return lambda: (weights.sum(),)
+
+    replay = rivals.graphed(build)(None, MODES[0])
+    gc.collect()
+    assert made[0]() is not None
+    assert replay()[0] == 3
+    del replay
+    gc.collect()
+    assert made[0]() is None
+
+
 # Exactness
 
 
@@ -123,10 +152,22 @@ def test_one_wrong_number_in_one_run_is_told(on_the_cpu, monkeypatch):
     assert exact.wrong(shape, 5) == {"shape": shape, "times": 1, "worst": 3.0}
 
 
+def test_the_assembler_is_that_of_the_device(on_the_cpu, monkeypatch, tmp_path):
+    file = tmp_path / "exact.json"
+    monkeypatch.setattr(exact, "facts", lambda: {"ptxas": "13.4, of sm_100"})
+    monkeypatch.setattr(exact, "SHAPES", 1)
+    monkeypatch.setattr(exact.hyperfast, "use_backend", lambda name: nullcontext())
+    monkeypatch.setattr("sys.argv", ["exact", "--out", str(file)])
+    exact.main()
+    assert json.loads(file.read_text())["ptxas"] == "13.4, of sm_100"
+
+
 def test_shapes_are_of_every_op_and_kind():
     found = exact.shapes(100)
     assert {s.op for s in found} == set(exact.OPS)
-    assert {s.kind for s in found} == {"bf16", "tf32", "fp32"}
+    assert any(s.rows * s.tasks > 4 * 1024 for s in found if s.op == "task_linear_grad_weight")
+    kinds = {s.kind for s in found}
+    assert kinds == {"bf16", "tf32", "fp32"}
     assert found == exact.shapes(100)
     assert any(s.ins >= 64 and s.outs >= 64 and s.tasks * s.rows >= 128 for s in found)
 
@@ -254,4 +295,34 @@ def test_what_runs_when_the_time_is_over_is_broken_off(tmp_path, monkeypatch):
         whole.step("slow", "slow", lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert whole.result["failed"] == ["slow: TimeoutError: the time is over"]
+    assert whole.result["failed"] == ["slow: OutOfTime: the time is over"]
+
+
+def test_a_race_is_broken_off(on_the_cpu, monkeypatch):
+    """As a whole, not the rival alone whose turn it is."""
+    ran = []
+
+    def slow(problem, mode):
+        ran.append("slow")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    field = {"slow": slow, "later": lambda problem, mode: ran.append("later")}
+    monkeypatch.setattr(contest, "field", lambda workload, thorough: field)
+    before = signal.signal(signal.SIGTERM, command.out_of_time)
+    try:
+        with pytest.raises(command.OutOfTime):
+            contest.hold(workloads.Job(tiny(LAYERS[0]), MODES[0], "fp32", 0), LIMITS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ran == ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("rehearsal", "status", "bad"),
+    [(False, 0, False), (False, 5, True), (True, 5, False), (True, 1, True)],
+)
+def test_on_a_gpu_its_tests_must_have_run(rehearsal, status, bad, monkeypatch):
+    """5 is pytest's status where none ran."""
+    monkeypatch.setattr(command, "REHEARSAL", rehearsal)
+    assert command.failed({"rows": [], "failed": [], "tests_exit": status}) == bad

@@ -240,19 +240,18 @@ def test_explain_tells_of_one_kernel(model, monkeypatch):
 
 
 def test_figures_are_those_of_the_device(monkeypatch):
-    """Of one that is known by its name; else an H100's."""
-    gpu.machine.cache_clear()
+    """Of the current one, if it is known by its name; else an H100's."""
     assert gpu.machine() == gpu.MACHINES["H100"]
+    names = ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "Other"]
+    layer, found = Sizes(64, 64 * 512, 512, 512, 8), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, key in {
-        "NVIDIA H200": "H200",
-        "NVIDIA H100 80GB HBM3": "H100",
-        "Other": "H100",
-    }.items():
-        gpu.machine.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device])
+    for device, key in enumerate(("H200", "H100", "H100")):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
         assert gpu.machine() == gpu.MACHINES[key]
-    gpu.machine.cache_clear()
+        found.append(gpu.costs(layer, 2, "half")["materialize"].seconds)
+    assert found[0] < found[1] == found[2]
+    gpu._machine.cache_clear()
 
 
 def test_launches_decide_where_little_is_done():

@@ -6,9 +6,10 @@
 Weights may be given before their transform: a kernel applies it to what it has loaded, and
 multiplies a gradient by its slope before it is stored.
 
-Mixed rows are sorted by their task, and a program takes a stretch of one task's rows. Which rows
-begin one the programs see for themselves, so that the host need not know how many a task has: there
-is a program for every row, and all but the first of a stretch return at once.
+Mixed rows are sorted by their task, unless they run one by one and reading a task's weights again
+takes less time; a program takes a stretch of one task's rows. Which rows begin one the programs see
+for themselves, so that the host need not know how many a task has: there is a program for every
+row, and all but the first of a stretch return at once.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _task_linear(
     w_row = w + tl.multiple_of(task * w_t, ALIGNED) + o.to(tl.int64) * w_o
     scales = o
     if HAS_SCALE:
-        scales = tl.load(scale + task * scale_t + o * scale_o, inside, 0.0)
+        scales = tl.load(scale + task * scale_t + o.to(tl.int64) * scale_o, inside, 0.0)
     for p0 in range(first, last, BM):
         p = p0 + tl.arange(0, BM)
         live = p < last
@@ -110,7 +111,9 @@ def _task_linear(
                 0.0,
             )
             w_tile = tl.load(
-                w_row[:, None] + i[None, :] * w_i, inside[:, None] & (i < I)[None, :], 0.0
+                w_row[:, None] + i[None, :].to(tl.int64) * w_i,
+                inside[:, None] & (i < I)[None, :],
+                0.0,
             )
             if TRANSFORM != "":
                 w_tile = transformed(w_tile, scales, HAS_SCALE, TRANSFORM, SUM)
@@ -122,7 +125,8 @@ def _task_linear(
         if HAS_SCALE and TRANSFORM == "":
             total *= scales.to(SUM)[None, :]
         if HAS_BIAS:
-            total += tl.load(bias + task * bias_t + o * bias_o, inside, 0.0).to(SUM)[None, :]
+            added = tl.load(bias + task * bias_t + o.to(tl.int64) * bias_o, inside, 0.0)
+            total += added.to(SUM)[None, :]
         at, mask = r[:, None] * O + o[None, :], live[:, None] & inside[None, :]
         total = finish(total, pre, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
         tl.store(y + at, total.to(y.dtype.element_ty), mask)
@@ -159,9 +163,9 @@ def _products(
     return total
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
 def _task_parts(
-    g, x, keys, order, sums, parts, O, I, g_r, g_o, x_r, x_i,
+    g, x, keys, order, sums, O, I, g_r, g_o, x_r, x_i,
     PART: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -378,7 +382,7 @@ def outer(
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = x.new_empty(parts, out, ins, dtype=wide)
         launch.start(
-            _task_parts, parts * tiles, grad, x, keys, order, sums, parts, out, ins,
+            _task_parts, parts * tiles, grad, x, keys, order, sums, out, ins,
             *grad.stride(), *x.stride(), **options,
         )  # fmt: skip
     w = y if weight is None else weight

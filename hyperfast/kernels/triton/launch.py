@@ -174,13 +174,17 @@ def run(
     the smallest tile; or, when tuning, the one that was fastest for this key."""
     enough = 3 * multiprocessors(device) // 4
     config = tuned.get(key) or next((c for c in table if programs(c) >= enough), table[-1])
-    if AUTOTUNE and key not in tuned and not _capturing():
+    if AUTOTUNE and key not in tuned and not capturing(device):
         config = tuned[key] = min(table, key=lambda c: milliseconds(lambda: launch(c)))
     launch(config)
 
 
-def _capturing() -> bool:
-    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched there now does not run, but is captured in a graph."""
+    if INTERPRETED:
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def milliseconds(call: Callable[[], None], repeats: int = 5) -> float:

@@ -1,6 +1,7 @@
 """Given networks on the rows of their tasks: in one kernel where the widths fit, else by layers.
 
-Mixed rows are put in the order of their tasks once; every touched weight is read from memory once.
+Mixed rows are put in the order of their tasks once, where that pays (see grouped.py): every touched
+weight is read from memory once, and again from the cache at most.
 Steps of int8 are widened, and weights transformed, in registers.
 """
 
@@ -93,8 +94,12 @@ def _task_mlp(
             if BM == 1:  # memory-bound: no matrix unit, the widest loads
                 total = tl.sum(w.to(SUM) * v.to(SUM), 1)[None, :]
             else:
-                w = tl.trans(w.to(v.dtype))
-                total = tl.dot(v, w, input_precision=PRECISION, out_dtype=SUM)
+                w = w.to(v.dtype)
+                if SCALED or TRANSFORMS[n] != "":
+                    total = tl.dot(v, tl.trans(w), input_precision=PRECISION, out_dtype=SUM)
+                else:  # what was formed is the right operand
+                    made = tl.dot(w, tl.trans(v), input_precision=PRECISION, out_dtype=SUM)
+                    total = tl.trans(made)
             if SCALED and TRANSFORMS[n] == "":
                 total *= scale.to(SUM)[None, :]
             if BIASES[n] is not None:
@@ -108,6 +113,10 @@ def _task_mlp(
 
 # Most rows of a program and its warps, where rows share tasks: none spills, as 16 rows of fp64 do.
 TOGETHER = {"half": (64, 4), "tf32": (64, 8), "fp32": (16, 8), "fp64": (1, 4)}
+# Most of them where weights are widened or transformed. Then both operands of a product are formed,
+# and the left one is in registers: that is not safe on Hopper where a warp group multiplies (see
+# trilinear.py), which takes 64 rows.
+FORMED = 32
 
 
 def task_mlp(
@@ -199,10 +208,13 @@ def _whole(
     x: Tensor, weight: Tensor, scales_and_biases: Tensor | None, rows: Rows, net: Network
 ) -> Tensor:
     kind = gpu.arithmetic(x.dtype)
+    transforms = tuple(layer.transform for layer in net.layers)
     most, warps = TOGETHER[kind]
+    scaled = scales_and_biases is not None
+    if scaled or any(transforms):
+        most = min(most, FORMED)
     block = min(grouped.rows_together(rows, kind), most)
     tiles = tuple(map(power if block == 1 else tile, net.sizes))
-    transforms = tuple(layer.transform for layer in net.layers)
     held = False
     if block == 1:
         # 32 weights of a layer a thread, whose loads are on their way together; fp64 that are
@@ -211,7 +223,6 @@ def _whole(
         share, warps = (512, 8) if kind == "fp64" and any(transforms) else (1024, 4)
         warps = min(max(max(weights) // share, 1), warps)
         held = sum(weights) * (1 + (kind == "fp64")) <= 72 * 32 * warps
-    scaled = scales_and_biases is not None
     vectors = weight if scales_and_biases is None else scales_and_biases
     places, then = net.places(scaled), followed(net)
     task_bytes = weight.shape[1] * weight.element_size()

@@ -133,7 +133,7 @@ def _contract(
     if HAS_S:
         y_tile = product(y_tile, c_row, s, live, n, J, N, c_j, s_n, s_j, PRECISION, BK)
     if HAS_BIAS:
-        y_tile += tl.load(bias + n * bias_n, inside, 0.0).to(SUM)[None, :]
+        y_tile += tl.load(bias + n.to(tl.int64) * bias_n, inside, 0.0).to(SUM)[None, :]
     at, mask = r[:, None] * N + n[None, :], live[:, None] & inside[None, :]
     y_tile = finish(y_tile, pre, at, mask, ACTIVATION, PARAMETER, KEEP, SLOPE)
     tl.store(y + at, y_tile.to(y.dtype.element_ty), mask)
@@ -158,6 +158,9 @@ def _outer(
     i = pid // (blocks_b * blocks_c) * BA + tl.arange(0, BA)
     j = pid // blocks_c % blocks_b * BB + tl.arange(0, BB)
     k = pid % blocks_c * BC + tl.arange(0, BC)
+    a_column = i.to(tl.int64)[None, :] * a_n
+    b_column = j.to(tl.int64)[None, :] * b_n
+    c_column = k.to(tl.int64)[:, None] * c_n
     last = tl.minimum((part + 1) * chunk, rows)
     total = tl.zeros((BC, BA * BB), SUM)
     for r0 in range(part * chunk, last, BR):
@@ -166,9 +169,9 @@ def _outer(
         a_row = a + entry(r, keys, per_task, live, A_TASK, RAGGED) * a_r
         b_row = b + entry(r, keys, per_task, live, B_TASK, RAGGED) * b_r
         c_row = c + entry(r, keys, per_task, live, C_TASK, RAGGED) * c_r
-        a_tile = tl.load(a_row[:, None] + i[None, :] * a_n, live[:, None] & (i < A)[None, :], 0.0)
-        b_tile = tl.load(b_row[:, None] + j[None, :] * b_n, live[:, None] & (j < B)[None, :], 0.0)
-        c_tile = tl.load(c_row[None, :] + k[:, None] * c_n, (k < C)[:, None] & live[None, :], 0.0)
+        a_tile = tl.load(a_row[:, None] + a_column, live[:, None] & (i < A)[None, :], 0.0)
+        b_tile = tl.load(b_row[:, None] + b_column, live[:, None] & (j < B)[None, :], 0.0)
+        c_tile = tl.load(c_row[None, :] + c_column, (k < C)[:, None] & live[None, :], 0.0)
         # What the matrix unit takes is of the inputs' type: of fp16 a pair above 65504 overflows,
         # in whatever precision it is formed.
         pairs = tl.reshape(a_tile[:, :, None] * b_tile[:, None, :], (BR, BA * BB))

@@ -2,6 +2,8 @@
 up by a kernel, rows of a task in stretches, sums in parts. As
 ``interpreted_layers.py``, a suite that pytest does not collect by itself."""
 
+import copy
+import gc
 import math
 from collections import Counter
 
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hyperfast
 from hyperfast import HyperNet, MLPSpec, TargetNet, TaskBank
 from hyperfast.bank import deferred, rows
+from hyperfast.bank.contents import Given
 from hyperfast.kernels import triton as kernels
 from hyperfast.kernels.triton import grouped, launch, look_up
 from hyperfast.layout import Network
@@ -29,7 +32,6 @@ TASKS = 40
 def on_a_gpu(monkeypatch, nan_poison):
     """Banks look their ids up in a kernel, and ops run on Triton kernels, whose programs count."""
     monkeypatch.setattr(deferred, "answers_later", lambda device: True)
-    monkeypatch.setattr(deferred, "capturing", lambda: False)
     with on_triton_kernels(monkeypatch) as count:
         yield count
 
@@ -277,10 +279,10 @@ def captured(bank, monkeypatch):
 
     on = bank.contents.table.deferred
     monkeypatch.setattr(on, "_look_up", recording)
-    monkeypatch.setattr(deferred, "capturing", lambda: True)
+    monkeypatch.setattr(launch, "capturing", lambda device: device == bank.device)
     x, ids = ask(len(bank), 8)
     bank(x, ids)
-    monkeypatch.setattr(deferred, "capturing", lambda: False)
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
     ((_, codes, end, fault),) = given
     columns = bank.contents.table.weights.segments[0].columns
 
@@ -291,10 +293,16 @@ def captured(bank, monkeypatch):
     return replay
 
 
-def test_a_graph_sees_changes(monkeypatch):
-    bank = make()
-    replay = captured(bank, monkeypatch)
-    bank.update([3], weights=torch.randn(1, SPEC.numel))
+@pytest.mark.parametrize("made", [make, lambda tasks: copy.deepcopy(make(tasks))])
+def test_a_graph_sees_changes(made, monkeypatch):
+    """There is room for them: nothing moves, and what is given back is used again."""
+    bank = made(500)
+    store = bank.contents.table.weights
+    replay, columns = captured(bank, monkeypatch), store.segments[0].columns
+    for _ in range(70):
+        bank.update([3], weights=torch.randn(1, SPEC.numel))
+    bank.update(range(60), weights=torch.randn(60, SPEC.numel))
+    assert store.segments[0].columns is columns
     bank.remove([4])
     assert torch.equal(replay(torch.tensor([3]))[0], bank.weights([3]))
     assert replay(torch.tensor([3, 4]))[1].tolist() == [False, True]
@@ -311,10 +319,10 @@ def test_a_graph_of_memory_that_was_left_finds_nobody(grow, monkeypatch):
     replay = captured(bank, monkeypatch)
     table = bank.contents.table
     codes, columns = table._codes, table.weights.segments[0].columns
-    if grow == "slots":  # all 64 are taken, and those given back are not free yet
+    if grow == "slots":  # all 104 are taken, and those given back are not free yet
         with table.lock:
             reader = table.weights.enter()
-        for _ in range(30):
+        for _ in range(70):
             bank.update([3], weights=torch.randn(1, SPEC.numel))
         with table.lock:
             table.weights.leave(reader)
@@ -328,6 +336,33 @@ def test_a_graph_of_memory_that_was_left_finds_nobody(grow, monkeypatch):
     x, ids = ask()
     close(bank(x, ids), right(bank, x, ids))
     bank.check()
+
+
+def test_a_graph_captured_after_a_growth_that_was_given_up(monkeypatch):
+    """An addition that fails has moved the bank: what is captured then goes on, what was captured
+    before finds nobody, and both find their memory."""
+    bank = make()
+    before, table = captured(bank, monkeypatch), bank.contents.table
+
+    def blocks():
+        raise torch.OutOfMemoryError("short")
+        yield
+
+    with pytest.raises(torch.OutOfMemoryError), bank.contents.adding(Given(70, None, blocks())):
+        pass
+    assert before(torch.arange(TASKS))[1].all()
+    with pytest.raises(IndexError, match="the bank grew after a graph was captured"):
+        bank.check()
+    columns = table.weights.segments[0].columns
+    after = captured(bank, monkeypatch)
+    bank.update([3], weights=torch.randn(1, SPEC.numel))
+    weights, missing = after(torch.arange(TASKS))
+    assert not missing.any()
+    assert torch.equal(weights, bank.weights(bank.ids()))
+    bank.add(weights=torch.randn(500, SPEC.numel))
+    assert after(torch.arange(TASKS))[1].all()
+    kept = table.deferred._captured + table.deferred._left
+    assert any(of is columns for _, of in kept)
 
 
 def test_what_was_not_captured_is_not_kept():
@@ -345,6 +380,60 @@ def test_a_server_tells_who_asked():
         with pytest.raises(IndexError, match="no task of the bank has the id 5"):
             bad.result()
         assert server.submit(4, torch.ones(5)).result().isfinite().all()
+
+
+def test_a_server_tells_nobody_what_another_asked(monkeypatch):
+    """An id that a caller beside the server missed is not its requests'; of one that is not there
+    each of them hears."""
+    bank = make(dtype=torch.float32)
+    with hyperfast.server.TaskServer(bank, max_delay=0.0) as server:
+        bank(torch.ones(1, 5), torch.tensor([77]))
+        assert server.submit(4, torch.ones(5)).result().isfinite().all()
+        with pytest.raises(IndexError, match="no task of the bank has the id 77"):
+            server.submit(77, torch.ones(5)).result()
+        assert server.stats().calls == 3  # who is there is asked twice, but no more
+        bank.remove([5])
+        run = bank.contents.run
+
+        def missing(x, ids):
+            run(x[:1], torch.tensor([5]))  # before each of its calls
+            return run(x, ids)
+
+        monkeypatch.setattr(bank.contents, "run", missing)
+        with pytest.raises(IndexError, match="has the id 5, of an earlier call"):
+            server.submit(4, torch.ones(5)).result()
+        assert server.stats().calls == 5
+
+
+def test_the_word_of_a_bank_is_given_to_no_other():
+    """A kernel that is on its way may still write it."""
+    words = deferred.Words(pinned=False)
+    found = {words.new().data_ptr() for _ in range(1000)}
+    assert len(found) == 1000
+    banks = [make() for _ in range(2)]
+    first, second = (bank.contents.table.deferred for bank in banks)
+    banks[0](torch.ones(1, 5, dtype=FP64), torch.tensor([77]))
+    banks[1].check()
+    late, told = first._fault, second._fault
+    assert late.data_ptr() != told.data_ptr()
+    address = late.data_ptr()
+    del banks, first, late
+    gc.collect()
+    assert all(make().contents.table.deferred._fault.data_ptr() != address for _ in range(600))
+
+
+def test_a_fork_reads_no_word_of_its_parents():
+    """What is pinned is not in a child."""
+    bank = make()
+    bank(torch.ones(1, 5, dtype=FP64), torch.tensor([77]))
+    before = bank.contents.table.deferred._fault
+    bank.contents.table.after_fork()
+    bank.check()
+    after = bank.contents.table.deferred._fault
+    assert after.data_ptr() != before.data_ptr()
+    bank(torch.ones(1, 5, dtype=FP64), torch.tensor([78]))
+    with pytest.raises(IndexError, match="has the id 78"):
+        bank.check()
 
 
 # Rows of one task in stretches

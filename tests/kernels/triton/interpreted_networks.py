@@ -442,3 +442,29 @@ def test_offsets_beyond_32_bits(monkeypatch):
     close(y.double(), apply_stored(x, w, ids, net), 1e-5)
     given = apart(3, 1), x, w, ids, net, [True, True]
     close(torch.ops.hyperfast.task_mlp_backward(*given), networks._task_mlp_backward(*given), 1e-5)
+
+
+def test_features_beyond_32_bits(monkeypatch):
+    """Three features, the last 2^31 elements from the first."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+    def apart(*shape):
+        steps = *torch.empty(shape[:-1]).stride(), 2**30
+        return torch.empty(2**31 + 4096).as_strided(shape, steps).copy_(torch.randn(shape))
+
+    ops, ones = torch.ops.hyperfast, torch.ones
+    g, x, h = apart(2, 1, 3), apart(2, 1, 3), apart(2, 3)
+    close(
+        ops.hyper_linear_grad_weight(g, x, h, None, False, "contract"),
+        reference.hyper_linear_grad_weight(g, x, h, None, False),
+        1e-5,
+    )
+    given = x, h, ones(3, 3, 3), None, ones(3, 3), apart(3), None, ""
+    close(ops.hyper_linear(*given, "contract"), reference.hyper_linear(*given), 1e-5)
+    w, b = apart(2, 3, 3), apart(2, 3)
+    close(task_linear(x, w, b), reference.task_linear(x, w, b), 1e-5)
+    choose(monkeypatch, False)
+    w, scales = torch.randint(-9, 9, (2, 9), dtype=torch.int8), apart(2, 3)
+    y = ops.task_mlp(x, w, scales, None, "3 > 3")
+    want = reference.task_linear(x, w.view(2, 3, 3) * scales.unsqueeze(2))
+    close(y, want, 1e-5)
