@@ -63,7 +63,7 @@ def network_times() -> list[Row]:
             text = MLPSpec(sizes).describe([nn.ReLU()] * (len(sizes) - 2) + [None])
 
             def run(whole: bool, a: Any = (*tensors, None, text, False)) -> Any:
-                gpu.one_kernel = lambda *_: whole  # type: ignore[assignment]
+                gpu.one_kernel = lambda *_: whole
                 return hyper_mlp(*a)
 
             calls: dict[str, Call] = {
