@@ -12,6 +12,16 @@
 
 namespace hyperfast {
 
+// As Python prints a tuple.
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (std::size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
 class Arg {
  public:
   using Tensor = torch::stable::Tensor;
@@ -39,6 +49,12 @@ class Arg {
   void is(ScalarType expected) const {
     if (tensor_.scalar_type() != expected)
       fail(name_, " must have dtype ", type_name(expected), ", got ", type_text());
+  }
+
+  void is_float_or_double() const {
+    const ScalarType type = tensor_.scalar_type();
+    if (type != ScalarType::Double && type != ScalarType::Float)
+      fail(name_, " must have dtype float64 or float32, got ", type_text());
   }
 
   Dtype dtype() const {
@@ -89,13 +105,7 @@ class Arg {
   }
 
  private:
-  std::string shape_text() const {
-    std::ostringstream text;
-    text << '(';
-    for (Index i = 0; i < dim(); ++i) text << (i ? ", " : "") << sizes_[i];
-    text << (dim() == 1 ? ",)" : ")");
-    return text.str();
-  }
+  std::string shape_text() const { return hyperfast::shape_text(sizes_); }
   std::string type_text() const { return type_name(tensor_.scalar_type()); }
 
   // The names that Python uses, where they differ from the C++ ones.

@@ -14,11 +14,7 @@ namespace {
 // Calls body with a number of the type of x.
 template <class F>
 void with_dtype(const LstmGiven& g, const F& body) {
-  switch (g.dtype()) {
-    case Dtype::f64: return body(double{});
-    case Dtype::f32: return body(float{});
-    default: fail("x must have dtype float64 or float32");
-  }
+  g.dtype() == Dtype::f64 ? body(double{}) : body(float{});
 }
 
 void run(const HyperLstm<float>& p) { kernels().hyper_lstm_f32(p); }

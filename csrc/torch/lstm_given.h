@@ -39,6 +39,7 @@ class LstmGiven {
   LstmGiven(const Tensor& x, const OptionalTensor& keep, const Tensors& start,
             const Tensors& weights, const std::vector<Index>& sizes)
       : x_(x), sizes_(sizes) {
+    Arg("x", x).is_float_or_double();
     count("start", start.size(), 4);
     if (weights.size() != 16) count("weights without normalisations", weights.size(), 8);
     measure(Arg("x", x), Arg("start[0]", start[0]), Arg("start[2]", start[2]),
@@ -76,11 +77,9 @@ class LstmGiven {
 
   // t, of this shape and of the dtype of x, contiguous.
   Tensor take(const std::string& name, const Tensor& t, const Shape& shape) const {
-    std::string text;
-    for (const Index size : shape) text += (text.empty() ? "(" : ", ") + std::to_string(size);
     const Arg given(name.c_str(), t);
     given.same_dtype(Arg("x", x_));
-    given.rank(Index(shape.size()), (text + ")").c_str());
+    given.rank(Index(shape.size()), shape_text(shape).c_str());
     for (std::size_t i = 0; i < shape.size(); ++i)
       given.size(Index(i), shape[i], "by x, start and weights[4]");
     return torch::stable::contiguous(t);
@@ -122,7 +121,7 @@ class LstmGiven {
     Index sum = 0, before = sequences();
     for (const Index size : sizes_) {
       if (size < 0 || size > before) fail("sizes must neither grow nor be negative, got ", size);
-      if (size > rows - sum) fail("sizes must add up to the rows of x, ", rows);
+      if (size > rows - sum) fail("sizes must add up to the rows of x, ", rows, ", got more");
       sum += size, before = size;
     }
     if (sum != rows) fail("sizes must add up to the rows of x, ", rows, ", got ", sum);

@@ -1,11 +1,11 @@
 #include "torch/threads.h"
 
-#include "torch/pages.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
 #include <new>
+
+#include "torch/pages.h"
 
 namespace hyperfast {
 
@@ -56,9 +56,9 @@ void* scratch(Slot slot, std::size_t bytes) {
   return buffer.data;
 }
 
-void trim_scratch() {
-  for (Buffer& buffer : buffers)
-    if (buffer.size > (std::size_t{10} << 20)) buffer.release();
+void trim_scratch(Slot first) {
+  for (int slot = static_cast<int>(first); slot < static_cast<int>(Slot::count); ++slot)
+    if (buffers[slot].size > (std::size_t{10} << 20)) buffers[slot].release();
 }
 
 }  // namespace hyperfast

@@ -36,7 +36,7 @@ enum class Slot {
   transposed_a,
   transposed_b,
   recomputed,
-  // of each thread at work
+  // of each thread at work, from `panel` on
   panel,
   block,
   local_a,
@@ -48,7 +48,8 @@ enum class Slot {
 };
 void* scratch(Slot slot, std::size_t bytes);
 
-// Frees the buffers of this thread that are larger than what is worth keeping (10 MiB).
-void trim_scratch();
+// Frees the buffers of this thread, of the slots from `first` on, that are larger than what is
+// worth keeping (10 MiB).
+void trim_scratch(Slot first = Slot{});
 
 }  // namespace hyperfast

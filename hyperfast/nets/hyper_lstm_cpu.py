@@ -15,17 +15,30 @@ from hyperfast.ops import backends, hyper_lstm, hyper_lstm_backward
 
 
 def takes(given: Sequence[Tensor | None]) -> bool:
-    """Whether the kernels take such tensors, and are there and allowed."""
-    first = given[0]
-    return (
-        first is not None
-        and first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.float64)
+    """Whether the kernels take such tensors, and are there and allowed.
+
+    Raises:
+        RuntimeError: a backend is insisted on that does not take them.
+    """
+    if backends.forced == "reference":
+        return False
+    x = given[0]
+    assert x is not None
+    fit = (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
         and all(t is None or type(t) in (Tensor, Parameter) for t in given)
-        and checks.is_plain(first, *given)
-        and backends.forced in (None, "cpp")
-        and backends.has_kernel("cpp", "hyper_lstm")
+        and checks.is_plain(x, *given)
     )
+    if backends.forced is None:
+        return fit and backends.has_kernel("cpp", "hyper_lstm")
+    backends.insist(backends.forced, "hyper_lstm", x.device.type)
+    if not fit:
+        raise RuntimeError(
+            f"backend {backends.forced!r} has no kernel of hyper_lstm for such tensors: all must "
+            f"be plain float32 or float64 ones, got x of {x.dtype}"
+        )
+    return True
 
 
 def run(

@@ -18,9 +18,9 @@ def _fake(x, keep, start, weights, sizes, all):
     """``h (R, H)``, the state of every sequence after its last step, and what the derivative needs,
     if ``all``: ``c``, ``hyper_h`` and ``hyper_c`` of all rows, and ``(R, 8H + 4E)`` sums."""
     H, E = start[0].shape[1], start[2].shape[1]
-    rows = len(x) if all else 0
-    kept = [x.new_empty(rows, width) for width in (H, E, E, 8 * H + 4 * E)]
-    return [x.new_empty(len(x), H), *(t.new_empty(t.shape) for t in start), *kept]
+    rows = x.shape[0]
+    kept = [x.new_empty(rows if all else 0, width) for width in (H, E, E, 8 * H + 4 * E)]
+    return [x.new_empty(rows, H), *(t.new_empty(t.shape) for t in start), *kept]
 
 
 def _backward_fake(grad_h, grad_ends, x, keep, start, weights, sizes, kept, wanted):
@@ -42,7 +42,7 @@ hyper_lstm_backward = define_for_cpu(
 
 
 def _flops(x, keep, start, weights, *rest):
-    return len(x) * sum(weights[n].numel() for n in MATRICES)
+    return x.shape[0] * sum(weights[n].numel() for n in MATRICES)
 
 
 def _backward_flops(grad_h, grad_ends, x, keep, start, weights, sizes, kept, wanted):
@@ -50,7 +50,7 @@ def _backward_flops(grad_h, grad_ends, x, keep, start, weights, sizes, kept, wan
     of_x, *of_weights = wanted
     sizes_of = [weights[n].numel() for n in MATRICES]
     back = sum(sizes_of) - (0 if of_x else sizes_of[0])
-    return len(x) * (back + sum(weights[n].numel() for n in MATRICES if of_weights[n]))
+    return x.shape[0] * (back + sum(weights[n].numel() for n in MATRICES if of_weights[n]))
 
 
 count_flops(hyper_lstm, _flops)

@@ -509,6 +509,17 @@ def test_where_the_kernels_run(monkeypatch, training):
     assert not ran(x, partial(torch.autocast, "cpu", torch.bfloat16))
 
 
+@pytest.mark.skipif(EXTENSION is None, reason="the kernels are not built")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_insisting_never_falls_back(training):
+    x = torch.randn(2, 5, 3)
+    message = "'cpp' has no kernel of hyper_lstm for such tensors: .* got x of torch."
+    for bad, dtype in ((x.bfloat16(), "bfloat16"), (x.as_subclass(Other), "float32")):
+        net = HyperLSTM(3, 4, dtype=bad.dtype).requires_grad_(training)
+        with use_backend("cpp"), pytest.raises(RuntimeError, match=message + dtype):
+            net(bad)
+
+
 def test_autocast_is_off_inside(monkeypatch):
     """Where autocast takes single ops back to float32, as on CUDA, all has been cast before."""
     seen = []

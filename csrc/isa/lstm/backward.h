@@ -61,7 +61,8 @@ struct BackwardChunk {
   const HyperLstmBackward<C>& b;
   const BackwardPanels<C>& panels;
   const LstmChunk<C> chunk;
-  const LstmSums<C>& sums;
+  WorkerSums<C>& all_sums;
+  const LstmSums<C>& sums = all_sums.recent;
   const HyperLstm<C>& p = b.forward;
   const Index H = p.hidden, E = p.hyper, n = p.embedding, wide = p.made_width();
   const BackwardSpace<C> s = in_scratch<BackwardSpace<C>, C>(Slot::block, p, chunk.count);
@@ -74,6 +75,7 @@ struct BackwardChunk {
       if (m == 0) continue;
       back(row, m, step ? p.states.from(row - p.sizes[step - 1], H, E) : start(),
            b.carried.from(chunk.first, H, E));
+      all_sums.count(m);
     }
   }
 
@@ -163,29 +165,30 @@ struct BackwardChunk {
   }
 };
 
+// Bytes of all workers' sums, unless what was kept for the way back is more.
+constexpr Index most_sums = Index{256} << 20;
+
 template <class C>
 static void hyper_lstm_backward(const HyperLstmBackward<C>& b) {
   const HyperLstm<C>& p = b.forward;
   const auto panels = in_scratch<BackwardPanels<C>, C>(Slot::head, p);
   panels.pack(p, b.x);
-  const Shares<C> shares(p);
-  Arena<C> count{nullptr};
-  LstmSums<C>(count, p);
-  const Index size = count.taken;
-  C* const all = scratch<C>(Slot::sums, shares.workers * size);
-  shares.each_chunk([&](Index worker, Index first, Index sequences) {
-    C* const own = all + worker * size;
-    if (first == worker * shares.chunk) std::memset(own, 0, size * sizeof(C));
-    Arena<C> space{own};
-    const LstmSums<C> sums(space, p);
-    BackwardChunk<C>{b, panels, {p, panels, first, sequences}, sums}.run();
+  const Index size = WorkerSums<C>::size_of(b);
+  const Shares<C> shares(
+      p, max(max(most_sums / Index(sizeof(C)), p.rows * p.made_width()) / (2 * size), 1));
+  C* const all = scratch<C>(Slot::sums, shares.workers * 2 * size);
+  shares.each_worker([&](Index worker) {
+    WorkerSums<C> sums(b, size, all + worker * 2 * size);
+    shares.each_chunk(worker, [&](Index first, Index sequences) {
+      BackwardChunk<C>{b, panels, {p, panels, first, sequences}, sums}.run();
+    });
+    sums.gather();
   });
   parallel(size, Index{1} << 16, [&](Index begin, Index end) {
     for (Index k = 1; k < shares.workers; ++k)
-      for (Index i = begin; i < end; ++i) all[i] += all[k * size + i];
+      for (Index i = begin; i < end; ++i) all[i] += all[k * 2 * size + i];
   });
-  Arena<C> space{all};
-  LstmSums<C>(space, p).give(p, b.w);
+  WorkerSums<C>::at(all, b).give(p, b.w);
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -88,29 +88,35 @@ struct LstmChunk {
   }
 };
 
-// How sequences are shared by threads: few at a time, for the caches, and as many for each; half as
-// few where some end early, so that all get long ones. The first sequences are the longest.
+// How sequences are shared by threads: few at a time, for the caches, and as many for each, but no
+// more threads than they fill tiles, as each reads all weights at every step; half as few where
+// some end early, so that all get long ones. The first sequences are the longest.
 template <class C>
 struct Shares {
   Index all, chunk, chunks, workers;
 
-  explicit Shares(const HyperLstm<C>& p) : all(p.sequences()) {
+  explicit Shares(const HyperLstm<C>& p, Index most_workers = thread_count()) : all(p.sequences()) {
     const Index most = p.sizes[p.steps - 1] < all ? 32 : 64;
     const bool small = double(p.rows) * double(p.gates() * (p.ins + p.hidden)) < parallel_work;
-    const Index each = ceil_div(all, small ? 1 : thread_count());
+    const Index threads = min(min(thread_count(), most_workers), ceil_div(all, tile_rows));
+    const Index each = ceil_div(all, small ? 1 : threads);
     chunk = ceil_div(each, ceil_div(each, most));
     chunks = ceil_div(all, chunk);
-    workers = small ? 1 : min(chunks, thread_count());
+    workers = small ? 1 : min(chunks, threads);
   }
 
-  // Calls body(worker, first, count), in turn for the chunks of one worker.
+  // Calls body(worker), each on a thread.
   template <class F>
-  void each_chunk(const F& body) const {
+  void each_worker(const F& body) const {
     parallel(workers, 1, [&](Index begin, Index end) {
-      for (Index worker = begin; worker < end; ++worker)
-        for (Index i = worker; i < chunks; i += workers)
-          body(worker, i * chunk, min(chunk, all - i * chunk));
+      for (Index worker = begin; worker < end; ++worker) body(worker);
+      trim_scratch(Slot::panel);
     });
+  }
+  // Calls body(first, count) for each chunk of a worker.
+  template <class F>
+  void each_chunk(Index worker, const F& body) const {
+    for (Index i = worker; i < chunks; i += workers) body(i * chunk, min(chunk, all - i * chunk));
   }
 };
 

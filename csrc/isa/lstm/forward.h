@@ -96,8 +96,11 @@ template <class C>
 static void hyper_lstm(const HyperLstm<C>& p) {
   const auto panels = in_scratch<ForwardPanels<C>, C>(Slot::head, p);
   panels.pack(p);
-  Shares<C>(p).each_chunk(
-      [&](Index, Index first, Index count) { run_chunk(p, panels, first, count); });
+  const Shares<C> shares(p);
+  shares.each_worker([&](Index worker) {
+    shares.each_chunk(worker,
+                      [&](Index first, Index count) { run_chunk(p, panels, first, count); });
+  });
 }
 
 }  // namespace hyperfast::HF_ISA

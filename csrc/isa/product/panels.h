@@ -40,15 +40,14 @@ struct Panels {
   }
 
   // Adds A^T B to `count` rows of this from `first` on, A (m, count), B (m, n), of contiguous rows.
-  // What is fetched ahead is this.
   void add(Index first, Index count, Index m, const C* a, Index a_row, const C* b,
            Index b_row) const {
     for (Index j = 0; j < n; j += lanes<C>) {
       const int nj = int(min(lanes<C>, n - j)), tail = nj % width<C>;
       C* const sum = data + j * depth + first * lanes<C>;
-      (tail ? sweep<C, true> : sweep<C, false>)(count, int(ceil_div(nj, width<C>)), m,
-                                                {a, 1, a_row}, b + j, b_row, tail,
-                                                {sum, lanes<C>, 1}, {sum, lanes<C>, 1}, nj, sum);
+      (tail ? sweep<C, true>
+            : sweep<C, false>)(count, int(ceil_div(nj, width<C>)), m, {a, 1, a_row}, b + j, b_row,
+                               tail, {sum, lanes<C>, 1}, {sum, lanes<C>, 1}, nj, nullptr);
     }
   }
   void add(Index m, const C* a, Index a_row, const C* b, Index b_row) const {
