@@ -174,7 +174,7 @@ static void hyper_lstm_backward(const HyperLstmBackward<C>& b) {
   const auto panels = in_scratch<BackwardPanels<C>, C>(Slot::head, p);
   panels.pack(p, b.x);
   const Index size = WorkerSums<C>::size_of(b);
-  const Shares<C> shares(
+  const SequenceShares<C> shares(
       p, max(max(most_sums / Index(sizeof(C)), p.rows * p.made_width()) / (2 * size), 1));
   C* const all = scratch<C>(Slot::sums, shares.workers * 2 * size);
   shares.each_worker([&](Index worker) {

@@ -92,10 +92,11 @@ struct LstmChunk {
 // more threads than they fill tiles, as each reads all weights at every step; half as few where
 // some end early, so that all get long ones. The first sequences are the longest.
 template <class C>
-struct Shares {
+struct SequenceShares {
   Index all, chunk, chunks, workers;
 
-  explicit Shares(const HyperLstm<C>& p, Index most_workers = thread_count()) : all(p.sequences()) {
+  explicit SequenceShares(const HyperLstm<C>& p, Index most_workers = thread_count())
+      : all(p.sequences()) {
     const Index most = p.sizes[p.steps - 1] < all ? 32 : 64;
     const bool small = double(p.rows) * double(p.gates() * (p.ins + p.hidden)) < parallel_work;
     const Index threads = min(min(thread_count(), most_workers), ceil_div(all, tile_rows));

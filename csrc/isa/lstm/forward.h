@@ -96,7 +96,7 @@ template <class C>
 static void hyper_lstm(const HyperLstm<C>& p) {
   const auto panels = in_scratch<ForwardPanels<C>, C>(Slot::head, p);
   panels.pack(p);
-  const Shares<C> shares(p);
+  const SequenceShares<C> shares(p);
   shares.each_worker([&](Index worker) {
     shares.each_chunk(worker,
                       [&](Index first, Index count) { run_chunk(p, panels, first, count); });
