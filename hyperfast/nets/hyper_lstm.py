@@ -129,6 +129,11 @@ class HyperLSTM(nn.Module):
                 raise ValueError("input must have at least one step, got an empty PackedSequence")
             if data.ndim != 2:
                 raise ValueError(f"input must pack rows (R, I), got {checks.shape(data)}")
+            if sum(sizes) != len(data) or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
+                raise ValueError(
+                    "input.batch_sizes must be positive, never rise, and add up to the "
+                    f"{len(data)} rows of input.data, got {sizes}"
+                )
             start = None if hx is None else self._start(hx, (sizes[0],), order)
             rows, state = self._layers(data, start, sizes)
             if back is not None:

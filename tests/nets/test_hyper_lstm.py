@@ -341,10 +341,23 @@ def test_autocast():
     assert all(p.grad.dtype == torch.float32 for p in lstm.parameters())
 
 
+def packed(*sizes):
+    """Five rows, packed as no sequences are."""
+    return PackedSequence(torch.zeros(5, INS), torch.tensor(sizes))
+
+
 X, HX = torch.zeros(STEPS, BATCH, INS), [torch.zeros(1, BATCH, n) for n in (6, 6, 4, 4)]
 BAD = {
     "no steps": (ValueError, r"at least one step, got shape \(0, 3, 5\)", lambda m: m(X[:0])),
     "rank": (ValueError, r"shape \(T, N, I\) or \(T, I\), got \(5,\)", lambda m: m(X[0, 0])),
+    **{
+        f"packed {sizes}": (
+            ValueError,
+            rf"add up to the 5 rows of input.data, got \[{', '.join(map(str, sizes))}\]",
+            lambda m, sizes=sizes: m(packed(*sizes)),
+        )
+        for sizes in ((2, 2), (2, 3), (6, -1), (5, 0))
+    },
     "features": (ValueError, "must have 5 features, got 4", lambda m: m(X[..., :4])),
     "no tensor": (TypeError, "input must be a Tensor, got list", lambda m: m([1.0])),
     "dtype": (TypeError, "dtype of the cell's weight, torch.float32", lambda m: m(X.double())),
