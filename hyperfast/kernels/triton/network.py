@@ -233,6 +233,9 @@ def _whole(
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])
     table = WHOLE[gpu.arithmetic(x.dtype)]
+    sines = any(f.name == "sin" for f in then)
+    if sines:  # to reduce large arguments takes more registers than products do
+        table = tuple(config._replace(registers=None) for config in table)
 
     def block(config: Config) -> int:
         return min(tile(rows.total), config.rows)
@@ -257,7 +260,7 @@ def _whole(
             BK=depth, **config.options(y.device),
         )  # fmt: skip
 
-    key = ("network", x.dtype, sizes, features, launch.power(rows.total))
+    key = ("network", x.dtype, sizes, features, sines, launch.power(rows.total))
     launch.run(table, lambda c: up(rows.total, block(c)), run, key, x.device)
     return y
 

@@ -4,7 +4,6 @@ up by a kernel, rows of a task in stretches, sums in parts. As
 
 import copy
 import gc
-import math
 from collections import Counter
 
 import pytest
@@ -529,10 +528,3 @@ def test_sums_of_rows(batched, monkeypatch):
     keys = None if batched else ids.int()
     found = grouped.sums(each, launch.Rows(3, 60, 20 if batched else 1, keys))
     close(found, each.view(3, 20, 5).sum(1))
-
-
-def test_the_longest_chain_of_a_hot_task():
-    """Of 65,536 rows, steps one after another: in a part, of the parts, in the two ends."""
-    parts = 65536 // grouped.PART
-    column = grouped.PART // grouped.COLUMN + math.ceil(parts / grouped.COLUMN)
-    assert column + 2 * (grouped.PART // grouped.COLUMN) <= 64
