@@ -22,6 +22,14 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+// A tensor of these sizes, of the dtype and on the device of another, in huge pages if it is large.
+inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like,
+                                        torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  const torch::stable::Tensor t = torch::stable::new_empty(like, sizes);
+  ask_for_huge_pages(t.data_ptr(), std::size_t(t.numel()) * std::size_t(t.element_size()));
+  return t;
+}
+
 class Arg {
  public:
   using Tensor = torch::stable::Tensor;
@@ -94,9 +102,7 @@ class Arg {
   Rows rows() const { return {data(), dim() == 3 ? stride(0) : 0, stride(-2), stride(-1)}; }
 
   Tensor empty(std::initializer_list<Index> sizes) const {
-    const Tensor made = torch::stable::new_empty(tensor_, {sizes.begin(), sizes.size()});
-    ask_for_huge_pages(made.data_ptr(), std::size_t(made.numel()) * made.element_size());
-    return made;
+    return new_tensor(tensor_, {sizes.begin(), sizes.size()});
   }
 
   // A contiguous new tensor of the same rows.

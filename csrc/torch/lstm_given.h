@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "hyper_lstm.h"
-#include "torch/pages.h"
 #include "torch/shapes.h"
 
 namespace hyperfast {
@@ -85,11 +84,7 @@ class LstmGiven {
     return torch::stable::contiguous(t);
   }
 
-  Tensor empty(const Shape& shape) const {
-    const Tensor t = torch::stable::new_empty(x_, shape);
-    ask_for_huge_pages(t.data_ptr(), std::size_t(t.numel()) * std::size_t(t.element_size()));
-    return t;
-  }
+  Tensor empty(const Shape& shape) const { return new_tensor(x_, shape); }
 
   template <class C>
   HyperLstm<C> view() const {
