@@ -234,9 +234,13 @@ class Contents:
                 for task, name in zip(ids.tolist() if names else [], names, strict=True)
                 if name is not None
             ]
-            taken = {name for _, name in named}
-            if len(taken) < len(named) or not self.table.keys.keys().isdisjoint(taken):
-                raise ValueError("keys must be new, and different from each other")
+            known, mine = self.table.keys, set[Key]()
+            for _, name in named:
+                if name in known or name in mine:
+                    raise ValueError(
+                        f"keys must be new, and different from each other: {name!r} is taken"
+                    )
+                mine.add(name)
             with self._changing("add", ids, given, named):
                 yield ids
 

@@ -71,12 +71,12 @@ class NNConv(Module):
             init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor, edge_attr: Tensor
+        self, x: Tensor | tuple[Tensor, Tensor | None], edge_index: Tensor, edge_attr: Tensor
     ) -> Tensor:
         """Nodes' ``(V, out)`` of their features.
 
         Args:
-            x: ``(V, in)``, or a pair of those of sources and of destinations.
+            x: ``(V, in)``, or a pair: of sources and of destinations, or None, as many as sources.
             edge_index: ``(2, E)`` int64: source and destination of every edge, in any order.
             edge_attr: ``(E, D)``, what ``nn`` takes.
 
@@ -85,18 +85,19 @@ class NNConv(Module):
             TypeError: dtypes that disagree, an ``edge_index`` that is not int64.
             IndexError: a node that is not there.
         """
-        source, own = (x, x) if isinstance(x, Tensor) else x
-        for t, width in ((source, self.in_channels), (own, self.own_channels)):
+        source, own = x if isinstance(x, tuple) else (x, x)
+        nodes = (source, self.in_channels), (source if own is None else own, self.own_channels)
+        for t, width in nodes[: 1 if own is None else 2]:
             if checks.check_tensor("x", t).ndim != 2 or t.shape[1] != width:
                 raise ValueError(f"x must have shape (V, {width}), got {checks.shape(t)}")
         if checks.check_tensor("edge_index", edge_index).ndim != 2 or len(edge_index) != 2:
             raise ValueError(f"edge_index must have shape (2, E), got {checks.shape(edge_index)}")
         edges = checks.check_tensor("edge_attr", edge_attr).shape[:1]
-        given = edge_index[1], own.shape[0], AGGREGATIONS[self.aggr], source, edges
+        given = edge_index[1], nodes[1][0].shape[0], AGGREGATIONS[self.aggr], source, edges
         by = destinations(*given, "edge_index[1]")
         checks.check_in_range_if_known(edge_index[0], source.shape[0], "edge_index[0]")
         y = self._convolve(source.index_select(0, edge_index[0]), edge_attr, by)
-        if self.lin is not None:
+        if self.lin is not None and own is not None:
             y = y + self.lin(own)
         return y if self.bias is None else y + self.bias
 

@@ -100,7 +100,8 @@ class TaskMLP(nn.Module):
             found = as_mlp(net) if isinstance(net, nn.Module) else None
             if found is None:
                 raise TypeError(
-                    f"modules[{n}] must be a plain stack of nn.Linear and activations, got {net!r}"
+                    f"modules[{n}] must be a plain stack of nn.Linear and of activations without "
+                    f"parameters or hooks, got {net!r}"
                 )
             spec, target = found
             parameters = list(net.parameters())

@@ -17,6 +17,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "HYPERFAST_NO_EXT=1 is set"
     try:
         return importlib.import_module("hyperfast._C"), ""
+    except ModuleNotFoundError:
+        return None, "it was not built, which `pip install .` does unless HYPERFAST_NO_EXT=1 is set"
     except ImportError as error:
         return None, str(error)
 

@@ -234,10 +234,10 @@ def test_keys():
     assert bank.ids([]).tolist() == []
     with pytest.raises(KeyError):
         bank.ids(["bob"])
-    for taken in (["ann"], [7]):
-        with pytest.raises(ValueError, match="new"):
-            bank.add(z[:1], keys=taken)
-    with pytest.raises(ValueError, match="different"):
+    for taken in ("ann", 7):
+        with pytest.raises(ValueError, match=f"keys must be new.*: {taken!r} is taken"):
+            bank.add(z[:2], keys=["x", taken])
+    with pytest.raises(ValueError, match="different from each other: 'x' is taken"):
         bank.add(z[:2], keys=["x", "x"])
     with pytest.raises(ValueError, match="hold 2 keys"):
         bank.add(z[:2], keys=["x"])

@@ -107,6 +107,16 @@ def test_sources_and_destinations(net):
     assert_same(conv, partial(published, conv), conv, x, index, edge_attr)
 
 
+def test_destinations_without_features():
+    """As PyTorch Geometric has it: as many as sources, and no weight of their own."""
+    conv, (x, index, e) = make(), graph()
+    y = conv((x, None), index, e)
+    equal(y, published(conv, (x, torch.zeros_like(x)), index, e))
+    theirs = pytest.importorskip("torch_geometric.nn").NNConv(INS, OUT, NETS["mlp"]()).double()
+    theirs.load_state_dict(conv.state_dict())
+    equal(y, theirs((x, None), index, e))
+
+
 @every_net
 @every_aggr
 @pytest.mark.parametrize("options", [{}, {"root_weight": False, "bias": False}], ids=str)
@@ -274,7 +284,7 @@ class TestBadInput:
             ((x, [[0], [1]], e), "edge_index"),
             ((x, index, None), "edge_attr"),
             ((x.float(), index, e), "dtype"),
-            (((x, None), index, e), "x must be a Tensor"),
+            (((x, "no"), index, e), "x must be a Tensor"),
         ):
             with pytest.raises(TypeError, match=name):
                 make(root_weight=False)(*args)

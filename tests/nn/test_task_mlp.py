@@ -193,6 +193,8 @@ def stack(*widths, act=nn.ReLU, **kwargs):
          [stack(3, 2), stack(3, 2).double()]),
         (TypeError, r"modules\[0\] must be a plain stack", [nn.Conv1d(3, 2, 1)]),
         (TypeError, r"modules\[1\] must be a plain stack", [stack(3, 2), None]),
+        (TypeError, r"modules\[0\] must be .* activations without parameters or hooks",
+         [stack(3, 4, 2, act=nn.PReLU)]),
     ],
 )  # fmt: skip
 def test_modules_that_differ(error, message, nets):

@@ -1,6 +1,7 @@
 """The choice of backend."""
 
 import re
+import sys
 from contextlib import nullcontext
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 import hyperfast
 from hyperfast import functional, use_backend
 from hyperfast.ops import backends as backend
+from hyperfast.plans import cpu
 from tests.support.budget import close
 from tests.support.draw import draw
 
@@ -110,6 +112,14 @@ def test_a_failed_extension_is_the_reason(monkeypatch):
         use_backend("cpp"),
     ):
         pass
+
+
+def test_an_extension_that_was_not_built_says_how(monkeypatch):
+    monkeypatch.delenv("HYPERFAST_NO_EXT", raising=False)
+    monkeypatch.setitem(sys.modules, "hyperfast._C", None)  # importing it raises
+    extension, reason = cpu._load()
+    assert extension is None
+    assert reason.startswith("it was not built, which `pip install .` does")
 
 
 def test_a_backend_without_the_kernel(monkeypatch):
