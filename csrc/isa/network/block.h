@@ -8,16 +8,16 @@
 
 namespace hyperfast::HF_ISA {
 
-// Networks of so many pieces; h (n, features) is what they are made from.
+// So many networks, each for so many pieces of rows; h (n, features) is what they are made from.
 template <class T>
 struct NetworkBlock {
   const HyperMlp& p;
-  Index n, params;
+  Index n, each, params;
   const Acc<T>* h;
   bool few;  // the head is read as it lies
 
   NetworkBlock part(Index first, Index last) const {
-    return {p, last - first, params, h + first * p.features, few};
+    return {p, last - first, each, params, h + first * p.features, few};
   }
 
   // The head's rows from parameter q on.
@@ -29,14 +29,15 @@ struct NetworkBlock {
   }
 };
 
-// Of pieces u0, ..., u0 + n - 1.
+// Numbers u0, ..., u0 + n - 1, of `each` pieces each.
 template <class T>
-static NetworkBlock<T> network_block(const HyperMlp& p, Index u0, Index n, Index params) {
+static NetworkBlock<T> network_block(const HyperMlp& p, Index u0, Index n, Index each) {
   using C = Acc<T>;
   C* h = scratch<C>(Slot::features, max(n * p.features, 1));
   for (Index u = 0; u < n; ++u)
-    copy_features<T>(p.h, piece(p.groups, u0 + u).task, p.features, false, h + u * p.features);
-  return {p, n, params, h, n <= few_rows && p.head.feature == 1};
+    copy_features<T>(p.h, piece(p.groups, (u0 + u) * each).task, p.features, false,
+                     h + u * p.features);
+  return {p, n, each, p.net.params, h, n <= few_rows && p.head.feature == 1};
 }
 
 // Few networks: their lanes side by side, and the head's rows as they lie, never packed (16
@@ -96,11 +97,11 @@ static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
 // Whether threads share networks sooner than the parameters of each, of which there are few.
 template <class T>
 static bool small_networks(const NetworkBlock<T>& b) {
-  return b.n > tile_rows && b.params < 4096;
+  return b.each == 1 && b.n > tile_rows && b.params < 4096;
 }
 
-// Makes the networks' parameters and calls body(first, last) for some networks at a time, each of
-// which has so many rows.
+// Makes the networks' parameters and calls body(first, last) for some of their pieces at a time,
+// each of which has so many rows.
 template <class T, class F>
 static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index rows,
                          const F& body) {
@@ -110,14 +111,28 @@ static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index 
   const Index share = ceil_div(b.n, thread_count());
   if (!small_networks(b) || share < 4 * tile_rows) {
     generate_networks<T>(b, from, w);
-    return parallel(b.n, max(parallel_work / work, 1), body);
+    return parallel(b.n * b.each, max(parallel_work / work, 1), body);
   }
-  const Index each = round_up(share, tile_rows);
-  parallel(ceil_div(b.n, each), max(parallel_work / (each * (work + b.params * b.p.features)), 1),
+  const Index some = round_up(share, tile_rows);
+  parallel(ceil_div(b.n, some), max(parallel_work / (some * (work + b.params * b.p.features)), 1),
            [&](Index begin, Index end) {
-             const Index first = begin * each, last = min(end * each, b.n);
+             const Index first = begin * some, last = min(end * some, b.n);
              generate_networks<T>(b.part(first, last), from, w + first * (b.params - from));
              body(first, last);
+           });
+}
+
+// g (n * each, params) becomes the sums over the pieces of each network, (n, params).
+template <class T>
+static void add_up_pieces(const NetworkBlock<T>& b, Acc<T>* g) {
+  const Index params = b.params, each = b.each, run = 4 * lanes<Acc<T>>;
+  if (each == 1) return;
+  parallel(ceil_div(params, run), max(parallel_work / (b.n * each * run), 1),
+           [&](Index begin, Index end) {
+             const Index q = begin * run, count = min(end * run, params) - q;
+             for (Index i = 0; i < b.n * each; ++i)  // what is written has been read
+               add_part<Acc<T>>(1, count, g + i * params + q, params, i % each > 0,
+                                {g + i / each * params + q, params, 1});
            });
 }
 

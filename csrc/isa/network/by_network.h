@@ -13,29 +13,41 @@ namespace hyperfast::HF_ISA {
 template <class C>
 constexpr Index networks_elements = networks_bytes / Index(sizeof(C));
 
-// Networks at a time, of so many: whole tiles of them (36 of the largest fit), and about as many
-// each time.
-template <class C>
-static Index networks_together(Index params, Index pieces) {
-  const Index most = networks_elements<C> / params / tile_rows * tile_rows;
-  const Index times = ceil_div(pieces, most);
-  return times > 1 ? round_up(ceil_div(pieces, times), tile_rows) : max(pieces, 1);
-}
+// How the networks of a call are made: one for all pieces of a task, unless these are ragged or so
+// many that their gradients, until they are added up, would take too much memory; then one for each
+// piece.
+struct Networks {
+  Index each, count;  // pieces of a network, networks
+
+  explicit Networks(const Groups& g)
+      : each(!g.ragged && g.per_task <= 64 ? g.per_task : 1), count(g.pieces / each) {}
+
+  // Networks at a time: whole tiles of them where as many fit (36 pieces of the largest do), and
+  // about as many each time.
+  template <class C>
+  Index together(Index params) const {
+    Index most = max(networks_elements<C> / params / each, 1);
+    if (most > tile_rows) most = most / tile_rows * tile_rows;
+    const Index times = ceil_div(count, most);
+    return times > 1 ? min(round_up(ceil_div(count, times), tile_rows), most) : max(count, 1);
+  }
+};
 
 template <class T>
 static void hyper_mlp_by_network(const HyperMlp& p) {
   using C = Acc<T>;
-  const Index params = p.net.params, pieces = p.groups.pieces;
-  const Index block = networks_together<C>(params, pieces);
-  const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
+  const Index params = p.net.params;
+  const Networks all(p.groups);
+  const Index block = all.together<C>(params);
+  const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
   const RowsOfNetworks rows{p.net, p.groups, p.x, p.y, p.preactivations};
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
-  for (Index u0 = 0; u0 < pieces; u0 += block) {
-    const Index n = min(block, pieces - u0);
-    const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
+  for (Index u0 = 0; u0 < all.count; u0 += block) {
+    const NetworkBlock<T> networks = network_block<T>(p, u0, min(block, all.count - u0), all.each);
     each_network<T>(networks, 0, w, rows_each, [&](Index first, Index last) {
-      for (Index u = first; u < last; ++u)
-        run_piece<T, C>(rows, piece(p.groups, u0 + u), {w + u * params, nullptr}, 0);
+      for (Index i = first; i < last; ++i)
+        run_piece<T, C>(rows, piece(p.groups, u0 * all.each + i),
+                        {w + i / all.each * params, nullptr}, 0);
     });
   }
 }
@@ -44,15 +56,17 @@ template <class T>
 static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   using C = Acc<T>;
   const HyperMlp& p = b.forward;
-  const Index params = p.net.params, pieces = p.groups.pieces, features = p.features;
-  const Index block = networks_together<C>(params, pieces);
-  const Index rows_each = ceil_div(total_rows(p.groups), max(pieces, 1));
+  const Index params = p.net.params, features = p.features;
+  const Networks networks_of(p.groups);
+  const Index each = networks_of.each, count = networks_of.count;
+  const Index block = networks_of.together<C>(params);
+  const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
   const bool of_weights = b.grad_h || b.grad_weight || b.grad_bias;
-  C* g = of_weights ? scratch<C>(Slot::gradients, block * params) : nullptr;
-  // Those of a task's pieces are added up, unless it has one.
-  const bool direct = std::is_same_v<C, T> && !p.groups.ragged && p.groups.per_task == 1;
+  C* g = of_weights ? scratch<C>(Slot::gradients, block * each * params) : nullptr;
+  // Those of a task's networks are added up, unless it has one.
+  const bool direct = std::is_same_v<C, T> && !p.groups.ragged && p.groups.per_task == each;
   C* grad_h = b.grad_h && !direct ? scratch<C>(Slot::hidden_b, max(block * features, 1)) : nullptr;
-  C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over the pieces of one task
+  C* task_h = scratch<C>(Slot::hidden_c, max(features, 1));  // the sum over those of one task
   Index task = -1;
   // Sums over the blocks, in the accumulation type.
   C *sum_weight = nullptr, *sum_bias = nullptr;
@@ -79,31 +93,33 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
 
   const GradientsOfRows rows{p.net, p.groups, p.x, p.preactivations, b.grad, b.grad_x};
   Index u0 = 0;
-  do {  // once even without pieces: the gradients are then zero
-    Index n = min(block, pieces - u0);
-    const NetworkBlock<T> networks = network_block<T>(p, u0, n, params);
+  do {  // once even without networks: the gradients are then zero
+    const Index n = min(block, count - u0);
+    const NetworkBlock<T> networks = network_block<T>(p, u0, n, each);
     if (to_h && direct) grad_h = reinterpret_cast<C*>(to_h) + u0 * features;
     const bool small = small_networks(networks);
     each_network<T>(networks, used, w + used, 2 * rows_each, [&](Index first, Index last) {
-      for (Index u = first; u < last; ++u)
-        differentiate_piece<T, C>(rows, piece(p.groups, u0 + u), w + u * made,
-                                  g ? g + u * params : nullptr);
+      for (Index i = first; i < last; ++i)
+        differentiate_piece<T, C>(rows, piece(p.groups, u0 * each + i), w + i / each * made,
+                                  g ? g + i * params : nullptr);
       if (grad_h && small)
         differentiate_features<T>(networks.part(first, last), g + first * params,
                                   grad_h + first * features);
     });
-    if (g)
+    if (g) {
+      add_up_pieces<T>(networks, g);
       differentiate_head<T>(networks, g, small ? nullptr : grad_h, sum_weight, sum_bias, u0 > 0);
-    for (Index u = 0; to_h && !direct && u < n; ++u) {  // pieces of a task are next to each other
-      const bool first = piece(p.groups, u0 + u).task != task;
-      task = piece(p.groups, u0 + u).task;
+    }
+    for (Index u = 0; to_h && !direct && u < n; ++u) {  // those of a task are next to each other
+      const bool first = piece(p.groups, (u0 + u) * each).task != task;
+      task = piece(p.groups, (u0 + u) * each).task;
       for (Index k = 0; k < features; ++k) {
         task_h[k] = first ? grad_h[u * features + k] : task_h[k] + grad_h[u * features + k];
         to_h[task * features + k] = narrow<T>(task_h[k]);
       }
     }
     u0 += block;
-  } while (u0 < pieces);
+  } while (u0 < count);
 
   if constexpr (!std::is_same_v<C, T>) {
     if (sum_weight)

@@ -32,6 +32,7 @@ CASES = [
     ((2, 32, 1), 130, 49, 5),
     ((2, 33, 1), 12, 70, 12),
     ((2, 64, 64, 1), 2, 700, 24),
+    ((2, 9, 3), 3, 2049, 5),
     ((3, 5, 2), 0, 4, 3),
     ((3, 5, 2), 4, 0, 3),
 ]
@@ -103,10 +104,12 @@ def check_against_layers(args, net):
             within(*result)
 
 
-def test_more_networks_than_are_held_at_a_time():
-    """47 of 54,450 parameters, in two blocks whose gradients add up."""
+@pytest.mark.parametrize(("tasks", "rows"), [(47, 50), (19, 2050)])
+def test_more_networks_than_are_held_at_a_time(tasks, rows):
+    """Of 54,450 parameters, in two blocks whose gradients add up; of more rows than a piece has,
+    the gradients of both pieces are held."""
     net = text((16, 250, 200), "elu")
-    args = random(net, 47, 50, 8, torch.float32, False, False)
+    args = random(net, tasks, rows, 8, torch.float32, False, False)
     y, hidden = op.hyper_mlp(*args, net, True)
     grad = torch.randn_like(y)
     exact = specification(wide(args), net, grad.double())
