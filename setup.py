@@ -1,6 +1,7 @@
 """Builds hyperfast._C, the CPU kernels, through the LibTorch Stable ABI: one abi3 wheel for every
 Python >= 3.10 and torch >= 2.11. HYPERFAST_NO_EXT=1 leaves it out; otherwise a failed compile fails
-the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize.
+the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize; HYPERFAST_EMULATE_AMX=1
+adds a build for tests that does in plain C++ what the matrix unit does.
 """
 
 import os
@@ -41,6 +42,8 @@ if os.environ.get("HYPERFAST_SANITIZE") == "1" and AMX:
     best = next((isa for isa, flag in asks.items() if flag in runs), "portable")
     # Where the kernel of the system may refuse the matrix unit, the portable one runs instead.
     ISAS = {isa: ISAS[isa] for isa in ([best, "portable"] if best == "amx" else [best])}
+if os.environ.get("HYPERFAST_EMULATE_AMX") == "1" and X86:
+    ISAS |= {"amx_emulated": [*AVX512, "-DHF_EMULATE_AMX"]}
 
 
 class BuildKernels(build_ext):

@@ -33,6 +33,9 @@ HF_DECLARE(avx2)
 #ifdef HF_PORTABLE
 HF_DECLARE(portable)
 #endif
+#ifdef HF_AMX_EMULATED
+HF_DECLARE(amx_emulated)
+#endif
 #undef HF_DECLARE
 
 namespace {
@@ -86,6 +89,9 @@ std::vector<Candidate> candidates() {
 #endif
 #ifdef HF_PORTABLE
       {&portable::table, true},
+#endif
+#ifdef HF_AMX_EMULATED
+      {&amx_emulated::table, avx512},  // for tests; behind all others, it runs where it is named
 #endif
   };
 }

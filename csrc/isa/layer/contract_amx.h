@@ -7,7 +7,7 @@
 #include "isa/unit/amx.h"
 #include "plan.h"
 
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
 
 namespace hyperfast::HF_ISA {
 

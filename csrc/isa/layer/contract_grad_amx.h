@@ -6,7 +6,7 @@
 #include "isa/layer/contract_amx.h"
 #include "isa/layer/contract_grad.h"
 
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
 
 namespace hyperfast::HF_ISA {
 

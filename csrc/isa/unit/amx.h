@@ -8,28 +8,17 @@
 // and go to the vector units instead.
 #pragma once
 
-#include "isa/common.h"
 #include "isa/product/pack.h"
+#include "isa/unit/tiles.h"
 
-namespace hyperfast::HF_ISA {
-
-#ifdef __AMX_BF16__
-constexpr bool has_matrix_unit = true;
-#else
-constexpr bool has_matrix_unit = false;
-#endif
-
-}  // namespace hyperfast::HF_ISA
-
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
 
 namespace hyperfast::HF_ISA {
 
 // A tile of C holds 16 x 16 floats; one of A 16 rows of 32 bf16; one of B 16 lines, of which line j
 // holds rows j and j + 16 of B in turns. A's columns lie in the same order, hence also in lines of
 // 16 pairs.
-constexpr Index tile_side = 16, tile_depth = 32, tile_elements = tile_side * tile_depth;
-constexpr Index tile_line = 64;  // bytes
+constexpr Index tile_depth = 32, tile_elements = tile_side * tile_depth;
 constexpr Index two_tiles = 2 * tile_side;
 
 // Bytes of the second-level cache for what a thread holds of its tasks.
@@ -38,26 +27,6 @@ constexpr Index unit_bytes = 1 << 20;
 // How many bf16 an element is: all there is to a bf16; three of what is computed in float.
 template <class T>
 constexpr int parts_of = std::is_same_v<T, bf16> ? 1 : 3;
-
-// The tile registers of this thread, for as long as it lives.
-struct TileRegisters {
-  TileRegisters() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } shapes;
-    for (int i = 0; i < 8; ++i) shapes.bytes[i] = tile_line, shapes.rows[i] = tile_side;
-    __asm__ volatile("" ::"r"(&shapes)
-                     : "memory");  // gcc 12 takes 8 bytes of it for all that is read
-    _tile_loadconfig(&shapes);
-  }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-};
-
-// The compiler does not see that tile loads read memory.
-static inline void written() { __asm__ volatile("" ::: "memory"); }
 
 // The largest and the smallest magnitude among packed elements that are not zero, rounded to the
 // upper half of a float; 0 where there are none. A NaN, or infinity, is above all others.
@@ -235,32 +204,32 @@ template <int PartsA, int PartsB, int M, int N>
                                                          Index row) {
   const auto load_a = [&](Index step, int part) {
     const Index at = (step * PartsA + part) * tile_elements;
-    _tile_loadd(4, a0 + at, tile_line);
-    if constexpr (M > 1) _tile_loadd(5, a1 + at, tile_line);
+    load_tile<4>(a0 + at, tile_line);
+    if constexpr (M > 1) load_tile<5>(a1 + at, tile_line);
   };
   const auto load_b = [&](Index step, int part) {
     const Index at = (step * PartsB + part) * tile_elements;
-    _tile_loadd(6, b0 + at, tile_line);
-    if constexpr (N > 1) _tile_loadd(7, b1 + at, tile_line);
+    load_tile<6>(b0 + at, tile_line);
+    if constexpr (N > 1) load_tile<7>(b1 + at, tile_line);
   };
   const auto dot = [] {
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+    add_products<0, 4, 6>();
+    if constexpr (N > 1) add_products<1, 4, 7>();
+    if constexpr (M > 1) add_products<2, 5, 6>();
+    if constexpr (M > 1 && N > 1) add_products<3, 5, 7>();
   };
   written();
   if (start.data) {
     const Index bytes = start.row * Index(sizeof(float));
-    _tile_loadd(0, start.data, bytes);
-    if constexpr (N > 1) _tile_loadd(1, start.data + start.right, bytes);
-    if constexpr (M > 1) _tile_loadd(2, start.data + start.down, bytes);
-    if constexpr (M > 1 && N > 1) _tile_loadd(3, start.data + start.down + start.right, bytes);
+    load_tile<0>(start.data, bytes);
+    if constexpr (N > 1) load_tile<1>(start.data + start.right, bytes);
+    if constexpr (M > 1) load_tile<2>(start.data + start.down, bytes);
+    if constexpr (M > 1 && N > 1) load_tile<3>(start.data + start.down + start.right, bytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
   }
   for (Index s = 0; s < steps; ++s) {
     if constexpr (PartsB == 1) {
@@ -280,10 +249,10 @@ template <int PartsA, int PartsB, int M, int N>
     }
   }
   const Index bytes = row * Index(sizeof(float));
-  _tile_stored(0, c, bytes);
-  if constexpr (N > 1) _tile_stored(1, c + tile_side, bytes);
-  if constexpr (M > 1) _tile_stored(2, c + tile_side * row, bytes);
-  if constexpr (M > 1 && N > 1) _tile_stored(3, c + tile_side * row + tile_side, bytes);
+  store_tile<0>(c, bytes);
+  if constexpr (N > 1) store_tile<1>(c + tile_side, bytes);
+  if constexpr (M > 1) store_tile<2>(c + tile_side * row, bytes);
+  if constexpr (M > 1 && N > 1) store_tile<3>(c + tile_side * row + tile_side, bytes);
 }
 
 // Fewer than 2 x 2.
