@@ -80,13 +80,15 @@ static void zero_tile() {
 // each rounded once, then both sums to C.
 [[gnu::noinline]] static void add_products_of(Register& c, const Register& a, const Register& b) {
   expect(configured);
-  // Whatever this thread has set, the unit rounds to nearest even, takes subnormal numbers for zero,
-  // and makes none.
+  // Whatever this thread has set, the unit rounds to nearest even, takes subnormal numbers for
+  // zero, and makes none.
   constexpr unsigned flush = 0x8000, zeros = 0x0040, masked = 0x1f80;
   const unsigned before = _mm_getcsr();
   _mm_setcsr(flush | zeros | masked);
   __asm__ volatile("" ::: "memory");
-  const auto first = [](__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); };
+  const auto first = [](__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  };
   const auto second = [](__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
   };
@@ -112,7 +114,8 @@ static void add_products() {
 #else
 
 static inline void configure_tiles(const TileShapes& shapes) {
-  __asm__ volatile("" ::"r"(&shapes) : "memory");  // gcc 12 takes 8 bytes of it for all that is read
+  __asm__ volatile("" ::"r"(&shapes)
+                   : "memory");  // gcc 12 takes 8 bytes of it for all that is read
   _tile_loadconfig(&shapes);
 }
 static inline void release_tiles() { _tile_release(); }
