@@ -1,7 +1,7 @@
 """Builds hyperfast._C, the CPU kernels, through the LibTorch Stable ABI: one abi3 wheel for every
 Python >= 3.10 and torch >= 2.11. HYPERFAST_NO_EXT=1 leaves it out; otherwise a failed compile fails
-the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize; HYPERFAST_EMULATE_AMX=1
-adds a build for tests that does in plain C++ what the matrix unit does.
+the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize;
+HYPERFAST_EMULATE_AMX=1 adds a build for tests, which emulates the matrix unit.
 """
 
 import os
