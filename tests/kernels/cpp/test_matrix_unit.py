@@ -246,6 +246,11 @@ def test_compiled_code_heeds_the_switch_when_it_runs(precision, dynamo):
         assert all(map(torch.equal, compiled(x, h, v), step(x, h, v)))
 
 
+def test_the_emulation_runs_where_it_is_named():
+    named = os.environ.get("HYPERFAST_ISA") == "amx_emulated"
+    assert named == (EXTENSION.isa() == "amx_emulated")
+
+
 @pytest.mark.skipif("amx_emulated" not in EXTENSION.isas(), reason="not built")
 @pytest.mark.skipif("HYPERFAST_ISA" in os.environ, reason="this is such a run")
 def test_all_of_it_emulated():
