@@ -1,6 +1,7 @@
 """Builds hyperfast._C, the CPU kernels, through the LibTorch Stable ABI: one abi3 wheel for every
 Python >= 3.10 and torch >= 2.11. HYPERFAST_NO_EXT=1 leaves it out; otherwise a failed compile fails
-the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize.
+the install. HYPERFAST_SANITIZE=1 builds it with sanitizers, for .ci/sanitize;
+HYPERFAST_EMULATE_AMX=1 adds a build for tests, which emulates the matrix unit.
 """
 
 import os
@@ -25,15 +26,13 @@ if os.environ.get("HYPERFAST_SANITIZE") == "1":
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 
-BF16 = [*AVX512, "-mavx512bf16"]
-
 # This is compiled once for each, into its own namespace; the CPU chooses at run time.
 KERNELS = Path("csrc/isa/table.cpp")
 ISAS = {"portable": []}
 if X86:
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": BF16}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 if AMX:
-    ISAS |= {"amx": [*BF16, "-mamx-tile", "-mamx-bf16"]}
+    ISAS |= {"amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
 if os.environ.get("HYPERFAST_SANITIZE") == "1" and AMX:
     # The best that this machine runs: each takes minutes to compile.
     runs = Path("/proc/cpuinfo").read_text()
@@ -41,6 +40,8 @@ if os.environ.get("HYPERFAST_SANITIZE") == "1" and AMX:
     best = next((isa for isa, flag in asks.items() if flag in runs), "portable")
     # Where the kernel of the system may refuse the matrix unit, the portable one runs instead.
     ISAS = {isa: ISAS[isa] for isa in ([best, "portable"] if best == "amx" else [best])}
+if os.environ.get("HYPERFAST_EMULATE_AMX") == "1" and AMX:
+    ISAS |= {"amx_emulated": [*AVX512, "-DHF_EMULATE_AMX"]}
 
 
 class BuildKernels(build_ext):

@@ -33,6 +33,9 @@ HF_DECLARE(avx2)
 #ifdef HF_PORTABLE
 HF_DECLARE(portable)
 #endif
+#ifdef HF_AMX_EMULATED
+HF_DECLARE(amx_emulated)
+#endif
 #undef HF_DECLARE
 
 namespace {
@@ -71,23 +74,32 @@ std::vector<Candidate> candidates() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   [[maybe_unused]] const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  return {
+  std::vector<Candidate> all;
 #ifdef HF_AMX
-      {&amx::table, bf16, matrix_unit},
+  all.push_back({&amx::table, avx512, matrix_unit});
 #endif
 #ifdef HF_AVX512_BF16
-      {&avx512_bf16::table, bf16},
+  // Of products of pairs, which are all that this build adds, an Emerald Rapids starts one every
+  // second cycle, and of multiply-adds two in each: heads of bf16 take 1.5 times as long.
+  const bool slow = __builtin_cpu_is("intel");
+  if (!slow) all.push_back({&avx512_bf16::table, bf16});
 #endif
 #ifdef HF_AVX512
-      {&avx512::table, avx512},
+  all.push_back({&avx512::table, avx512});
+#endif
+#ifdef HF_AVX512_BF16
+  if (slow) all.push_back({&avx512_bf16::table, bf16});
 #endif
 #ifdef HF_AVX2
-      {&avx2::table, avx2},
+  all.push_back({&avx2::table, avx2});
 #endif
 #ifdef HF_PORTABLE
-      {&portable::table, true},
+  all.push_back({&portable::table, true});
 #endif
-  };
+#ifdef HF_AMX_EMULATED
+  all.push_back({&amx_emulated::table, avx512});  // for tests: behind all others, it must be named
+#endif
+  return all;
 }
 
 const Kernels& choose() {

@@ -6,7 +6,7 @@
 
 namespace hyperfast {
 
-// The table for the best instruction set of this machine, or for the lower one that the environment
+// The table for the best instruction set of this machine, or for the other that the environment
 // variable HYPERFAST_ISA names. Throws std::invalid_argument when that one is unknown or absent.
 const Kernels& kernels();
 

@@ -7,7 +7,7 @@
 #include "isa/unit/amx.h"
 #include "plan.h"
 
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
 
 namespace hyperfast::HF_ISA {
 
@@ -159,10 +159,9 @@ static void use_biases(const HyperLinear& p, const Parameters& all, Index blocks
 }
 
 // False if some number was not for the matrix unit: then y has to be computed otherwise.
-template <class T>
+template <class T, int parts>
 static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const float>& x,
                                       const Staged<float>& y) {
-  constexpr int parts = parts_of<T>;
   const Units all(p.groups);
   const Index steps = ceil_div(p.features, tile_depth), threads = thread_count();
   // Of the inputs of a unit those of one block of parameters count, as the blocks that use them
@@ -267,7 +266,7 @@ static bool hyper_linear_on_matrix_unit(const HyperLinear& p, const Staged<const
   const Index params = p.out * (p.in + (p.vector.weight != nullptr));
   return p.transform == Transform::none &&
          suits_matrix_unit(Makes::weights, p.dtype, p.groups, params, p.features) &&
-         hyper_linear_contract_amx<T>(p, x, y);
+         with_parts<T>([&](auto parts) { return hyper_linear_contract_amx<T, parts>(p, x, y); });
 }
 
 }  // namespace hyperfast::HF_ISA

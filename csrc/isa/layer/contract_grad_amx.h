@@ -6,17 +6,20 @@
 #include "isa/layer/contract_amx.h"
 #include "isa/layer/contract_grad.h"
 
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
 
 namespace hyperfast::HF_ISA {
 
-// The parts of G. A product of two bf16 has 16 bits, hence two parts; a sum of several, formed in
-// float, three.
+// The same, and with the number of parts of G. A product of two bf16 has 16 bits, hence two parts;
+// a sum of several, formed in float, three.
 template <class T, class F>
 static bool with_parts_of_gradient(Index rows, const F& body) {
-  if constexpr (std::is_same_v<T, bf16>)
-    if (rows == 1) return body(std::integral_constant<int, 2>{});
-  return body(std::integral_constant<int, 3>{});
+  return with_parts<T>([&](auto of) {
+    if constexpr (std::is_same_v<T, bf16>)
+      return rows == 1 ? body(of, Count<2>{}) : body(of, Count<3>{});
+    else
+      return body(of, of);
+  });
 }
 
 // Of squares of 32 x 32 floats one lies behind another.
@@ -172,9 +175,8 @@ struct ShareSums {
   float *features, *weight, *bias;
 };
 
-template <class T, int of_g>
+template <class T, int of, int of_g>
 struct GradientShare {
-  static constexpr int of = parts_of<T>;
   const HyperLinearGrad& p;
   const FactorsOf& factors;
   Index feature_tiles = ceil_div(p.features, tile_side), across = ceil_div(p.features, two_tiles);
@@ -275,7 +277,8 @@ struct GradientShare {
 #pragma GCC unroll 2
         for (Index i = 0; i < 2; ++i)
 #pragma GCC unroll 2
-          for (Index v = 0; v < 2; ++v) bits[i][v] = take_part(g[i][v], part + 1 == of_g);
+          for (Index v = 0; v < 2; ++v)
+            bits[i][v] = take_part<exact_parts<T, of_g>>(g[i][v], part + 1 == of_g);
         const Index at = part * tile_elements + j * tile_depth;
 #pragma GCC unroll 2
         for (Index i = 0; i < 2; ++i) {
@@ -410,8 +413,9 @@ static bool grad_on_matrix_unit(const HyperLinearGrad& p, const Staged<const flo
   float* const parts_w = direct_w ? static_cast<float*>(p.grad_weight) : parts;
   float* const parts_b = direct_w ? static_cast<float*>(p.grad_bias) : parts + of_w * size_w;
   Verdict verdict;
-  const bool good = with_parts_of_gradient<T>(p.groups.ragged ? 1 : p.groups.rows, [&](auto of_g) {
-    const GradientShare<T, of_g> share(p, factors);
+  const Index rows = p.groups.ragged ? 1 : p.groups.rows;
+  const bool good = with_parts_of_gradient<T>(rows, [&](auto of, auto of_g) {
+    const GradientShare<T, of, of_g> share(p, factors);
     const Index work = shares.size * (unit_blocks + param_blocks - shares.side) * two_tiles *
                        two_tiles * p.features / 4;
     parallel(shares.count, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {

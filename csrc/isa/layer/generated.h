@@ -262,7 +262,7 @@ template <class T>
 static void hyper_linear_typed(const HyperLinear& p) {
   const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_a);
   const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
   if constexpr (std::is_same_v<Acc<T>, float>)
     if (p.plan == Plan::contract && hyper_linear_on_matrix_unit<T>(p, x, y))
       return unstage<T>(y, p.y, p.groups, p.out);

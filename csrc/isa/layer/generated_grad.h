@@ -286,7 +286,7 @@ static void hyper_linear_grad_typed(HyperLinearGrad p, Acc<T>* grad_h, bool add)
   }
   const bool linear = p.transform == Transform::none;
   const bool contract = linear && p.plan == Plan::contract && (grad_h || p.grad_weight);
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
   if constexpr (std::is_same_v<C, float>)
     if (contract && grad_on_matrix_unit<T>(p, grad, x, grad_h, add)) return;
 #endif

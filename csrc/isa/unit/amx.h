@@ -3,61 +3,51 @@
 // A float is the exact sum of three bf16 (8 + 8 + 8 bits). Of the nine products of two such sums,
 // the three smallest come to less than 2^-25 of the whole and are left out; the other six run
 // at 2.7 times the rate of float multiply-adds, and round less often: the result is no less
-// accurate than theirs. The unit takes subnormal numbers for zero. Operands with numbers so large
-// or small that this, an infinity or a NaN could show are found while they are packed (`Range`),
-// and go to the vector units instead.
+// accurate than theirs. Where PyTorch's switch allows it, a float is rounded to the sum of two, and
+// three products are made ("high"), or to one ("medium"). The unit takes subnormal numbers for
+// zero. Operands with numbers so large or small that this, an infinity or a NaN could show are
+// found while they are packed (`Range`), and go to the vector units instead.
 #pragma once
 
-#include "isa/common.h"
 #include "isa/product/pack.h"
+#include "isa/unit/tiles.h"
+#include "torch/precision.h"
 
-namespace hyperfast::HF_ISA {
-
-#ifdef __AMX_BF16__
-constexpr bool has_matrix_unit = true;
-#else
-constexpr bool has_matrix_unit = false;
-#endif
-
-}  // namespace hyperfast::HF_ISA
-
-#ifdef __AMX_BF16__
+#ifdef HF_MATRIX_UNIT
 
 namespace hyperfast::HF_ISA {
 
 // A tile of C holds 16 x 16 floats; one of A 16 rows of 32 bf16; one of B 16 lines, of which line j
 // holds rows j and j + 16 of B in turns. A's columns lie in the same order, hence also in lines of
 // 16 pairs.
-constexpr Index tile_side = 16, tile_depth = 32, tile_elements = tile_side * tile_depth;
-constexpr Index tile_line = 64;  // bytes
+constexpr Index tile_depth = 32, tile_elements = tile_side * tile_depth;
 constexpr Index two_tiles = 2 * tile_side;
 
 // Bytes of the second-level cache for what a thread holds of its tasks.
 constexpr Index unit_bytes = 1 << 20;
 
-// How many bf16 an element is: all there is to a bf16; three of what is computed in float.
-template <class T>
-constexpr int parts_of = std::is_same_v<T, bf16> ? 1 : 3;
+template <int N>
+using Count = std::integral_constant<int, N>;
 
-// The tile registers of this thread, for as long as it lives.
-struct TileRegisters {
-  TileRegisters() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } shapes;
-    for (int i = 0; i < 8; ++i) shapes.bytes[i] = tile_line, shapes.rows[i] = tile_side;
-    __asm__ volatile("" ::"r"(&shapes)
-                     : "memory");  // gcc 12 takes 8 bytes of it for all that is read
-    _tile_loadconfig(&shapes);
+// Calls body with the number of bf16 that elements count for: all there is to a bf16; of floats as
+// many as PyTorch's switch asks for; three of what else is computed in float.
+template <class T, class F>
+static bool with_parts(const F& body) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return body(Count<1>{});
+  } else {
+    if constexpr (std::is_same_v<T, float>) {
+      const int parts = parts_of_float();
+      if (parts == 1) return body(Count<1>{});
+      if (parts == 2) return body(Count<2>{});
+    }
+    return body(Count<3>{});
   }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-};
+}
 
-// The compiler does not see that tile loads read memory.
-static inline void written() { __asm__ volatile("" ::: "memory"); }
+// Whether these parts add up to any number that is computed from elements of T.
+template <class T, int Parts>
+constexpr bool exact_parts = Parts == 3 || !std::is_same_v<T, float>;
 
 // The largest and the smallest magnitude among packed elements that are not zero, rounded to the
 // upper half of a float; 0 where there are none. A NaN, or infinity, is above all others.
@@ -120,12 +110,14 @@ struct Magnitudes {
   }
 };
 
-// Takes the next part off a number; it is the upper half of what is returned. All parts but the
-// last are rounded to nearest; of three the last is exact. Where that turns a NaN of many bits into
-// zero, the last stays one.
+// Takes the next part off a number; it is the upper half of what is returned. Parts are rounded to
+// nearest, but for the last of those that add up exactly. Where that turns a NaN of many bits into
+// zero, the last part stays one.
+template <bool Exact>
 static inline Bits take_part(Vec<float>& v, bool last) {
-  if (last) return Bits(v);
+  if (last && Exact) return Bits(v);
   const Bits part = Bits(v) + 0x8000u;
+  if (last) return (Bits(v) & 0x7fffffffu) > 0x7f800000u ? Bits(v) : part;
   v -= Vec<float>(part & 0xffff0000u);
   return part;
 }
@@ -136,13 +128,13 @@ static inline __m512i in_turns(Bits first, Bits second) {
 }
 
 // A line of a tile, and of the tiles of the parts behind it: lanes of a and b in turns.
-template <int Parts>
+template <int Parts, bool Exact>
 static inline void put_line(bf16* to, Vec<float> a, Vec<float> b, Magnitudes& most) {
   const Bits any = Bits(a) | Bits(b);
 #pragma GCC unroll 3
   for (int part = 0; part < Parts; ++part, to += tile_elements) {
     const bool last = part + 1 == Parts;
-    const Bits first = take_part(a, last), second = take_part(b, last);
+    const Bits first = take_part<Exact>(a, last), second = take_part<Exact>(b, last);
     const __m512i line = in_turns(first, second);
     if (part == 0) most.include(line, any);
     _mm512_store_si512(to, line);
@@ -176,14 +168,15 @@ static inline void pack_a_rows(const T* const* rows, Index n, Index m, Index k, 
   if (n == tile_side && m >= tile_depth && step == 1) {
 #pragma GCC unroll 4
     for (Index i = 0; i < tile_side; ++i, to += tile_depth)
-      put_line<Parts>(to, load_wide(rows[i] + k), load_wide(rows[i] + k + tile_side), most);
+      put_line<Parts, exact_parts<T, Parts>>(to, load_wide(rows[i] + k),
+                                             load_wide(rows[i] + k + tile_side), most);
     return;
   }
   for (Index i = 0; i < tile_side; ++i, to += tile_depth) {
     float line[tile_depth] = {};
     for (Index j = 0; i < n && j < min(m, tile_depth); ++j)
       line[j] = widen(rows[i][(k + j) * step]);
-    put_line<Parts>(to, load(line), load(line + tile_side), most);
+    put_line<Parts, exact_parts<T, Parts>>(to, load(line), load(line + tile_side), most);
   }
 }
 
@@ -199,7 +192,7 @@ static inline void pack_b_rows(const T* const* rows, Index n, Index m, Index k, 
     return load(v);
   };
   for (Index i = 0; i < tile_side; ++i, to += tile_depth)
-    put_line<Parts>(to, line(i), line(i + tile_side), most);
+    put_line<Parts, exact_parts<T, Parts>>(to, line(i), line(i + tile_side), most);
 }
 
 // One tile from columns of A (N = 32 of them) or of B (N = 16), which are turned into rows first:
@@ -214,7 +207,8 @@ static inline void pack_columns(const T* const* columns, Index n, Index m, Index
   for (Index l = 0; l < n; ++l) from[l] = columns[l] + k * step;
   pack_lanes<float, T>(from, n, min(m, tile_elements / N), step, transposed, N, N);
   for (Index i = 0; i < tile_side; ++i, to += tile_depth)
-    put_line<Parts>(to, load(transposed + i * N), load(transposed + i * N + second), most);
+    put_line<Parts, exact_parts<T, Parts>>(to, load(transposed + i * N),
+                                           load(transposed + i * N + second), most);
 }
 
 // What sums start from: a tile's rows are `row` floats apart, the next tiles `down` and `right`; or
@@ -226,8 +220,8 @@ struct Start {
 
 // Registers 0 to 3 hold C's tiles, row by row; 4 and 5 two of A; 6 and 7 two of B.
 //
-// Up to 2 x 2 tiles of C = start + A B; rows of C are `row` floats apart. The products of parts run
-// from small to large, in an order in which two successive ones share an operand.
+// Up to 2 x 2 tiles of C = start + A B; rows of C are `row` floats apart. Successive products of
+// parts share an operand, and of three parts run from small to large.
 template <int PartsA, int PartsB, int M, int N>
 [[gnu::always_inline]] static inline void multiply_tiles(Index steps, const bf16* a0,
                                                          const bf16* a1, const bf16* b0,
@@ -235,32 +229,32 @@ template <int PartsA, int PartsB, int M, int N>
                                                          Index row) {
   const auto load_a = [&](Index step, int part) {
     const Index at = (step * PartsA + part) * tile_elements;
-    _tile_loadd(4, a0 + at, tile_line);
-    if constexpr (M > 1) _tile_loadd(5, a1 + at, tile_line);
+    load_tile<4>(a0 + at, tile_line);
+    if constexpr (M > 1) load_tile<5>(a1 + at, tile_line);
   };
   const auto load_b = [&](Index step, int part) {
     const Index at = (step * PartsB + part) * tile_elements;
-    _tile_loadd(6, b0 + at, tile_line);
-    if constexpr (N > 1) _tile_loadd(7, b1 + at, tile_line);
+    load_tile<6>(b0 + at, tile_line);
+    if constexpr (N > 1) load_tile<7>(b1 + at, tile_line);
   };
   const auto dot = [] {
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+    add_products<0, 4, 6>();
+    if constexpr (N > 1) add_products<1, 4, 7>();
+    if constexpr (M > 1) add_products<2, 5, 6>();
+    if constexpr (M > 1 && N > 1) add_products<3, 5, 7>();
   };
   written();
   if (start.data) {
     const Index bytes = start.row * Index(sizeof(float));
-    _tile_loadd(0, start.data, bytes);
-    if constexpr (N > 1) _tile_loadd(1, start.data + start.right, bytes);
-    if constexpr (M > 1) _tile_loadd(2, start.data + start.down, bytes);
-    if constexpr (M > 1 && N > 1) _tile_loadd(3, start.data + start.down + start.right, bytes);
+    load_tile<0>(start.data, bytes);
+    if constexpr (N > 1) load_tile<1>(start.data + start.right, bytes);
+    if constexpr (M > 1) load_tile<2>(start.data + start.down, bytes);
+    if constexpr (M > 1 && N > 1) load_tile<3>(start.data + start.down + start.right, bytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
   }
   for (Index s = 0; s < steps; ++s) {
     if constexpr (PartsB == 1) {
@@ -269,6 +263,10 @@ template <int PartsA, int PartsB, int M, int N>
     } else if constexpr (PartsA == 1) {
       load_a(s, 0);
       for (int part = PartsB - 1; part >= 0; --part) load_b(s, part), dot();
+    } else if constexpr (PartsA == 2 && PartsB == 2) {
+      load_a(s, 0), load_b(s, 1), dot();
+      load_b(s, 0), dot();
+      load_a(s, 1), dot();
     } else {
       static_assert(PartsA == 3 && PartsB == 3);
       load_a(s, 2), load_b(s, 0), dot();
@@ -280,10 +278,10 @@ template <int PartsA, int PartsB, int M, int N>
     }
   }
   const Index bytes = row * Index(sizeof(float));
-  _tile_stored(0, c, bytes);
-  if constexpr (N > 1) _tile_stored(1, c + tile_side, bytes);
-  if constexpr (M > 1) _tile_stored(2, c + tile_side * row, bytes);
-  if constexpr (M > 1 && N > 1) _tile_stored(3, c + tile_side * row + tile_side, bytes);
+  store_tile<0>(c, bytes);
+  if constexpr (N > 1) store_tile<1>(c + tile_side, bytes);
+  if constexpr (M > 1) store_tile<2>(c + tile_side * row, bytes);
+  if constexpr (M > 1 && N > 1) store_tile<3>(c + tile_side * row + tile_side, bytes);
 }
 
 // Fewer than 2 x 2.

@@ -265,111 +265,6 @@ def test_a_long_sum_is_no_less_exact_than_a_matrix_product(plan):
     assert error.norm() < 8 * 2.0**-24 * exact.norm()
 
 
-MANY = (400, 2, 20, 17, 40)  # B, N, in, out, features: enough for a matrix unit
-
-
-def many(dtype=torch.float32, size=MANY):
-    b, n, i, o, k = size
-    sizes = (b, n, i), (b, n, o), (b, k), (o * i + o, k)
-    return [rand(*size, dtype=dtype, seed=seed) for seed, size in enumerate(sizes)]
-
-
-def hyper_ops(x, g, h, v, plan="contract"):
-    """The forward pass and the gradients of a layer without a bias of the head."""
-    m = g.shape[-1] * x.shape[-1]
-    return (
-        flat.hyper_linear(x, h, v, None, None, True, plan),
-        flat.grad_x(g, h, v[:m], None, None, plan),
-        flat.grad_h(g, x, v, None, len(x), True, plan),
-        op.hyper_linear_grad_weight(g, x, h, None, True, plan),
-    )
-
-
-def exact_ops(x, g, h, v):
-    """The same in fp64, and the sums of the absolute values of their terms."""
-
-    def compute(x, g, h, v):
-        m, b = g.shape[-1] * x.shape[-1], len(x)
-        p, w = h @ v.mT, (h @ v[:m].mT).view(b, g.shape[-1], x.shape[-1])
-        flat = torch.cat([outer(g, x).flatten(1), g.sum(1)], 1)
-        y = torch.einsum("boi,bni->bno", w, x) + p[:, None, m:]
-        return y, torch.einsum("boi,bno->bni", w, g), flat @ v, flat.mT @ h
-
-    args = [t.double() for t in (x, g, h, v)]
-    return zip(compute(*args), compute(*(t.abs() for t in args)), strict=True)
-
-
-@pytest.mark.parametrize("some", [False, True], ids=["all", "every second"])
-@pytest.mark.parametrize("exponent", [-140, -120, -110, -90, -60, -30, 30, 60, 90])
-def test_numbers_far_from_one(exponent, some):
-    for which in range(4):
-        args = many()
-        args[which][:: 1 + some] *= 2.0**exponent
-        largest = max(t.abs().max().item() for t in args)
-        smallest = 2.0**-149 if not some or exponent > -130 else 2.0**-133
-        for result, (exact, size) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
-            error = (result.double() - exact).abs()
-            bound = 16 * 2.0**-24 * size + 300 * smallest * max(largest, 1) ** 2
-            assert bool((error <= bound).all()), (which, (error / bound).max())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e37])
-def test_numbers_at_the_end_of_the_range(dtype, value):
-    """What is not finite, and what is near that, shows where it belongs and nowhere else."""
-    for which in range(4):
-        args = many(dtype)
-        args[which].view(-1)[7] = value
-        for result, (exact, size) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
-            finite = size.isfinite()
-            error = (result.double() - exact).abs()[finite]
-            eps = torch.finfo(dtype).eps
-            assert bool((error <= 300 * 2.0**-24 * size[finite] + eps * exact[finite].abs()).all())
-            assert not result[~finite].isfinite().any()
-            assert torch.equal(result.isnan(), exact.isnan())
-
-
-def test_a_nan_of_any_bits():
-    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
-    half = torch.tensor([0x7FFF, -1, 0x7F81], dtype=torch.int16)
-    for nan in (*bits.view(torch.float32), *half.view(torch.bfloat16)):
-        for which in range(4):
-            args = many(nan.dtype)
-            args[which].view(-1)[7] = nan
-            for result, (exact, _) in zip(hyper_ops(*args), exact_ops(*args), strict=True):
-                assert torch.equal(result.isnan(), exact.isnan())
-
-
-@pytest.mark.parametrize(
-    "size", [MANY, (1024, 1, 12, 12, 32), (96, 1, 20, 97, 40), (96, 8, 32, 9, 40)], ids=str
-)
-@pytest.mark.parametrize("exponent", [0, -100])
-def test_results_do_not_depend_on_threads(size, exponent):
-    args = many(size=size)
-    for t in args:
-        t[len(t) // 4 : len(t) // 2] *= 2.0**exponent
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            results.append(hyper_ops(*args))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(map(torch.equal, results[0], others))
-
-
-def test_beside_another_user_of_the_matrix_unit():
-    """oneDNN multiplies bf16 on it too, in the same threads."""
-    a, b = rand(300, 300, dtype=torch.bfloat16), rand(300, 300, dtype=torch.bfloat16, seed=1)
-    args = many()
-    first, product = hyper_ops(*args), a @ b
-    for _ in range(5):
-        assert torch.equal(a @ b, product)
-        assert all(map(torch.equal, hyper_ops(*args), first))
-
-
 @pytest.mark.parametrize("tasks", [2, 30])
 def test_hyper_plans_by_any_name(tasks):
     f32 = torch.float32
@@ -552,8 +447,10 @@ def test_every_instruction_set(isa):
     if isa == EXTENSION.isa():
         return  # the tests above ran it
     # Without the case that takes portable code minutes: others, too, have several blocks of tasks.
-    selection = "-k", "not bad and not 512"
-    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *selection)
+    selection = "not bad and not 512"
+    if isa == "amx_emulated":  # what a matrix unit does; the rest is that of avx512
+        selection += " and test_hyper_values and contract and not float64"
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 

@@ -374,5 +374,7 @@ def test_every_instruction_set(isa):
         return  # the tests above ran it
     environment = {**os.environ, "HYPERFAST_ISA": isa}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    if isa == "amx_emulated":  # networks large enough for a matrix unit; the rest is that of avx512
+        command += ["-k", "test_values_and_gradients and 400"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
