@@ -40,8 +40,8 @@ TYPES = {
 KINDS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
+    "high": torch.float32,
+    "medium": torch.float32,
     "fp64": torch.float64,
 }
 RUNS_AS = {"bf16": "half", "fp16": "half"}
