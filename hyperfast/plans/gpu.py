@@ -25,21 +25,20 @@ class Gpu(NamedTuple):
     library: float
 
 
-# fp32 products of a library are rounded to TF32 where PyTorch's precision is not the highest; those
-# of fused kernels run on vector units, or in parts.
-GPU = {
-    "half": Gpu(495e12, 740e12),
-    "fp32": Gpu(33e12, 50e12),
-    "high": Gpu(33e12, 370e12),
-    "medium": Gpu(33e12, 370e12),
-    "fp64": Gpu(33e12, 50e12),
-}
-
-# fp32 operands in parts of bf16, by the kind of arithmetic: six products of three parts are no less
-# accurate than fp32. "high" may treat a number as the sum of two bf16, "medium" as one.
+# fp32 numbers are multiplied in parts of bf16, by our kernels: six products of three parts are no
+# less accurate than fp32; "high" may treat a number as the sum of two bf16, "medium" as one.
 SPLIT = {"fp32": "bf16x6", "high": "bf16x3", "medium": "bf16x1"}
 PARTS = {"bf16x6": 3, "bf16x3": 2, "bf16x1": 1}
-PRODUCTS = {"bf16x6": 6, "bf16x3": 3, "bf16x1": 1}
+
+# A library's fp32 products are TF32 where PyTorch's precision is not the highest.
+GPU = {
+    "half": Gpu(495e12, 740e12),
+    "fp32": Gpu(495e12 / 6, 50e12),
+    "high": Gpu(495e12 / 3, 370e12),
+    "medium": Gpu(495e12, 370e12),
+    "fp64": Gpu(33e12, 50e12),
+}
+VECTOR_UNITS = 33e12  # FLOP/s of the fused kernel where fp32 numbers are not split: as GPU's
 
 
 class Machine(NamedTuple):
@@ -73,7 +72,7 @@ GPU_SORT = 4e-5  # seconds to sort some thousand rows by their task: about seven
 GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
 
 # One kernel runs a whole network of layers up to this width. Inputs and sums of a row are in
-# registers at once; those of 128 spill on sm_80 and gfx942, in TF32 on sm_90 too. Little is lost:
+# registers at once; those of 128 spill on sm_80 and gfx942. Little is lost:
 # of W * W * K multiply-adds and 4 * W bytes a row and layer, it saves the bytes, at 128 about 1%.
 GPU_WIDEST = 64
 GPU_DEEPEST = 4  # layers: each is compiled for itself, a second or more
@@ -100,9 +99,8 @@ def _costs(layer: Sizes, itemsize: int, device: str, machine: Machine) -> dict[s
     generated = 2 * b * p * k + 2 * r * p
     blocks = max(-(-weights // GPU_BLOCK), 1)
     memory = machine.memory if blocks > 1 else GPU_CACHE
-    numbers = o * i * k + min(b * k, r * i)
-    name, products, splitting = _products(device, 2 * r * o * i * k, numbers, machine)
-    parts = 2 * numbers * PARTS.get(name, 0)
+    name, products, splitting = _products(device, *_in_all([layer]), machine)
+    parts = 0 if transform else 2 * PARTS.get(name, 0) * (p + b) * k
     # FLOPs and their seconds, bytes stored, bytes of them moved at a rate, launches. Mixed rows
     # would have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
     table = {
@@ -159,8 +157,14 @@ def _one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str, machine: 
     return whole + machine.launch < apart
 
 
+def split(layers: Sequence[Sizes], device: str) -> str | None:
+    """The parts in which a kernel multiplies, a key of :data:`PARTS`, if it does so in parts."""
+    name = _products(device, *_in_all(layers), machine())[0]
+    return name if name in PARTS else None
+
+
 def _in_all(layers: Sequence[Sizes]) -> tuple[int, int]:
-    """FLOPs of a whole network, and the numbers that are multiplied."""
+    """FLOPs of what one kernel runs, and the numbers that it multiplies."""
     params, features = sum(layer.params for layer in layers), layers[0].features
     return 2 * layers[0].rows * params * features, (params + layers[0].tasks) * features
 
@@ -188,11 +192,10 @@ def products(dtype: torch.dtype, flops: int, numbers: int) -> str:
 def _products(kind: str, flops: int, numbers: int, machine: Machine) -> tuple[str, float, float]:
     """What takes less, its seconds, and those of splitting: two launches, which read 4 bytes of a
     number and write 2 of each part. None of it is measured."""
-    whole = flops / GPU[kind].fused
-    if (name := SPLIT.get(kind)) is not None:
-        parts = PRODUCTS[name] * flops / GPU["half"].fused
-        splitting = numbers * (4 + 2 * PARTS[name]) / machine.memory + 2 * machine.launch
-        if parts + splitting < whole:
-            return name, parts, splitting
-        kind = "fp32"
-    return kind, whole, 0.0
+    seconds = flops / GPU[kind].fused
+    if (name := SPLIT.get(kind)) is None:
+        return kind, seconds, 0.0
+    splitting = numbers * (4 + 2 * PARTS[name]) / machine.memory + 2 * machine.launch
+    if seconds + splitting < flops / VECTOR_UNITS:
+        return name, seconds, splitting
+    return "fp32", flops / VECTOR_UNITS, 0.0

@@ -150,12 +150,12 @@ def sums(dtype: torch.dtype) -> tl.dtype:
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """Of given weights: fp32 products are rounded to TF32 where PyTorch's are."""
+    """Of numbers that are not split: fp32 products are rounded to TF32 where PyTorch's are."""
     return {"SUM": sums(dtype), "PRECISION": "tf32" if unit(dtype) == "tf32" else "ieee"}
 
 
 def unit(dtype: torch.dtype) -> str:
-    """The kind of products with given weights, which no part of is used often enough to split."""
+    """The kind of products of numbers that are not split."""
     kind = gpu.arithmetic(dtype)
     return "tf32" if kind in ("high", "medium") else kind
 

@@ -35,6 +35,14 @@ def _lead(x):
 
 
 @triton.jit
+def rounded(x):
+    """To the 11 bits of TF32, which are those of fp16: the units would cut the others off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, (bits + 0x1000) & -0x2000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def split(x, PARTS: tl.constexpr):
     """Three parts of fp32 numbers, of which the last repeat where there are fewer."""
     bits = x.to(tl.int32, bitcast=True)

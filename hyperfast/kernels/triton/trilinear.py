@@ -21,7 +21,7 @@ from torch import Tensor
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, entry, power, tile, up
-from hyperfast.kernels.triton.parts import load, multiply, packed, split
+from hyperfast.kernels.triton.parts import load, multiply, packed, rounded, split
 from hyperfast.plans import gpu
 
 
@@ -130,13 +130,15 @@ def _outer(
     a, b, c, keys, y, rows, per_task, chunk, A, B, C,
     a_r, a_n, b_r, b_n, c_step, c_r, c_n, y_s, y_a, y_b, y_c,
     A_TASK: tl.constexpr, B_TASK: tl.constexpr, C_TASK: tl.constexpr, RAGGED: tl.constexpr,
-    SUM: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``y[s,i,j,k] = sum_r a[r,i] b[r,j] c[r,k]`` over the ``chunk`` rows of piece ``s``.
 
     A program owns a tile of ``BC`` by ``BA * BB``. Its right operand is formed; where it is
-    multiplied in parts, ``c`` comes in parts.
+    multiplied in parts, ``c`` comes in parts. Of fp16 a pair may be above 65504: it stays fp32, as
+    ``c`` is then, ``ROUNDED`` to the digits of fp16.
     """
     blocks_b, blocks_c = tl.cdiv(B, BB), tl.cdiv(C, BC)
     blocks = tl.cdiv(A, BA) * blocks_b * blocks_c
@@ -160,15 +162,17 @@ def _outer(
         b_tile = tl.load(b_row[:, None] + b_column, live[:, None] & (j < B)[None, :], 0.0)
         mask = (k < C)[:, None] & live[None, :]
         c1, c2, c3 = load(c_row[None, :] + c_column, c_step, mask, PARTS, False)
-        if SPLIT:
+        if ROUNDED:
             a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
         pairs = tl.reshape(a_tile[:, :, None] * b_tile[:, None, :], (BR, BA * BB))
+        if ROUNDED:
+            pairs = rounded(pairs)
         if SPLIT:
             p1, p2, p3 = split(pairs, PARTS)
             KIND: tl.constexpr = c.dtype.element_ty
             total += multiply(c1, c2, c3, p1.to(KIND), p2.to(KIND), p3.to(KIND), PARTS, SUM)
         else:
-            total = tl.dot(c1, pairs, total, input_precision="ieee", out_dtype=SUM)
+            total = tl.dot(c1, pairs, total, input_precision=PRECISION, out_dtype=SUM)
     q = tl.arange(0, BA * BB)
     i = pid // (blocks_b * blocks_c) * BA + q // BB
     j = pid // blocks_c % blocks_b * BB + q % BB
@@ -205,10 +209,10 @@ WIDEST = 64  # of what is applied: a block of it stays in registers
 OUTER = {
     "half": (Config(256, 64, 32, 8, 2),),
     "bf16x6": (Config(128, 64, 32, 4, 2),),
+    "tf32": (Config(256, 64, 32, 8, 2),),
     "fp32": (Config(128, 64, 16, 8, 2),),
     "fp64": (Config(32, 32, 16, 4, 2),),
 }
-OUTER["bf16x1"] = OUTER["bf16x3"] = OUTER["bf16x6"]
 
 # Pieces of the rows that are summed apart: bounds the memory of their sums.
 MOST_PIECES = 16
@@ -248,8 +252,8 @@ def trilinear(
     and constant: ``a_weight (N, I)``, ``b_weight (N, J)``, ``bias (N,)``; and what follows.
     """
     n, i, j = v.shape
-    numbers = v.numel() + min(a[0].numel(), b[0].numel())
-    kind = gpu.products(v.dtype, 2 * rows.total * v.numel(), numbers)
+    numbers = v.numel() + (0 if b_weight is None else b_weight.numel())
+    kind = gpu.products(v.dtype, 2 * rows.total * numbers, numbers + b[0].numel())
     table = CONTRACT[kind]
 
     def work(applied: int, dotted: int) -> int:
@@ -313,9 +317,11 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
         a, b, y = b, a, y.transpose(0, 1)
     shape = y.shape
     (a_, a_task), (b_, b_task), (c_, c_task) = a, b, c
-    kind = gpu.products(y.dtype, 2 * rows.total * y.numel(), c_.numel())
-    if y.dtype == torch.float16:  # a pair may be above 65504: it has 16 bits in two parts of bf16
-        kind = "bf16x3"
+    kind = launch.unit(y.dtype)  # to split pairs takes longer than a product of TF32
+    if kind == "fp32":
+        kind = gpu.products(y.dtype, 2 * rows.total * y.numel(), c_.numel())
+    if y.dtype == torch.float16:  # TF32 has its digits, and the exponents of fp32
+        kind, c_ = "tf32", c_.float()
     parts = gpu.PARTS.get(kind, 0)
     c_parts = packed(c_.unsqueeze(1), parts)[:, :, 0] if parts else c_.unsqueeze(0)
     total_dtype = torch.promote_types(y.dtype, torch.float32)
@@ -350,7 +356,8 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
             a_, b_, c_parts, rows.keys, out, rows.total, rows.per_task, chunk, *shape,
             *a_.stride(), *b_.stride(), *c_parts.stride(), *out.stride(),
             A_TASK=a_task, B_TASK=b_task, C_TASK=c_task, RAGGED=rows.ragged,
-            SUM=launch.sums(y.dtype), PARTS=max(parts, 1), SPLIT=parts > 0,
+            SUM=launch.sums(y.dtype), PRECISION="tf32" if kind == "tf32" else "ieee",
+            PARTS=max(parts, 1), SPLIT=parts > 0, ROUNDED=y.dtype == torch.float16,
             BA=outer, BB=inner, BC=columns, BR=config.depth,
             **config.options(y.device),
         )  # fmt: skip

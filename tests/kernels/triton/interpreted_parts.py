@@ -10,7 +10,7 @@ import torch
 from hyperfast.kernels import reference
 from hyperfast.kernels.triton.parts import packed
 from hyperfast.plans import gpu
-from tests.support.budget import assert_as_good, assert_within_roundings, norm
+from tests.support.budget import assert_as_good, norm
 from tests.support.cases import Sizes, Variant, is_float
 from tests.support.interpreted import choose, on_triton_kernels, one_kernel_or_layers, ragged_or_not
 from tests.support.networks import expected, random, text
@@ -18,6 +18,10 @@ from tests.support.networks import expected, random, text
 FP64, FP32 = torch.float64, torch.float32
 every_way = pytest.mark.parametrize("way", gpu.PARTS)
 OPS = ("hyper_linear", "hyper_linear_grad_h", "hyper_linear_grad_weight")
+# The gradient of the head has three parts, or is TF32, which the interpreter knows not.
+every_op = pytest.mark.parametrize(
+    ("name", "way"), [(n, w) for n, w in product(OPS, gpu.PARTS) if n != OPS[2] or w == "bf16x6"]
+)
 # What a product of two numbers may lose where these keep 8 or 16 bits, and the smallest product of
 # their parts is left out; of three parts as much as one rounding of fp32, which the depth counts.
 LOST = {"bf16x1": 2**-7 + 2**-16, "bf16x3": 2**-15, "bf16x6": 0.0}
@@ -70,9 +74,8 @@ def test_what_is_not_finite_is_the_last_part():
         assert found[:-1].isfinite().all()
 
 
-@every_way
+@every_op
 @ragged_or_not
-@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("sizes", [Sizes(5, 3, 17, 33, 17), Sizes(3, 1, 1, 2, 70)], ids=str)
 def test_layers(sizes, name, ragged, way, monkeypatch):
     """No worse than plain fp32, in six products; else by what numbers keep, for each element."""
@@ -126,9 +129,8 @@ def same(y, want):
     torch.testing.assert_close(y[y.isfinite()], want[want.isfinite()], rtol=2e-2, atol=2e-2)
 
 
-@every_way
+@every_op
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("name", OPS)
 def test_infinities_and_nan(name, way, monkeypatch):
     """One in each operand; next to numbers that are one part, and next to 0: as in plain fp32."""
     variant = Variant(name, False, False, False, plan="contract")
@@ -187,12 +189,26 @@ def test_pairs_of_fp16_do_not_overflow(ragged):
     assert_as_good(y, exact.half(), exact)
 
 
-def test_gradients_in_fp16_keep_their_digits():
-    """Pairs are not rounded to fp16."""
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_pairs_of_fp16_keep_its_digits():
+    """They are rounded to 11 bits, and what is not finite stays so."""
     grad, x, h = (torch.randn(40, *size).half() for size in ((1, 4), (1, 8), (5,)))
-    y = torch.ops.hyperfast.hyper_linear_grad_weight(grad, x, h, None, False, "contract")
 
-    def formula(grad, x, h):
-        return torch.einsum("rno,rni,rk->oik", grad, x, h).flatten(0, 1)
+    def run():
+        return torch.ops.hyperfast.hyper_linear_grad_weight(grad, x, h, None, False, "contract")
 
-    assert_within_roundings(y, formula, grad, x, h, depth=40 + 2**8)
+    wide = [t.double() for t in (grad, x, h)]
+    exact, size = (
+        reference.hyper_linear_grad_weight(*given, None, False)
+        for given in (wide, [t.abs() for t in wide])
+    )
+    y = run()
+    bound = 2**-11 * size + 2**-11 * exact.abs()
+    assert ((y.double() - exact).abs() <= bound).all()
+    grad[3, 0, 1], x[5, 0, 2] = torch.inf, torch.nan
+    y = run().view(4, 8, 5)
+    assert y[:, 2].isnan().all()
+    y[:, 2] = 0
+    assert not y[1, [0, 1, *range(3, 8)]].isfinite().any()
+    y[1] = 0
+    assert y.isfinite().all()
