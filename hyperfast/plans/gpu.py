@@ -186,7 +186,8 @@ def arithmetic(dtype: torch.dtype) -> str:
 def products(dtype: torch.dtype, flops: int, numbers: int) -> str:
     """How a fused kernel multiplies: in a kind of arithmetic, or in parts, a key of :data:`PARTS`;
     operands of ``numbers`` elements would be split for so many ``flops``."""
-    return _products(arithmetic(dtype), flops, numbers, machine())[0]
+    kind = arithmetic(dtype)
+    return _products(kind, flops, numbers, machine())[0] if kind in SPLIT else kind
 
 
 def _products(kind: str, flops: int, numbers: int, machine: Machine) -> tuple[str, float, float]:

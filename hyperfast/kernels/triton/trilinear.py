@@ -130,8 +130,8 @@ def _outer(
     a, b, c, keys, y, rows, per_task, chunk, A, B, C,
     a_r, a_n, b_r, b_n, c_step, c_r, c_n, y_s, y_a, y_b, y_c,
     A_TASK: tl.constexpr, B_TASK: tl.constexpr, C_TASK: tl.constexpr, RAGGED: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr, ROUNDED: tl.constexpr,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``y[s,i,j,k] = sum_r a[r,i] b[r,j] c[r,k]`` over the ``chunk`` rows of piece ``s``.
@@ -317,7 +317,7 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
         a, b, y = b, a, y.transpose(0, 1)
     shape = y.shape
     (a_, a_task), (b_, b_task), (c_, c_task) = a, b, c
-    kind = launch.unit(y.dtype)  # to split pairs takes longer than a product of TF32
+    kind = launch.unit(y.dtype)  # to split pairs would take longer than products of TF32
     if kind == "fp32":
         kind = gpu.products(y.dtype, 2 * rows.total * y.numel(), c_.numel())
     if y.dtype == torch.float16:  # TF32 has its digits, and the exponents of fp32
