@@ -11,7 +11,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from bench.gpu.device import DEVICE, KINDS, REHEARSAL, facts, select
 from hyperfast.kernels import reference
 from hyperfast.layout import MLPSpec, Network, of_layer
 from hyperfast.ops.network import hyper_mlp, task_mlp
+from hyperfast.plans import gpu
 
 # What a side of a product may be: whole tiles, and what is left over at their edges.
 SIDES = (1, 3, 4) if REHEARSAL else (8, 16, 33, 64, 64, 100, 128, 128)
@@ -156,6 +158,18 @@ def wrong(shape: Shape, repeats: int) -> dict[str, Any] | None:
     return {"shape": shape, "times": times, "worst": worst} if times else None
 
 
+@contextmanager
+def split() -> Iterator[None]:
+    """fp32 in parts however little there is to multiply: these products an assembler may get
+    wrong, not those of vector units."""
+    chosen = gpu.products
+    gpu.products = lambda dtype, *_: gpu.SPLIT.get(kind := gpu.arithmetic(dtype), kind)
+    try:
+        yield
+    finally:
+        gpu.products = chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.gpu.exact", description=__doc__)
     parser.add_argument("--seconds", type=float, default=45)
@@ -164,7 +178,7 @@ def main() -> None:
     end = time.perf_counter() + args.seconds
     found: dict[str, Any] = {"ptxas": facts()["ptxas"], "shapes": 0, "repeats": REPEATS}
     found |= {"wrong": [], "failed": []}
-    with hyperfast.use_backend("triton"):
+    with hyperfast.use_backend("triton"), split():
         for shape in shapes(SHAPES):
             if time.perf_counter() > end:
                 break

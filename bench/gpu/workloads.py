@@ -108,7 +108,7 @@ def jobs() -> list[Job]:
     found += [Job(w, mode, "fp32", 0) for w in (FEW, MANY) for mode in MODES]
     found += [Job(bank, MODES[0], "fp32", 0) for bank in banks()]
     found += [Job(w, mode, "fp32", 0) for w in few for mode in MODES]
-    found += [Job(w, mode, "tf32", 2 * (mode == MODES[0])) for w in (FEW, MANY) for mode in MODES]
+    found += [Job(w, mode, "high", 2 * (mode == MODES[0])) for w in (FEW, MANY) for mode in MODES]
     found += [Job(w, mode, best, 0) for w in TABLE for mode in MODES]
     if REHEARSAL:  # one of each: a network, a layer, who asks a bank
         each = {(tiny(job.workload).name, job.mode): job for job in reversed(found)}

@@ -53,7 +53,8 @@ def explain(
     ``whole`` is that of the C++ kernels for many rows a task and for few tasks: all layers of a
     task together, on weights made for a block of tasks at a time. ``destinations`` sums rows before
     they meet the head, ``project`` multiplies rows that all tasks share with the head first
-    (:mod:`hyperfast.plans.orders`).
+    (:mod:`hyperfast.plans.orders`). ``bf16x6``, ``bf16x3`` or ``bf16x1`` says that a GPU's matrix
+    units multiply fp32 numbers in three, two or one parts of bf16.
 
     Args:
         model: a :class:`hyperfast.HyperMLP`, or a :class:`hyperfast.HyperLinear`.
@@ -102,7 +103,7 @@ def explain(
         size for v in heads for size in v.sizes(tasks, rows, features, ragged, bool(transform))
     )
     title = f"x {x_shape}, z {z_shape}, {str(dtype).removeprefix('torch.')} on {weight.device.type}"
-    whole, network = False, None
+    whole, one_kernel, network = False, False, None
     if mlp is not None and mlp.whole:
         names = mlp.target.layer_activations(len(layers))
         network = mlp.spec.describe(names, mlp.transform)
@@ -110,8 +111,8 @@ def explain(
         network = heads[0].network
     if network is not None:
         if device in gpu.GPU:
-            if gpu.one_kernel(layers, dtype.itemsize, device):
-                title += ", in one kernel"
+            one_kernel = gpu.one_kernel(layers, dtype.itemsize, device)
+            title += ", in one kernel" * one_kernel
         elif device == "cpp":
             whole = cpu.runs_whole(network, dtype, ragged, tasks, rows, features)
     chosen = []
@@ -128,6 +129,10 @@ def explain(
         plan = "materialize" if callable(transform) else choose(v, dtype, device)
         cost = cost or costs(v, dtype, device)[plan]
         chosen.append((f"{v.in_features} -> {v.out_features}", cost))
+    if device in gpu.GPU:
+        contracted = [[v] for v, (_, c) in zip(layers, chosen, strict=True) if c.plan == "contract"]
+        ways = {gpu.split(v, device) or "" for v in ([layers] if one_kernel else contracted)}
+        title += "".join(f", {way}" for way in sorted(ways) if way)
     return Explanation(title, tuple(chosen), whole)
 
 

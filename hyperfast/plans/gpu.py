@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,12 +25,20 @@ class Gpu(NamedTuple):
     library: float
 
 
+# fp32 numbers are multiplied in parts of bf16, by our kernels: six products of three parts are no
+# less accurate than fp32; "high" may treat a number as the sum of two bf16, "medium" as one.
+SPLIT = {"fp32": "bf16x6", "high": "bf16x3", "medium": "bf16x1"}
+PARTS = {"bf16x6": 3, "bf16x3": 2, "bf16x1": 1}
+
+# A library's fp32 products are TF32 where PyTorch's precision is not the highest.
 GPU = {
     "half": Gpu(495e12, 740e12),
-    "tf32": Gpu(245e12, 370e12),
-    "fp32": Gpu(33e12, 50e12),
+    "fp32": Gpu(495e12 / 6, 50e12),
+    "high": Gpu(495e12 / 3, 370e12),
+    "medium": Gpu(495e12, 370e12),
     "fp64": Gpu(33e12, 50e12),
 }
+VECTOR_UNITS = 33e12  # FLOP/s of the fused kernel where fp32 numbers are not split: as GPU's
 
 
 class Machine(NamedTuple):
@@ -64,7 +72,7 @@ GPU_SORT = 4e-5  # seconds to sort some thousand rows by their task: about seven
 GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
 
 # One kernel runs a whole network of layers up to this width. Inputs and sums of a row are in
-# registers at once; those of 128 spill on sm_80 and gfx942, in TF32 on sm_90 too. Little is lost:
+# registers at once; those of 128 spill on sm_80 and gfx942. Little is lost:
 # of W * W * K multiply-adds and 4 * W bytes a row and layer, it saves the bytes, at 128 about 1%.
 GPU_WIDEST = 64
 GPU_DEEPEST = 4  # layers: each is compiled for itself, a second or more
@@ -81,23 +89,25 @@ def costs(layer: Sizes, itemsize: int, device: str) -> dict[str, Cost]:
 
 @lru_cache(maxsize=4096)
 def _costs(layer: Sizes, itemsize: int, device: str, machine: Machine) -> dict[str, Cost]:
-    gpu = GPU[device]
     b, r, i, o, k, ragged, _, transform = layer
     if transform and ragged and r < b:  # fewer rows than tasks are tasks of their own
         b, ragged = r, False
     p = layer.params
     io = (p * k + b * k + r * (i + o)) * itemsize
+    library = GPU[device].library
     weights = b * p * itemsize
     generated = 2 * b * p * k + 2 * r * p
     blocks = max(-(-weights // GPU_BLOCK), 1)
     memory = machine.memory if blocks > 1 else GPU_CACHE
-    # FLOPs at a rate, weights stored, bytes of them moved at a rate, launches. Mixed rows would
-    # have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
+    name, products, splitting = _products(device, *_in_all([layer]), machine)
+    parts = 0 if transform else 2 * PARTS.get(name, 0) * (p + b) * k
+    # FLOPs and their seconds, bytes stored, bytes of them moved at a rate, launches. Mixed rows
+    # would have to be cut into blocks of tasks by the host, which does not see the ids: never tile.
     table = {
-        "contract": (2 * r * p * k, gpu.fused, 0, 0, memory, 1),
-        "tile": (generated, gpu.library, min(weights, GPU_BLOCK), 2 * weights, GPU_CACHE,
+        "contract": (2 * r * p * k, products + splitting, parts, 2 * parts, math.inf, 1),
+        "tile": (generated, generated / library, min(weights, GPU_BLOCK), 2 * weights, GPU_CACHE,
                  3 * blocks),
-        "materialize": (generated, gpu.library, weights, 2 * weights, memory, 2),
+        "materialize": (generated, generated / library, weights, 2 * weights, memory, 2),
     }  # fmt: skip
     never = {"tile"} if ragged else set()
     if transform:
@@ -108,11 +118,9 @@ def _costs(layer: Sizes, itemsize: int, device: str, machine: Machine) -> dict[s
             flops,
             io + min(moved, 2 * stored),
             stored,
-            math.inf
-            if name in never
-            else flops / rate + moved / bandwidth + launches * machine.launch,
+            math.inf if name in never else seconds + moved / bandwidth + launches * machine.launch,
         )
-        for name, (flops, rate, stored, moved, bandwidth, launches) in table.items()
+        for name, (flops, seconds, stored, moved, bandwidth, launches) in table.items()
     }
 
 
@@ -142,16 +150,53 @@ def _one_kernel(layers: tuple[Sizes, ...], itemsize: int, device: str, machine: 
         return False
     tables = [_costs(layer, itemsize, device, machine) for layer in layers]
     fill = min(rows / (GPU_ROWS * GPU_MULTIPROCESSORS), 1)
-    whole = sum(table["contract"].flops for table in tables) / GPU[device].fused / fill
+    _, products, splitting = _products(device, *_in_all(layers), machine)
+    whole = products / fill + splitting
     apart = sum(min(c.seconds for c in table.values()) for table in tables)
     apart += 2 * rows * sum(widths[1:-1]) * itemsize / machine.memory
     return whole + machine.launch < apart
 
 
+def split(layers: Sequence[Sizes], device: str) -> str | None:
+    """The parts in which a kernel multiplies, a key of :data:`PARTS`, if it does so in parts."""
+    name = _products(device, *_in_all(layers), machine())[0]
+    return name if name in PARTS else None
+
+
+def _in_all(layers: Sequence[Sizes]) -> tuple[int, int]:
+    """FLOPs of what one kernel runs, and the numbers that it multiplies."""
+    params, features = sum(layer.params for layer in layers), layers[0].features
+    return 2 * layers[0].rows * params * features, (params + layers[0].tasks) * features
+
+
 def arithmetic(dtype: torch.dtype) -> str:
-    """The kind of arithmetic, a key of :data:`GPU`: fp32 is TF32 where PyTorch's products are."""
+    """The kind of arithmetic, a key of :data:`GPU`: of fp32 as
+    :func:`torch.set_float32_matmul_precision` has it."""
     if dtype == torch.float64:
         return "fp64"
-    if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
-    return "half"
+    if dtype != torch.float32:
+        return "half"
+    backends: Any = torch.backends
+    if backends.cuda.matmul.fp32_precision != "tf32":
+        return "fp32"
+    # No setting of CUDA's alone tells these two apart.
+    return "medium" if backends.mkldnn.matmul.fp32_precision == "bf16" else "high"
+
+
+def products(dtype: torch.dtype, flops: int, numbers: int) -> str:
+    """How a fused kernel multiplies: in a kind of arithmetic, or in parts, a key of :data:`PARTS`;
+    operands of ``numbers`` elements would be split for so many ``flops``."""
+    kind = arithmetic(dtype)
+    return _products(kind, flops, numbers, machine())[0] if kind in SPLIT else kind
+
+
+def _products(kind: str, flops: int, numbers: int, machine: Machine) -> tuple[str, float, float]:
+    """What takes less, its seconds, and those of splitting: two launches, which read 4 bytes of a
+    number and write 2 of each part. None of it is measured."""
+    seconds = flops / GPU[kind].fused
+    if (name := SPLIT.get(kind)) is None:
+        return kind, seconds, 0.0
+    splitting = numbers * (4 + 2 * PARTS[name]) / machine.memory + 2 * machine.launch
+    if seconds + splitting < flops / VECTOR_UNITS:
+        return name, seconds, splitting
+    return "fp32", flops / VECTOR_UNITS, 0.0

@@ -31,7 +31,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(device, "TURN", 0)
 
 
-LIMITS = {"bf16": 1e12, "tf32": 1e12, "fp32": 1e12, "fp64": 1e12, "copy": 1e11, "cache": 1e11}
+LIMITS = {"bf16": 1e12, "high": 1e12, "fp32": 1e12, "fp64": 1e12, "copy": 1e11, "cache": 1e11}
 
 
 def test_the_most_telling_races_come_first_and_none_twice():
@@ -165,7 +165,7 @@ def test_shapes_are_of_every_op_and_kind():
     assert {s.op for s in found} == set(exact.OPS)
     assert any(s.rows * s.tasks > 4 * 1024 for s in found if s.op == "task_linear_grad_weight")
     kinds = {s.kind for s in found}
-    assert kinds == {"bf16", "tf32", "fp32"}
+    assert kinds == {"bf16", "high", "fp32"}
     many = {(s.op, s.kind) for s in found if s.rows in exact.MANY and s.ragged}
     assert many == {(op, kind) for op in exact.OPS if op.startswith("task") for kind in kinds}
     assert found == exact.shapes(100)

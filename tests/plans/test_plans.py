@@ -206,7 +206,7 @@ def network(sizes, tasks, rows, features=64):
     return tuple(Sizes(tasks, rows, i, o, features) for i, o in pairwise(sizes))
 
 
-@pytest.mark.parametrize("device", ["half", "tf32"])
+@pytest.mark.parametrize("device", ["half", "fp32", "high", "medium"])
 def test_one_kernel_for_narrow_networks_of_many_tasks(device):
     many = 65536
     assert gpu.one_kernel(network((2, 32, 32, 1), many, many), 2, device)
@@ -238,6 +238,43 @@ def test_explain_tells_of_one_kernel(model, monkeypatch):
     assert "in one kernel" in str(hyperfast.explain(model, (65536, 4), (65536, 5)))
     wide = hyperfast.HyperMLP(hyperfast.HyperNet(5, 64, 64, 10))
     assert "in one kernel" not in str(hyperfast.explain(wide, (8, 1 << 20, 64), (8, 5)))
+
+
+@pytest.mark.parametrize("kind", gpu.SPLIT)
+def test_numbers_are_split_where_it_pays(kind, monkeypatch):
+    """For much work, which gains more than two launches and the parts' bytes take."""
+    much, little = Sizes(4096, 4096, 128, 128, 64), Sizes(512, 512, 32, 32, 32)
+    assert gpu.split([much], kind) == gpu.SPLIT[kind]
+    assert gpu.split([little], kind) is None
+    assert gpu.split([much], "half") is gpu.split([much], "fp64") is None
+    parts = gpu.PARTS[gpu.SPLIT[kind]] * 2 * (much.params + 4096) * 64
+    assert gpu.costs(much, 4, kind)["contract"].extra_bytes == parts
+    assert gpu.costs(little, 4, kind)["contract"].extra_bytes == 0
+    # Slow launches, or a slow memory, make it pay later.
+    assert gpu._products(kind, 10**10, 10**6, gpu.Machine(3e12, 1e-5))[0] == gpu.SPLIT[kind]
+    assert gpu._products(kind, 10**10, 10**6, gpu.Machine(3e12, 1e-3))[0] == "fp32"
+    assert gpu._products(kind, 10**10, 10**6, gpu.Machine(1e10, 1e-5))[0] == "fp32"
+
+
+def test_precision_is_that_of_pytorch():
+    try:
+        for precision, kind in (("highest", "fp32"), ("high", "high"), ("medium", "medium")):
+            torch.set_float32_matmul_precision(precision)
+            assert gpu.arithmetic(torch.float32) == kind
+            assert gpu.arithmetic(torch.float64) == "fp64"
+            assert gpu.arithmetic(torch.bfloat16) == gpu.arithmetic(torch.float16) == "half"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_explain_tells_of_parts(model, monkeypatch):
+    for kind, name in gpu.SPLIT.items():
+        monkeypatch.setattr(explain, "device_key", lambda device, dtype, kind=kind: kind)
+        title = str(hyperfast.explain(model, (1 << 20, 4), (1 << 20, 5))).split("\n")[0]
+        assert title.endswith(f", in one kernel, {name}")
+        wide = hyperfast.HyperMLP(hyperfast.HyperNet(5, 128, 128, 10))
+        assert name in str(hyperfast.explain(wide, (1 << 16, 128), (1 << 16, 5)))
+        assert name not in str(hyperfast.explain(wide, (9, 128), (9, 5)))
 
 
 def test_figures_are_those_of_the_device(monkeypatch):

@@ -40,8 +40,9 @@ TYPES = {
 KINDS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
-    "tf32": torch.float32,
     "fp32": torch.float32,
+    "high": torch.float32,
+    "medium": torch.float32,
     "fp64": torch.float64,
 }
 RUNS_AS = {"bf16": "half", "fp16": "half"}
@@ -145,16 +146,19 @@ def launches(kind, target):
     every = (kind, target) == ("bf16", "sm_90")
 
     def work():
-        for size in SIZES if every else SIZES[: 1 if kind == "fp16" else 2]:
+        few = kind in ("fp16", "medium")  # whose other kernels are those of another kind
+        for size in SIZES if every else SIZES[: 1 if few else 2]:
             run_all(KINDS[kind], *size)
         if kind == "fp16":
+            return
+        for network in NETWORKS if every else NETWORKS[1:2]:
+            run_network(KINDS[kind], *network)
+        if few:
             return
         for size in TRANSFORMED if every else TRANSFORMED[-1:]:
             run_transformed(KINDS[kind], *size, "softplus")
         for transform in TRANSFORMS if every else ():
             run_transformed(KINDS[kind], *TRANSFORMED[-1], transform)
-        for network in NETWORKS if every else NETWORKS[1:2]:
-            run_network(KINDS[kind], *network)
         run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
 
     return recorded(kind, target, work)

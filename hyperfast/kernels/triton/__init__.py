@@ -2,6 +2,7 @@
 
 ``layers``     the ops of single layers: which plan, hence which kernels
 ``trilinear``  a generated layer and its derivatives, the weights never stored
+``parts``      fp32 numbers as sums of bf16, which matrix units multiply
 ``grouped``    rows times the given weights of their tasks, and the gradient of those
 ``network``    a generated network: in one kernel where it fits, else by its layers
 ``stored``     given networks: likewise

@@ -28,7 +28,8 @@ from hyperfast.kernels.triton.launch import (
     tile,
     up,
 )
-from hyperfast.kernels.triton.trilinear import generate, groups, packed, product
+from hyperfast.kernels.triton.parts import load, packed
+from hyperfast.kernels.triton.trilinear import generate, groups, product, wide
 from hyperfast.layout import Network, of_layer
 from hyperfast.plans import gpu
 from hyperfast.plans.sizes import Sizes
@@ -36,40 +37,42 @@ from hyperfast.plans.sizes import Sizes
 
 @triton.jit
 def _layer(
-    v, x_row, h_row, weight, bias, live, K, FILLED, x_i, h_k, w_p, w_k, bias_p,
+    v, x_row, h_row, part_row, weight, made, bias, live, K, FILLED, x_i, h_k, part_step, part_k,
+    w_p, w_k, made_step, made_p, made_k, bias_p,
     I: tl.constexpr, O: tl.constexpr, BEGIN: tl.constexpr, FIRST: tl.constexpr,
-    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
-    FULL: tl.constexpr, INDEX: tl.constexpr,
+    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
+    G: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The sums of one layer: ``sum_ik V[o,i,k] v[r,i] h[r,k]``, and what is linear and constant.
-    Columns of ``v`` past ``I`` meet weights of 0."""
+    Columns of ``v`` past ``I`` meet weights of 0. ``made`` are the weights ``V`` in parts."""
     i, o = tl.arange(0, BI), tl.arange(0, BO)
     total = tl.zeros((BM, BO // G, G), SUM)
-    step = tl.cast(w_p, tl.int64)
+    step = tl.cast(made_p, tl.int64)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        h_tile = tl.load(
-            h_row + k[None, :].to(tl.int64) * h_k, live[:, None] & (k < K)[None, :], 0.0
+        mask = live[:, None] & (k < K)[None, :]
+        h1, h2, h3 = load(
+            part_row + k[None, :].to(tl.int64) * part_k, part_step, mask, PARTS, False
         )
         total = generate(
-            total, h_tile, v, weight + BEGIN * step, 0, k0, I, FILLED, O, I * step, step, w_k,
-            PRECISION, BI, BK, FULL, INDEX,
+            total, h1, h2, h3, v, made + BEGIN * step, made_step, 0, k0, I, FILLED, O, I * step,
+            step, made_k, PARTS, BI, BK, FULL, INDEX,
         )  # fmt: skip
     total = tl.reshape(total, (BM, BO))
+    step = tl.cast(w_p, tl.int64)
     if TARGET_BIAS:
         biases = weight + (BEGIN + O * I) * step
-        total = product(total, h_row, biases, live, o, K, O, h_k, w_p, w_k, PRECISION, BK)
+        total = product(total, h_row, biases, live, o, K, O, h_k, w_p, w_k, BL)
     if HAS_BIAS:
         step = tl.cast(bias_p, tl.int64)
         shared = bias + BEGIN * step
         if FIRST:
-            total = product(total, x_row, shared, live, o, I, O, x_i, I * step, step, PRECISION, 16)
+            total = product(total, x_row, shared, live, o, I, O, x_i, I * step, step, 16)
         else:
             held = (o < O)[:, None] & (i < I)[None, :]
             shared = tl.load(shared + (o[:, None] * I + i[None, :]) * step, held, 0.0)
-            made = tl.dot(shared, tl.trans(v), input_precision=PRECISION, out_dtype=SUM)
-            total += tl.trans(made)
+            total += tl.trans(tl.dot(shared, tl.trans(v), input_precision="ieee", out_dtype=SUM))
         if TARGET_BIAS:
             constant = tl.load(bias + (BEGIN + O * I + o) * step, o < O, 0.0)
             total += constant.to(SUM)[None, :]
@@ -88,27 +91,29 @@ def _finish(
 
 @triton.jit(do_not_specialize=["rows", "per_task"])
 def _hyper_mlp(
-    x, h, weight, bias, keys, preactivations, y, rows, per_task, K, FILLED,
-    x_r, x_i, h_t, h_k, w_p, w_k, bias_p,
+    x, h, h_parts, weight, made, bias, keys, preactivations, y, rows, per_task, K, FILLED,
+    x_r, x_i, h_t, h_k, part_step, part_t, part_k, w_p, w_k, made_step, made_p, made_k, bias_p,
     SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, GROUPS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, KEPT: tl.constexpr, AT: tl.constexpr,
     TARGET_BIASES: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    SUM: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """``BM`` rows through a network; the arguments of the first ``KEPT`` activations are stored,
     those of layer ``n`` after ``AT[n]`` for each row."""
     r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = r < rows
-    h_row = (h + entry(r, keys, per_task, live, True, RAGGED) * h_t)[:, None]
+    task = entry(r, keys, per_task, live, True, RAGGED)
+    h_row, part_row = (h + task * h_t)[:, None], (h_parts + task * part_t)[:, None]
     x_row = (x + r * x_r)[:, None]
     i = tl.arange(0, TILES[0])
     v = tl.load(x_row + i[None, :].to(tl.int64) * x_i, live[:, None] & (i < SIZES[0])[None, :], 0.0)
     for n in tl.static_range(len(GROUPS)):
         total = _layer(
-            v, x_row, h_row, weight, bias, live, K, FILLED, x_i, h_k, w_p, w_k, bias_p,
+            v, x_row, h_row, part_row, weight, made, bias, live, K, FILLED, x_i, h_k,
+            part_step, part_k, w_p, w_k, made_step, made_p, made_k, bias_p,
             SIZES[n], SIZES[n + 1], BEGINS[n], n == 0, TARGET_BIASES[n], HAS_BIAS,
-            SUM, PRECISION, BM, TILES[n], TILES[n + 1], BK, GROUPS[n], FULL[n], INDEX,
+            SUM, PARTS, BM, TILES[n], TILES[n + 1], BK, BL, GROUPS[n], FULL[n], INDEX,
         )  # fmt: skip
         o = tl.arange(0, TILES[n + 1])
         at = r[:, None] * SIZES[n + 1] + o[None, :]
@@ -127,10 +132,11 @@ WHOLE = {
         Config(64, 64, 64, 4, 3, 64),
         Config(32, 64, 64, 4, 3, 64),
     ),
-    "tf32": (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)),
+    "bf16x6": (Config(64, 64, 32, 4), Config(32, 64, 64, 4, 2)),
     "fp32": (Config(64, 64, 16, 8, 2),),
     "fp64": (Config(32, 64, 16, 8, 2),),
 }
+WHOLE["bf16x1"], WHOLE["bf16x3"] = WHOLE["half"], WHOLE["bf16x6"]
 
 
 def hyper_mlp(
@@ -228,11 +234,17 @@ def _whole(
     """``(R, out)``; the arguments of the first ``keep`` activations go to ``preactivations``."""
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
     features = weight.shape[1]
-    weight = packed(weight.unsqueeze(1), rows.total)[:, 0]
+    kind = gpu.products(x.dtype, 2 * rows.total * weight.numel(), weight.numel() + h.numel())
+    parts = gpu.PARTS.get(kind, 0)
+    if parts:
+        made, h_parts = (packed(t.unsqueeze(1), parts)[:, :, 0] for t in (weight, h))
+    else:
+        weight = wide(weight.unsqueeze(1), rows.total)[:, 0]
+        made, h_parts = weight.unsqueeze(0), h.unsqueeze(0)
     tiles = tuple(power(size) if n == 0 else tile(size) for n, size in enumerate(sizes))
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])
-    table = WHOLE[gpu.arithmetic(x.dtype)]
+    table = WHOLE[kind]
     sines = any(f.name == "sin" for f in then)
     if sines:  # to reduce large arguments takes more registers than products do
         table = tuple(config._replace(registers=None) for config in table)
@@ -245,22 +257,23 @@ def _whole(
         group = tuple(groups(o, i, o, config.width)[0] for i, o in pairwise(tiles))
         launch.start(
             _hyper_mlp, up(rows.total, block(config)),
-            x, h, weight, b, rows.keys, preactivations, y, rows.total, rows.per_task,
-            features, weight.shape[1], *x.stride(), *h.stride(), *weight.stride(), b.stride(0),
-            SIZES=sizes, TILES=tiles, GROUPS=group, INDEX=launch.index(weight),
+            x, h, h_parts, weight, made, b, rows.keys, preactivations, y, rows.total,
+            rows.per_task, features, made.shape[2], *x.stride(), *h.stride(), *h_parts.stride(),
+            *weight.stride(), *made.stride(), b.stride(0),
+            SIZES=sizes, TILES=tiles, GROUPS=group, INDEX=launch.index(made[0]),
             FULL=tuple(
-                not (o % g or i % t or weight.shape[1] % depth)
+                not (o % g or i % t or made.shape[2] % depth)
                 for (i, o), g, t in zip(pairwise(sizes), group, tiles, strict=False)
             ),
             BEGINS=(0, *accumulate(layer.params for layer in layers[:-1])),
             ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
             KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
             TARGET_BIASES=tuple(layer.bias for layer in layers), HAS_BIAS=bias is not None,
-            RAGGED=rows.ragged, **launch.arithmetic(x.dtype), BM=block(config),
-            BK=depth, **config.options(y.device),
+            RAGGED=rows.ragged, SUM=launch.sums(x.dtype), PARTS=max(parts, 1), BM=block(config),
+            BK=depth, BL=16 if parts else depth, **config.options(y.device),
         )  # fmt: skip
 
-    key = ("network", x.dtype, sizes, features, sines, launch.power(rows.total))
+    key = ("network", kind, x.dtype, sizes, features, sines, launch.power(rows.total))
     launch.run(table, lambda c: up(rows.total, block(c)), run, key, x.device)
     return y
 

@@ -207,7 +207,7 @@ def _by_layers(
 def _whole(
     x: Tensor, weight: Tensor, scales_and_biases: Tensor | None, rows: Rows, net: Network
 ) -> Tensor:
-    kind = gpu.arithmetic(x.dtype)
+    kind = launch.unit(x.dtype)
     transforms = tuple(layer.transform for layer in net.layers)
     most, warps = TOGETHER[kind]
     scaled = scales_and_biases is not None

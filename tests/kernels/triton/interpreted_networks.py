@@ -460,7 +460,8 @@ def test_features_beyond_32_bits(monkeypatch):
         1e-5,
     )
     given = x, h, ones(3, 3, 3), None, ones(3, 3), apart(3), None, ""
-    close(ops.hyper_linear(*given, "contract"), reference.hyper_linear(*given), 1e-5)
+    near = (a.contiguous() if is_float(a) else a for a in given)  # a library may err so far apart
+    close(ops.hyper_linear(*given, "contract"), reference.hyper_linear(*near), 1e-5)
     w, b = apart(2, 3, 3), apart(2, 3)
     close(task_linear(x, w, b), reference.task_linear(x, w, b), 1e-5)
     choose(monkeypatch, False)

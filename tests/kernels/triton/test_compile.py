@@ -19,6 +19,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from hyperfast.kernels.triton import launch as launching  # noqa: E402
+from hyperfast.plans import gpu  # noqa: E402
 from tests.support import machine_code  # noqa: E402
 from tests.support.launches import (  # noqa: E402
     KINDS,
@@ -30,8 +31,8 @@ from tests.support.launches import (  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
-# Where registers are limited, so that two programs share a multiprocessor: what is in a loop beside
-# that which generates weights runs once for every 64 features.
+# Where registers are limited, so that two programs share a multiprocessor, or hold parts: what is
+# in a loop beside that which generates weights runs once for every 64 features.
 MAY_SPILL = 8
 PRODUCTS = "_contract", "_outer", "_hyper_mlp"
 MATRIX_UNIT = re.compile(r"wgmma\.mma_async|mma\.sync\.aligned\.m\d+n\d+k\d+|v_mfma")
@@ -45,6 +46,7 @@ class Binary(NamedTuple):
     shared: int
     spilled: int  # accesses to local memory: on NVIDIA's, of an innermost loop
     matrix_unit: bool
+    parts: int  # of an operand that is multiplied
 
 
 def spilled_on_cuda(cubin):
@@ -69,6 +71,7 @@ def made_of(launch, target):
         made.metadata.shared,
         spilled_on_cuda(made.asm["cubin"]) if cuda else spilled_on_amd(made.asm["amdgcn"]),
         MATRIX_UNIT.search(made.asm["ptx" if cuda else "amdgcn"]) is not None,
+        dict(launch.constants).get("PARTS", 0),
     )
 
 
@@ -90,21 +93,29 @@ def test_every_kernel_fits(target, kind):
     for b in binaries:
         assert b.shared <= TARGETS[target].shared, b
         # Of IEEE fp32 ptxas spills one register rather than give up a program a multiprocessor.
-        assert b.spilled <= (MAY_SPILL if "reg=" in b.launch else int(kind == "fp32")), b
+        beside = "reg=" in b.launch or b.parts > 1
+        assert b.spilled <= (MAY_SPILL if beside else int(kind in gpu.SPLIT)), b
 
 
 @every_job
 def test_products_run_on_matrix_units(target, kind):
     """Not those of IEEE fp32: NVIDIA's units have no such format, and an MI300's are as fast as its
-    vector units. The two products of rows with few are sums of outer products, or bound by memory.
-    """
-    if kind == "fp32":
-        assert not any(b.matrix_unit for b in compiled("sm_90", kind))
-        return
+    vector units. Where there is much to multiply, fp32 comes in parts. The two products of rows
+    with few are sums of outer products, or bound by memory."""
     products = [b for b in compiled(target, kind) if b.kernel in PRODUCTS]
     assert products
-    for b in products:
-        assert b.matrix_unit, b
+    if kind not in gpu.SPLIT:
+        for b in products:
+            assert b.matrix_unit, b
+        return
+    parts = gpu.PARTS[gpu.SPLIT[kind]]
+    # The gradient of the head is TF32 where it may be: to split what is formed takes longer.
+    wanted = {"_contract": parts, "_hyper_mlp": parts, "_outer": parts if kind == "fp32" else 1}
+    assert wanted.items() <= {(b.kernel, b.parts) for b in products if b.matrix_unit}
+    if kind == "fp32":
+        others = [b for b in compiled("sm_90", kind) if b.kernel not in PRODUCTS or b.parts == 1]
+        assert {b.kernel for b in others} >= {"_contract", "_outer", "_task_linear"}
+        assert not any(b.matrix_unit for b in others)
 
 
 def test_a_sine_does_not_spill(tmp_path):
