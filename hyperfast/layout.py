@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -451,6 +452,35 @@ def text_of_one(in_features: int, out_features: int, has_bias: bool, transform: 
     text = _text if torch.compiler.is_compiling() else _known_text
     sizes = in_features, out_features
     return text(sizes, (has_bias,), (("identity", 1.0),), transform)
+
+
+class Trunk(NamedTuple):
+    """A trunk of linear layers and activations: a network of one task whose rows are latents.
+
+    Attributes:
+        sizes: ``(z_dim, ..., K)``.
+        tensors: matrices and biases, layer by layer.
+        text: of the network.
+    """
+
+    sizes: tuple[int, ...]
+    tensors: list[Tensor]
+    text: str
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sequence[int],
+        tensors: list[Tensor],
+        biases: Sequence[bool],
+        names: Sequence[tuple[str, float]],
+    ) -> Trunk:
+        sizes = tuple(sizes)
+        return cls(sizes, tensors, _known_text(sizes, tuple(biases), tuple(names), ""))
+
+    @property
+    def numel(self) -> int:
+        return sum(i * o + o for i, o in pairwise(self.sizes))
 
 
 @lru_cache(maxsize=4096)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.layout import MLPSpec
+from hyperfast.activations import named
+from hyperfast.layout import MLPSpec, Trunk
 from hyperfast.nn.generator import Separate
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
+
+IDENTITY = "identity", 1.0
 
 # As they are now: a class that is patched later does something else.
 FORWARD: dict[type[nn.Module], Callable] = {
@@ -91,6 +94,33 @@ def trunk_and_head(module: nn.Module) -> tuple[list[Any], nn.Linear] | None:
         return None
     *trunk, head = module._modules.values()
     return (trunk, head) if is_plain_linear(head) else None
+
+
+def plain_trunk(modules: Sequence[nn.Module], z_dim: int) -> Trunk | None:
+    """What ``modules``, called one after the other on ``z (B, z_dim)``, compute, if they are plain
+    linear layers whose sizes fit, each followed by one known activation or none."""
+    sizes, tensors = [z_dim], []
+    biases: list[bool] = []
+    names: list[tuple[str, float]] = []
+    for module in modules:
+        if is_plain_linear(module):
+            weight, bias = module._parameters["weight"], module._parameters["bias"]
+            if weight is None or weight.ndim != 2 or weight.shape[1] != sizes[-1]:
+                return None
+            sizes.append(weight.shape[0])
+            tensors.append(weight)
+            if bias is not None:
+                if bias.shape != weight.shape[:1]:
+                    return None
+                tensors.append(bias)
+            biases.append(bias is not None)
+            names.append(IDENTITY)
+        else:
+            name = named(module)
+            if name is None or not names or names[-1] is not IDENTITY:
+                return None
+            names[-1] = name
+    return Trunk.of(sizes, tensors, biases, names) if tensors else None
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.activations import run_layers
-from hyperfast.functional import generated_mlp
+from hyperfast.functional import generated_mlp, latent_mlp
 from hyperfast.layout import MLPSpec
 from hyperfast.nn.copies import apart
-from hyperfast.nn.gate import Fused, fused
+from hyperfast.nn.gate import Fused, fused, plain_trunk
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet, from_jagged
 
@@ -109,23 +109,27 @@ class HyperMLP(nn.Module):
                 )
         weight, bias = mlp.heads[0].weight, mlp.heads[0].bias  # type: Tensor, Tensor | None
         self.hyper.check_latents(z, weight)
-        features = []
-        for trunk in mlp.trunks:
-            h = z
-            for module in trunk:
-                h = module(h)
-            features.append(h)
         checks.check_like_weight(weight, x=x)
         activations = mlp.target.layer_activations(len(spec.layers))
         base = self.hyper.base
         if mlp.whole and base is not None:
             bias = base if bias is None else bias + base
+        plain = plain_trunk(mlp.trunks[0], z.shape[1]) if mlp.whole else None
 
         def run(rows: Tensor, ids: Tensor | None) -> Tensor:
+            how = weight, bias, spec, activations, ids
+            if plain is not None:
+                y = latent_mlp(rows, z, plain, *how, mlp.transform)
+                if y is not None:
+                    return y
+            features = []
+            for trunk in mlp.trunks:
+                h = z
+                for module in trunk:
+                    h = module(h)
+                features.append(h)
             if mlp.whole:
-                return generated_mlp(
-                    rows, features[0], weight, bias, spec, activations, ids, "z", mlp.transform
-                )
+                return generated_mlp(rows, features[0], *how, "z", mlp.transform)
             linears = self.hyper.linears(features, mlp.heads, mlp.transform, ids)
             return run_layers(rows, linears, activations)
 

@@ -44,6 +44,12 @@ def runs_whole(
     return EXTENSION.runs_whole(network, _name(dtype), ragged, tasks, rows, features)
 
 
+def takes_trunk(numel: int, dtype: torch.dtype) -> bool:
+    """Whether kernels run a trunk of so many parameters, too. The products of a larger one are worth
+    a call of the library's each."""
+    return EXTENSION is not None and numel * max(dtype.itemsize, 4) <= EXTENSION.TRUNK_BYTES
+
+
 def keeps(
     network: str, dtype: torch.dtype, ragged: bool, tasks: int, rows: int, features: int
 ) -> bool:
