@@ -31,7 +31,7 @@ from hyperfast.plans import cpu, orders
 from hyperfast.plans.sizes import PLANS, Sizes
 
 REDUCTIONS = ("sum", "mean")
-PLAIN = Tensor, nn.Parameter
+PLAIN = Tensor, nn.Parameter  # no subclass, which has products of its own
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -381,20 +381,21 @@ def latent_mlp(
     op; ``None`` where there is none for them: then the trunk is called first."""
     if (
         torch.compiler.is_compiling()
-        or type(x) not in PLAIN
-        or type(z) not in PLAIN
         or not z.is_cpu
         or not cpu.takes_trunk(trunk.numel, z.dtype)
         or backends.forced not in (None, "cpp")
+        or type(x) not in PLAIN
+        or type(z) not in PLAIN
+        or type(weight) not in PLAIN
         or checks.is_transformed()
-        or not checks.is_plain(x, z, weight, bias, *trunk.tensors)
+        or not checks.is_plain(x, z, weight, bias)
         or torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
     ):
         return None
     text = spec.describe(activations, transform)
     if text is None:
         return None
-    x = _fitting(x, z.shape[0], trunk.sizes[-1], weight, bias, spec, task_ids, "z")
+    x = _fitting(x, z.shape[0], trunk.features, weight, bias, spec, task_ids, "z")
     single = task_ids is None and x.ndim == 2
     rows = x.unsqueeze(1) if single else x
     y = trunk_ops.run(rows, z, trunk.tensors, weight, bias, task_ids, trunk.text, text)

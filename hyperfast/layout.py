@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -458,29 +457,35 @@ class Trunk(NamedTuple):
     """A trunk of linear layers and activations: a network of one task whose rows are latents.
 
     Attributes:
-        sizes: ``(z_dim, ..., K)``.
         tensors: matrices and biases, layer by layer.
+        features: how many it makes.
+        numel: of all tensors.
         text: of the network.
     """
 
-    sizes: tuple[int, ...]
     tensors: list[Tensor]
+    features: int
+    numel: int
     text: str
 
     @classmethod
     def of(
         cls,
-        sizes: Sequence[int],
         tensors: list[Tensor],
+        sizes: Sequence[int],
         biases: Sequence[bool],
         names: Sequence[tuple[str, float]],
     ) -> Trunk:
-        sizes = tuple(sizes)
-        return cls(sizes, tensors, _known_text(sizes, tuple(biases), tuple(names), ""))
+        """That of these tensors, for a network of such layers."""
+        return cls(tensors, *_facts(tuple(sizes), tuple(biases), tuple(names)))
 
-    @property
-    def numel(self) -> int:
-        return sum(i * o + o for i, o in pairwise(self.sizes))
+
+@lru_cache(maxsize=4096)
+def _facts(
+    sizes: tuple[int, ...], biases: tuple[bool, ...], names: tuple[tuple[str, float], ...]
+) -> tuple[int, int, str]:
+    """Features, parameters and text of a trunk."""
+    return sizes[-1], MLPSpec(sizes, biases).numel, _text(sizes, biases, names, "")
 
 
 @lru_cache(maxsize=4096)

@@ -52,7 +52,7 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
     the op, and any other is called between layers. A transform must be known by name, and be that
     of what is generated.
     """
-    spec, generator = hyper.spec, hyper.generator
+    spec, generator = hyper.spec, hyper._modules["generator"]
     if not isinstance(target, TargetNet) or type(spec) is not MLPSpec:
         return None
     transform, separate = hyper.transform, type(generator) is Separate
@@ -62,13 +62,13 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
         transform = target.weight_transform
     if transform is not None and not isinstance(transform, str):
         return None
-    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]
     if (
         not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)
         or checks.is_hooked(hyper, generator, target)
     ):
         return None
+    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]
     trunks, heads = [], []
     for part in parts:
         if part is None:
@@ -105,22 +105,25 @@ def plain_trunk(modules: Sequence[nn.Module], z_dim: int) -> Trunk | None:
     for module in modules:
         if is_plain_linear(module):
             weight, bias = module._parameters["weight"], module._parameters["bias"]
-            if weight is None or weight.ndim != 2 or weight.shape[1] != sizes[-1]:
+            if type(weight) is not nn.Parameter or weight.ndim != 2:
                 return None
-            sizes.append(weight.shape[0])
+            out, ins = weight.shape
+            if ins != sizes[-1]:
+                return None
+            sizes.append(out)
             tensors.append(weight)
-            if bias is not None:
-                if bias.shape != weight.shape[:1]:
-                    return None
-                tensors.append(bias)
             biases.append(bias is not None)
             names.append(IDENTITY)
+            if bias is not None:
+                if type(bias) is not nn.Parameter or bias.shape != (out,):
+                    return None
+                tensors.append(bias)
         else:
             name = named(module)
             if name is None or not names or names[-1] is not IDENTITY:
                 return None
             names[-1] = name
-    return Trunk.of(sizes, tensors, biases, names) if tensors else None
+    return Trunk.of(tensors, sizes, biases, names) if tensors else None
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:

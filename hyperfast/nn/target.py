@@ -121,7 +121,7 @@ class TargetNet(nn.Module):
             ValueError: the sequence given does not fit that many layers.
         """
         if not self.per_layer:
-            (activation,) = self.activations
+            (activation,) = self._modules["activations"]._modules.values()
             return [*[activation] * (layers - 1), None]
         if len(self.activations) not in (layers - 1, layers):
             raise ValueError(
