@@ -90,7 +90,7 @@ class _TrunkMlp(torch.autograd.Function):
         x, z, weight, bias, ids, h, kept, *trunk = ctx.saved_tensors
         layers, network = ctx.texts
         create_graph = torch.is_grad_enabled()  # the gradient is to be differentiated itself
-        if create_graph or torch._C._are_functorch_transforms_active():
+        if create_graph or torch._C._functorch.is_legacy_batchedtensor(grad):
             with torch.enable_grad():
                 x, z, weight, bias, *trunk = _views((x, z, weight, bias, *trunk))
                 y = by_layers(x, features(z, trunk, layers), weight, bias, ids, network)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -50,6 +51,7 @@ def takes_trunk(numel: int, dtype: torch.dtype) -> bool:
     return EXTENSION is not None and numel * max(dtype.itemsize, 4) <= EXTENSION.TRUNK_BYTES
 
 
+@lru_cache(maxsize=4096)
 def keeps(
     network: str, dtype: torch.dtype, ragged: bool, tasks: int, rows: int, features: int
 ) -> bool:

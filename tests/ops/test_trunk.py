@@ -111,10 +111,10 @@ def test_derivatives_of_derivatives(ragged):
 
 
 def test_batched_gradients():
-    layers, network = text((3, 4), "tanh,elu"), text((3, 4, 2), "tanh")
+    layers, network = "3 > 4 b tanh", text((3, 4, 2), "tanh")
     x, z, weight, bias, ids = given((3, 4), (3, 4, 2), 3, 2)
-    trunk = trunk_of("3 > 4 b tanh")
-    y = ops.run(x, z, trunk, weight, bias, ids, "3 > 4 b tanh", network)
+    trunk = trunk_of(layers)
+    y = ops.run(x, z, trunk, weight, bias, ids, layers, network)
     grads = torch.randn(5, *y.shape, dtype=torch.float64)
     leaves = z, weight, *trunk
     found = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
@@ -142,11 +142,12 @@ def test_lower_precision(dtype, tasks):
     tensors = [*given((32, 33), (5, 33, 3), tasks, 3)[:4], *trunk_of(layers)]
     narrow = [t.detach().to(dtype).requires_grad_() for t in tensors]
 
+    grad = draw(tasks, 3, 3, dtype=dtype)
+
     def results(tensors, f):
         x, z, weight, bias, *trunk = tensors
         y = f(x, z, trunk, weight, bias, None, layers, network)
-        grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
-        return y, *torch.autograd.grad(y, tensors, grad)
+        return y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))
 
     exact = results([t.detach().double().requires_grad_() for t in narrow], specification)
     plain = results(narrow, specification)
