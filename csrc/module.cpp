@@ -76,8 +76,8 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* keywords) {
   return guarded([&] {
     const Groups groups = Grouping::assumed(ragged, tasks, rows, generated_piece);
     const Makes makes = gradients ? Makes::gradients : Makes::weights;
-    return PyUnicode_FromString(name_of(
-        default_plan(makes, dtype_of(dtype), groups, params, features, kernels().matrix_unit, kernels().pairs)));
+    return PyUnicode_FromString(name_of(default_plan(
+        makes, dtype_of(dtype), groups, params, features, kernels().matrix_unit, kernels().pairs)));
   });
 }
 
@@ -145,9 +145,8 @@ PyModuleDef definition = {
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   PyObject* module = PyModule_Create(&hyperfast::definition);
-  if (module &&
-      (PyModule_AddIntConstant(module, "NETWORKS_BYTES", hyperfast::networks_bytes) < 0 ||
-       PyModule_AddIntConstant(module, "TRUNK_BYTES", hyperfast::trunk_bytes) < 0))
+  if (module && (PyModule_AddIntConstant(module, "NETWORKS_BYTES", hyperfast::networks_bytes) < 0 ||
+                 PyModule_AddIntConstant(module, "TRUNK_BYTES", hyperfast::trunk_bytes) < 0))
     Py_CLEAR(module);
   return module;
 }

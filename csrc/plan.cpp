@@ -60,9 +60,8 @@ Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, 
   // The matrix unit leaves the vector units time for rows, and takes numbers of 16 bits as they
   // are.
   const bool unit = matrix_unit && suits_matrix_unit(makes, dtype, groups, params, features);
-  const bool as_it_lies = makes == Makes::weights
-                              ? !(pairs && dtype == Dtype::bf16 && pairs_pay())
-                              : dtype == Dtype::f32 || dtype == Dtype::f64;
+  const bool as_it_lies = makes == Makes::weights ? !(pairs && dtype == Dtype::bf16 && pairs_pay())
+                                                  : dtype == Dtype::f32 || dtype == Dtype::f64;
   const Index most = makes == Makes::gradients ? (!unit ? 2 : features > 96 ? 16 : 8) : 8;
   const bool few = groups.ragged ? 4 * rows <= 5 * tasks : groups.rows <= most;
   return (unit || as_it_lies) && few ? Plan::contract : Plan::tile;

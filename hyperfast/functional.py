@@ -378,11 +378,10 @@ def latent_mlp(
     transform: str = "",
 ) -> Tensor | None:
     """:func:`generated_mlp` of the features that a trunk makes of latents ``z (B, z_dim)``, in one
-    op; ``None`` where there is none for them: then the trunk is called first."""
+    op of the CPU; ``None`` where there is none for them: then the trunk is called first. The caller
+    has asked where latents are, and for compilers."""
     if (
-        torch.compiler.is_compiling()
-        or not z.is_cpu
-        or not cpu.takes_trunk(trunk.numel, z.dtype)
+        not cpu.takes_trunk(trunk.numel, z.dtype)
         or backends.forced not in (None, "cpp")
         or type(x) not in PLAIN
         or type(z) not in PLAIN

@@ -31,8 +31,7 @@ class Trunk {
       take(parameters, at++, {l.out, l.in});
       if (l.own_bias()) take(parameters, at++, {l.out});
     }
-    if (at != parameters.size())
-      fail("trunk must hold ", at, " tensors, got ", parameters.size());
+    if (at != parameters.size()) fail("trunk must hold ", at, " tensors, got ", parameters.size());
   }
 
   // The features of all latents.
@@ -40,8 +39,15 @@ class Trunk {
     Tensor h = z_.empty({z_.size(0), network_.out()});
     if (z_.size(0) == 0) return h;
     const Grouping rows = pieces();
-    kernels().task_mlp({z_.dtype(), rows.view(), net_, latents(), flat(), network_.params(),
-                        nullptr, 0, {h.mutable_data_ptr(), 0, network_.out(), 1}});
+    kernels().task_mlp({z_.dtype(),
+                        rows.view(),
+                        net_,
+                        latents(),
+                        flat(),
+                        network_.params(),
+                        nullptr,
+                        0,
+                        {h.mutable_data_ptr(), 0, network_.out(), 1}});
     return h;
   }
 
@@ -52,9 +58,15 @@ class Trunk {
     const Grouping rows = pieces();
     char* const gradient = of_parameters ? bytes(Slot::trunk_gradient) : nullptr;
     if (of_z || of_parameters)
-      kernels().task_mlp_backward({z_.dtype(), rows.view(), net_, latents(), flat(),
-                                   network_.params(), {grad.data_ptr(), 0, network_.out(), 1},
-                                   of_z ? made[0].mutable_data_ptr() : nullptr, gradient});
+      kernels().task_mlp_backward({z_.dtype(),
+                                   rows.view(),
+                                   net_,
+                                   latents(),
+                                   flat(),
+                                   network_.params(),
+                                   {grad.data_ptr(), 0, network_.out(), 1},
+                                   of_z ? made[0].mutable_data_ptr() : nullptr,
+                                   gradient});
     const char* from = gradient;
     for (const Tensor& p : parameters_) {
       const auto sizes = p.sizes();
@@ -67,8 +79,7 @@ class Trunk {
  private:
   // One parameter; contiguous, as it will be copied.
   void take(const Tensors& parameters, std::size_t at, const std::vector<Index>& shape) {
-    if (at >= parameters.size())
-      fail("trunk must hold more than ", parameters.size(), " tensors");
+    if (at >= parameters.size()) fail("trunk must hold more than ", parameters.size(), " tensors");
     const std::string name = "trunk[" + std::to_string(at) + "]";
     const Arg given(name.c_str(), parameters[at]);
     given.same_dtype(z_);

@@ -52,7 +52,8 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
     the op, and any other is called between layers. A transform must be known by name, and be that
     of what is generated.
     """
-    spec, generator = hyper.spec, hyper._modules["generator"]
+    spec = hyper.spec
+    generator: Any = hyper._modules["generator"]
     if not isinstance(target, TargetNet) or type(spec) is not MLPSpec:
         return None
     transform, separate = hyper.transform, type(generator) is Separate
@@ -99,7 +100,8 @@ def trunk_and_head(module: nn.Module) -> tuple[list[Any], nn.Linear] | None:
 def plain_trunk(modules: Sequence[nn.Module], z_dim: int) -> Trunk | None:
     """What ``modules``, called one after the other on ``z (B, z_dim)``, compute, if they are plain
     linear layers whose sizes fit, each followed by one known activation or none."""
-    sizes, tensors = [z_dim], []
+    sizes = [z_dim]
+    tensors: list[Tensor] = []
     biases: list[bool] = []
     names: list[tuple[str, float]] = []
     for module in modules:

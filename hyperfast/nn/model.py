@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
@@ -104,17 +105,16 @@ class HyperMLP(nn.Module):
                 f"got {checks.shape(z)}"
             )
         made, heads = hyper.generated, mlp.heads
-        weight: Tensor = heads[0]._parameters["weight"]
+        weights: list[Any] = [head._parameters["weight"] for head in heads]
         wanted = made.numels if len(heads) > 1 else (made.numel,)
-        for head, numel in zip(heads, wanted, strict=True):
-            rows = head._parameters["weight"].shape[0]
-            if rows != numel:
+        for weight, numel in zip(weights, wanted, strict=True):
+            if weight.shape[0] != numel:
                 raise ValueError(
                     f"hyper.generator must return {numel} numbers for {mlp.spec}, got a last layer "
-                    f"of {rows}"
+                    f"of {weight.shape[0]}"
                 )
-        hyper.check_latents(z, weight)
-        checks.check_like_weight(weight, x=x)
+        hyper.check_latents(z, weights[0])
+        checks.check_like_weight(weights[0], x=x)
         if x.is_nested:
             return from_jagged(
                 x, task_ids, len(z), lambda rows, ids: _run(mlp, hyper, rows, z, ids)
@@ -127,14 +127,17 @@ def _run(mlp: Fused, hyper: HyperNet, x: Tensor, z: Tensor, task_ids: Tensor | N
     spec, transform = mlp.spec, mlp.transform
     activations = mlp.target.layer_activations(len(spec.sizes) - 1)
     if mlp.whole:
-        own = mlp.heads[0]._parameters
+        own: Any = mlp.heads[0]._parameters
         bias, base = own["bias"], hyper.base
         if base is not None:
             bias = base if bias is None else bias + base
         head = own["weight"], bias, spec, activations, task_ids
-        plain = plain_trunk(mlp.trunks[0], z.shape[1])
-        y = None if plain is None else latent_mlp(x, z, plain, *head, transform)
-        return generated_mlp(x, _through(mlp.trunks[0], z), *head, "z", transform) if y is None else y
+        if z.is_cpu and not torch.compiler.is_compiling():
+            plain = plain_trunk(mlp.trunks[0], z.shape[1])
+            y = None if plain is None else latent_mlp(x, z, plain, *head, transform)
+            if y is not None:
+                return y
+        return generated_mlp(x, _through(mlp.trunks[0], z), *head, "z", transform)
     features = [_through(trunk, z) for trunk in mlp.trunks]
     linears = hyper.linears(features, mlp.heads, transform, task_ids)
     return run_layers(x, linears, activations)

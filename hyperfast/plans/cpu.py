@@ -46,8 +46,8 @@ def runs_whole(
 
 
 def takes_trunk(numel: int, dtype: torch.dtype) -> bool:
-    """Whether kernels run a trunk of so many parameters, too. The products of a larger one are worth
-    a call of the library's each."""
+    """Whether the op of networks also runs a trunk of so many parameters before them. The products
+    of a larger one are worth a call of the library's each."""
     return EXTENSION is not None and numel * max(dtype.itemsize, 4) <= EXTENSION.TRUNK_BYTES
 
 

@@ -212,7 +212,9 @@ OTHER_TRUNKS = {
     "parametrised": first(lambda layer: parametrizations.orthogonal(layer) and None),
     "pruned": first(lambda layer: prune.l1_unstructured(layer, "weight", 0.5) and None),
     "forward of the instance": first(
-        lambda layer: vars(layer).update(forward=lambda z: 2 * F.linear(z, layer.weight, layer.bias))
+        lambda layer: vars(layer).update(
+            forward=lambda z: 2 * F.linear(z, layer.weight, layer.bias)
+        )
     ),
     "tensor subclass": first(
         lambda layer: vars(layer)["_parameters"].update(

@@ -183,9 +183,7 @@ def test_opcheck(dynamo):
     torch.library.opcheck(ops.trunk_mlp, (*args, layers, network, True))
     y, *kept = ops.trunk_mlp(*args, layers, network, True)
     for mask in ([True] * 5, [False, True, False, True, False]):
-        torch.library.opcheck(
-            ops.trunk_mlp_backward, (y, *args, *kept, layers, network, mask)
-        )
+        torch.library.opcheck(ops.trunk_mlp_backward, (y, *args, *kept, layers, network, mask))
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,21 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
         last ? place<T>(p.y, p.groups, layer.out, Slot::rows_out)
              : hidden(scratch<C>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1)),
                       layer.out);
-    const Staged<C> pre = keep && in_place<T>(p.groups)
-                              ? place<T>(pre_rows, p.groups, layer.out, Slot::rows_out)
-                              : a;
+    const Staged<C> pre =
+        keep && in_place<T>(p.groups) ? place<T>(pre_rows, p.groups, layer.out, Slot::rows_out) : a;
     const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.params(), p.features,
                                    has_matrix_unit, has_pair_dot);
-    hyper_linear_staged<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, {}, p.h,
-                            matrix_of<T>(p.head, layer), vector_of<T>(p.head, layer), {},
+    hyper_linear_staged<T>({p.dtype,
+                            plan,
+                            p.groups,
+                            layer.out,
+                            layer.in,
+                            p.features,
+                            {},
+                            p.h,
+                            matrix_of<T>(p.head, layer),
+                            vector_of<T>(p.head, layer),
+                            {},
                             layer.transform},
                            x, pre);
     if (keep) {

@@ -61,8 +61,7 @@ static Staged<const Acc<T>> stage(const Rows& rows, const Groups& g, Index colum
 template <class T>
 static void unstage(const Staged<Acc<T>>& from, const Rows& rows, const Groups& g, Index columns) {
   if (!in_place<T>(g))
-    each_row<T>(rows, g, columns,
-                [&](T* to, Index at) { convert(columns, from.data + at, to); });
+    each_row<T>(rows, g, columns, [&](T* to, Index at) { convert(columns, from.data + at, to); });
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -86,9 +86,7 @@ def test_results_are_rounded_as_pytorch_rounds_them(dtype):
     want = (weight[..., 0].float() + weight[..., 1].float()).to(dtype)
     assert want.isnan().any()
     assert ((want != 0) & (want.abs() < torch.finfo(dtype).smallest_normal)).any()
-    torch.testing.assert_close(
-        y, want.unsqueeze(1).expand_as(y), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(y, want.unsqueeze(1).expand_as(y), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("how", ["plain", "transposed", "gaps", "outer gaps"])
