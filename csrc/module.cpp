@@ -145,8 +145,7 @@ PyModuleDef definition = {
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   PyObject* module = PyModule_Create(&hyperfast::definition);
-  if (module && (PyModule_AddIntConstant(module, "NETWORKS_BYTES", hyperfast::networks_bytes) < 0 ||
-                 PyModule_AddIntConstant(module, "TRUNK_BYTES", hyperfast::trunk_bytes) < 0))
+  if (module && PyModule_AddIntConstant(module, "NETWORKS_BYTES", hyperfast::networks_bytes) < 0)
     Py_CLEAR(module);
   return module;
 }

@@ -15,9 +15,6 @@ constexpr Index given_piece = 512, generated_piece = 2048, whole = INT64_MAX;
 // the caches takes longer.
 constexpr Index networks_bytes = 9 << 20;
 
-// Parameters of the largest trunk that runs in the op of its networks.
-constexpr Index trunk_bytes = 256 << 10;
-
 // Rows of a task whose gradients of given weights, so many, a thread sums at a time, of `rows` in
 // all. Sums of the pieces of a task are kept until they are added up: no more than 64 MiB of them,
 // or 8 beyond one a task.

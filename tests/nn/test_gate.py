@@ -289,7 +289,7 @@ def test_where_the_trunk_does_not_run_in_the_op():
     want = model(ROWS, Z)
     several = torch.vmap(lambda z: model(ROWS, z))(torch.stack([Z, Z]))  # it has no rule for that
     close(several, torch.stack([want, want]))
-    large = make(hidden=(300, 300))
+    large = make(hidden=(120, 120))
     assert not runs_in_the_op(large, ROWS, Z)
     check(large)
 
