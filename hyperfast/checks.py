@@ -89,7 +89,7 @@ def check_like_weight(weight: Tensor, **tensors: Tensor) -> None:
     """:func:`check_same_kind` of a hypernetwork's weight and each tensor, quick where they are."""
     for name, t in tensors.items():
         same = check_tensor(name, t).dtype is weight.dtype
-        if not same or not (t.is_cpu and weight.is_cpu or t.device == weight.device):
+        if not same or not ((t.is_cpu and weight.is_cpu) or t.device == weight.device):
             check_same_kind(**{"the hypernetwork's weight": weight, name: t})
 
 
