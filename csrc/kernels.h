@@ -230,7 +230,7 @@ struct HyperLstmBackward;
 // One entry per op; each instruction set fills in its own table.
 struct Kernels {
   const char* isa;
-  bool matrix_unit;
+  bool matrix_unit, pairs;  // whether there is an instruction for pairs of bf16
   void (*task_linear)(const TaskLinear&);
   void (*task_linear_grad_weight)(const TaskLinearGradWeight&);
   void (*hyper_linear)(const HyperLinear&);

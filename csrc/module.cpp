@@ -76,8 +76,8 @@ PyObject* plan(PyObject*, PyObject* args, PyObject* keywords) {
   return guarded([&] {
     const Groups groups = Grouping::assumed(ragged, tasks, rows, generated_piece);
     const Makes makes = gradients ? Makes::gradients : Makes::weights;
-    return PyUnicode_FromString(name_of(
-        default_plan(makes, dtype_of(dtype), groups, params, features, kernels().matrix_unit)));
+    return PyUnicode_FromString(name_of(default_plan(
+        makes, dtype_of(dtype), groups, params, features, kernels().matrix_unit, kernels().pairs)));
   });
 }
 

@@ -28,7 +28,7 @@ bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index par
 }
 
 Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
-                  bool matrix_unit) {
+                  bool matrix_unit, bool pairs) {
   // Held against measurement by `python -m hyperfast bench --calibrate`.
   const Index tasks =
       groups.pieces;  // what has its weights made: a task of very many rows several times
@@ -45,14 +45,15 @@ Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, 
   }
   // `contract` neither packs the head nor stores a weight, but every strip reads the rows of its
   // lanes again, and gradients are formed row by row; with task_ids it generates weights anew for
-  // each row. 16-bit heads are packed all the same: lanes widen them, and multiply pairs of bf16.
+  // each row. Gradients of 16-bit heads, and heads multiplied in pairs of bf16, are packed.
   // The matrix unit leaves the vector units time for rows, and takes numbers of 16 bits as they
   // are.
   const bool unit = matrix_unit && suits_matrix_unit(makes, dtype, groups, params, features);
-  const bool wide = unit || dtype == Dtype::f32 || dtype == Dtype::f64;
+  const bool as_it_lies = makes == Makes::weights ? !(pairs && dtype == Dtype::bf16)
+                                                  : dtype == Dtype::f32 || dtype == Dtype::f64;
   const Index most = makes == Makes::gradients ? (!unit ? 2 : features > 96 ? 16 : 8) : 8;
   const bool few = groups.ragged ? 4 * rows <= 5 * tasks : groups.rows <= most;
-  return wide && few ? Plan::contract : Plan::tile;
+  return (unit || as_it_lies) && few ? Plan::contract : Plan::tile;
 }
 
 bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params) {

@@ -18,18 +18,18 @@ constexpr Index networks_bytes = 9 << 20;
 // Rows of a task whose gradients of given weights, so many, a thread sums at a time, of `rows` in
 // all. Sums of the pieces of a task are kept until they are added up: no more than 64 MiB of them,
 // or 8 beyond one a task.
-inline Index gradient_piece(Index rows, Index params) {
+inline Index gradient_piece(Index rows, Index params, Index least = given_piece) {
   const Index pieces = (Index{1} << 24) / (params + 1);
   const Index most = pieces < 8 ? 8 : pieces > 256 ? 256 : pieces;
-  return rows / most > given_piece ? rows / most : given_piece;
+  return rows / most > least ? rows / most : least;
 }
 
 // Whether weights are made, or gradients of weights.
 enum class Makes { weights, gradients };
 
-// The plan of one layer.
+// The plan of one layer, by kernels that have a matrix unit, or an instruction for pairs of bf16.
 Plan default_plan(Makes makes, Dtype dtype, const Groups& groups, Index params, Index features,
-                  bool matrix_unit);
+                  bool matrix_unit, bool pairs);
 
 // Whether the matrix unit, where there is one, is faster at `contract` than the vector units.
 bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index params,

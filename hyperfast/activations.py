@@ -184,7 +184,7 @@ def named(activation: nn.Module | None) -> tuple[str, float] | None:
         return None
     for name in _NAMES[kind]:
         known = KNOWN[name]
-        if any(own.get(key) != value for key, value in known.fixed.items()):
+        if known.fixed and any(own.get(key) != value for key, value in known.fixed.items()):
             continue
         if own["_parameters"] or own["_buffers"] or own["_modules"] or checks.is_hooked(activation):
             return None

@@ -88,7 +88,8 @@ def check_same_kind(**tensors: Tensor | None) -> torch.dtype | None:
 def check_like_weight(weight: Tensor, **tensors: Tensor) -> None:
     """:func:`check_same_kind` of a hypernetwork's weight and each tensor, quick where they are."""
     for name, t in tensors.items():
-        if check_tensor(name, t).dtype is not weight.dtype or t.device != weight.device:
+        same = check_tensor(name, t).dtype is weight.dtype
+        if not same or not ((t.is_cpu and weight.is_cpu) or t.device == weight.device):
             check_same_kind(**{"the hypernetwork's weight": weight, name: t})
 
 
@@ -97,14 +98,14 @@ def is_plain(first: object, *others: object) -> bool:
     dtype, on one device, with autocast off: :func:`check_operands` has nothing to say of them."""
     if not isinstance(first, Tensor) or first.dtype not in FLOATS:
         return False
-    dtype, device = first.dtype, first.device
+    dtype, device, strided, on_cpu = first.dtype, first.device, torch.strided, first.is_cpu
     for t in (first, *others):
         if t is not None and (
             not isinstance(t, Tensor)
             or t.dtype is not dtype
-            or t.layout is not torch.strided
+            or t.layout is not strided
             or t.is_nested
-            or t.device != device
+            or not (t.is_cpu if on_cpu else t.device == device)
         ):
             return False
     kind = device.type

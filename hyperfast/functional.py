@@ -18,17 +18,20 @@ from hyperfast.layout import (
     Generated,
     MLPSpec,
     Transform,
+    Trunk,
     at_least,
     check_transform,
     text_of_one,
     transformed,
 )
 from hyperfast.ops import backends, layer, network, sharding
+from hyperfast.ops import trunk as trunk_ops
 from hyperfast.ops.orders import degrees, project, sum_by_destination, sum_rows
-from hyperfast.plans import orders
+from hyperfast.plans import cpu, orders
 from hyperfast.plans.sizes import PLANS, Sizes
 
 REDUCTIONS = ("sum", "mean")
+PLAIN = Tensor, nn.Parameter  # no subclass, which has products of its own
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -341,15 +344,7 @@ def generated_mlp(
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")
     tasks, features = h.shape
-    if weight.shape != (spec.numel, features):
-        raise ValueError(
-            f"weight must have shape {(spec.numel, features)}, got {checks.shape(weight)}"
-        )
-    if bias is not None and bias.shape != (spec.numel,):
-        raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
-    if isinstance(x, Tensor):
-        x = _for_all(x, tasks, task_ids)
-    checks.check_rows(x, spec.sizes[0], tasks, task_ids, source)
+    x = _fitting(x, tasks, features, weight, bias, spec, task_ids, source)
     text = spec.describe(activations, transform)
     if text is None or _layer_by_layer():
         numels = [v.numel for v in spec.layers]
@@ -369,6 +364,64 @@ def generated_mlp(
         return run_layers(x, linears, activations)
     x, h, weight, bias = checks.cast(wanted, x, h, weight, bias)
     return _run_network(x, h, weight, bias, task_ids, text)
+
+
+def latent_mlp(
+    x: Tensor,
+    z: Tensor,
+    trunk: Trunk,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: MLPSpec,
+    activations: Sequence[nn.Module | None],
+    task_ids: Tensor | None,
+    transform: str = "",
+) -> Tensor | None:
+    """:func:`generated_mlp` of the features that a trunk makes of latents ``z (B, z_dim)``, in one
+    op of the CPU; ``None`` where there is none for them: then the trunk is called first. The caller
+    has asked where latents are, and for compilers."""
+    if (
+        not cpu.takes_trunk(trunk.numel, z.dtype)
+        or backends.forced not in (None, "cpp")
+        or type(x) not in PLAIN
+        or type(z) not in PLAIN
+        or type(weight) not in PLAIN
+        or checks.is_transformed()
+        or not checks.is_plain(x, z, weight, bias)
+        or torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
+    ):
+        return None
+    text = spec.describe(activations, transform)
+    if text is None:
+        return None
+    x = _fitting(x, z.shape[0], trunk.features, weight, bias, spec, task_ids, "z")
+    single = task_ids is None and x.ndim == 2
+    rows = x.unsqueeze(1) if single else x
+    y = trunk_ops.run(rows, z, trunk.tensors, weight, bias, task_ids, trunk.text, text)
+    return y.squeeze(1) if single else y
+
+
+def _fitting(
+    x: Tensor,
+    tasks: int,
+    features: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: MLPSpec,
+    task_ids: Tensor | None,
+    source: str,
+) -> Tensor:
+    """``x`` for all tasks, after all shapes have been checked."""
+    if weight.shape != (spec.numel, features):
+        raise ValueError(
+            f"weight must have shape {(spec.numel, features)}, got {checks.shape(weight)}"
+        )
+    if bias is not None and bias.shape != (spec.numel,):
+        raise ValueError(f"bias must have shape ({spec.numel},), got {checks.shape(bias)}")
+    if isinstance(x, Tensor):
+        x = _for_all(x, tasks, task_ids)
+    checks.check_rows(x, spec.sizes[0], tasks, task_ids, source)
+    return x
 
 
 def _run_network(

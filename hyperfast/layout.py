@@ -453,6 +453,41 @@ def text_of_one(in_features: int, out_features: int, has_bias: bool, transform: 
     return text(sizes, (has_bias,), (("identity", 1.0),), transform)
 
 
+class Trunk(NamedTuple):
+    """A trunk of linear layers and activations: a network of one task whose rows are latents.
+
+    Attributes:
+        tensors: matrices and biases, layer by layer.
+        features: how many it makes.
+        numel: of all tensors.
+        text: of the network.
+    """
+
+    tensors: list[Tensor]
+    features: int
+    numel: int
+    text: str
+
+    @classmethod
+    def of(
+        cls,
+        tensors: list[Tensor],
+        sizes: Sequence[int],
+        biases: Sequence[bool],
+        names: Sequence[tuple[str, float]],
+    ) -> Trunk:
+        """That of these tensors, for a network of such layers."""
+        return cls(tensors, *_facts(tuple(sizes), tuple(biases), tuple(names)))
+
+
+@lru_cache(maxsize=4096)
+def _facts(
+    sizes: tuple[int, ...], biases: tuple[bool, ...], names: tuple[tuple[str, float], ...]
+) -> tuple[int, int, str]:
+    """Features, parameters and text of a trunk."""
+    return sizes[-1], MLPSpec(sizes, biases).numel, _text(sizes, biases, names, "")
+
+
 @lru_cache(maxsize=4096)
 def _network(
     sizes: tuple[int, ...], biases: tuple[bool, ...], activations: tuple[tuple[str, float], ...]

@@ -16,6 +16,7 @@ extern const Kernels table;
 const Kernels table = {
     HF_NAME(HF_ISA),
     has_matrix_unit,
+    has_pair_dot,
     task_linear,
     task_linear_grad_weight,
     hyper_linear,

@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "error.h"
 #include "torch/pages.h"
@@ -22,10 +24,20 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-// A tensor of these sizes, of the dtype and on the device of another, in huge pages if it is large.
+// A tensor of these sizes on the CPU, of the dtype of another, in huge pages if it is large.
 inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like,
                                         torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  const torch::stable::Tensor t = torch::stable::new_empty(like, sizes);
+  // Without the dispatcher, by which torch::stable::new_empty goes.
+  std::vector<std::int64_t> strides(sizes.size(), 1);
+  for (std::size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<std::int64_t>(sizes[i], 1);
+  std::int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(std::int64_t(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  const torch::stable::Tensor t(made);
   ask_for_huge_pages(t.data_ptr(), std::size_t(t.numel()) * std::size_t(t.element_size()));
   return t;
 }

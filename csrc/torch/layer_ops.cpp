@@ -69,7 +69,8 @@ Tensor task_linear_grad_weight(const Tensor& grad_, const Tensor& x_,
 Plan choose_plan(const std::string& wanted, Makes makes, Dtype dtype, const Groups& groups,
                  Index params, Index features) {
   if (wanted.empty())
-    return default_plan(makes, dtype, groups, params, features, kernels().matrix_unit);
+    return default_plan(makes, dtype, groups, params, features, kernels().matrix_unit,
+                        kernels().pairs);
   if (wanted == "contract") return Plan::contract;
   if (wanted == "tile") return Plan::tile;
   if (wanted == "materialize") return Plan::materialize;

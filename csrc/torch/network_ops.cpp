@@ -7,8 +7,7 @@
 
 #include "dispatch.h"
 #include "network.h"
-#include "torch/shapes.h"
-#include "torch/text.h"
+#include "torch/network_ops.h"
 #include "torch/threads.h"
 
 namespace hyperfast {
@@ -64,6 +63,8 @@ struct Generated {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> hyper_mlp(const Tensor& x, const Tensor& h, const Tensor& weight,
                                      const OptionalTensor& bias, const OptionalTensor& task_ids,
                                      const Text& network, bool keep) {
@@ -117,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   trim_scratch();
   return {grad_x, grad_h, grad_weight, grad_bias};
 }
+
+namespace {
 
 Tensor task_mlp(const Tensor& x_, const Tensor& weight_, const OptionalTensor& scales_,
                 const OptionalTensor& task_ids, const Text& text) {

@@ -36,6 +36,8 @@ enum class Slot {
   transposed_a,
   transposed_b,
   recomputed,
+  trunk,
+  trunk_gradient,
   // of each thread at work, from `panel` on
   panel,
   block,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.layout import MLPSpec
+from hyperfast.activations import named
+from hyperfast.layout import MLPSpec, Trunk
 from hyperfast.nn.generator import Separate
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
+
+IDENTITY = "identity", 1.0
 
 # As they are now: a class that is patched later does something else.
 FORWARD: dict[type[nn.Module], Callable] = {
@@ -49,7 +52,8 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
     the op, and any other is called between layers. A transform must be known by name, and be that
     of what is generated.
     """
-    spec, generator = hyper.spec, hyper.generator
+    spec = hyper.spec
+    generator: Any = hyper._modules["generator"]
     if not isinstance(target, TargetNet) or type(spec) is not MLPSpec:
         return None
     transform, separate = hyper.transform, type(generator) is Separate
@@ -59,13 +63,13 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
         transform = target.weight_transform
     if transform is not None and not isinstance(transform, str):
         return None
-    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]
     if (
         not _runs(hyper, HyperNet)
         or not _runs(target, TargetNet)
         or checks.is_hooked(hyper, generator, target)
     ):
         return None
+    parts = [trunk_and_head(c) for c in (generator if separate else [generator])]
     trunks, heads = [], []
     for part in parts:
         if part is None:
@@ -91,6 +95,37 @@ def trunk_and_head(module: nn.Module) -> tuple[list[Any], nn.Linear] | None:
         return None
     *trunk, head = module._modules.values()
     return (trunk, head) if is_plain_linear(head) else None
+
+
+def plain_trunk(modules: Sequence[nn.Module], z_dim: int) -> Trunk | None:
+    """What ``modules``, called one after the other on ``z (B, z_dim)``, compute, if they are plain
+    linear layers whose sizes fit, each followed by one known activation or none."""
+    sizes = [z_dim]
+    tensors: list[Tensor] = []
+    biases: list[bool] = []
+    names: list[tuple[str, float]] = []
+    for module in modules:
+        if is_plain_linear(module):
+            weight, bias = module._parameters["weight"], module._parameters["bias"]
+            if type(weight) is not nn.Parameter or weight.ndim != 2:
+                return None
+            out, ins = weight.shape
+            if ins != sizes[-1]:
+                return None
+            sizes.append(out)
+            tensors.append(weight)
+            biases.append(bias is not None)
+            names.append(IDENTITY)
+            if bias is not None:
+                if type(bias) is not nn.Parameter or bias.shape != (out,):
+                    return None
+                tensors.append(bias)
+        else:
+            name = named(module)
+            if name is None or not names or names[-1] is not IDENTITY:
+                return None
+            names[-1] = name
+    return Trunk.of(tensors, sizes, biases, names) if tensors else None
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.activations import run_layers
-from hyperfast.functional import generated_mlp
+from hyperfast.functional import generated_mlp, latent_mlp
 from hyperfast.layout import MLPSpec
 from hyperfast.nn.copies import apart
-from hyperfast.nn.gate import Fused, fused
+from hyperfast.nn.gate import Fused, fused, plain_trunk
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet, from_jagged
 
@@ -91,42 +93,57 @@ class HyperMLP(nn.Module):
             TypeError: dtypes that disagree.
             IndexError: a task id outside ``[0, B)``.
         """
-        mlp = self.mlp
+        own = self._modules  # its own question for an attribute takes 1 us
+        hyper: Any = own["hyper"]
+        target: Any = own["target"]
+        mlp = fused(hyper, target)
         if mlp is None or (checks.check_tensor("z", z).ndim == 1 and task_ids is None):
-            return self.target(x, self.hyper(z), task_ids)
+            return target(x, hyper(z), task_ids)
         if z.ndim == 1:
             raise ValueError(
-                f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
+                f"z must have shape (B, {hyper.z_dim}) when task_ids is given, "
                 f"got {checks.shape(z)}"
             )
-        spec, numels = mlp.spec, self.hyper.generated.numels
-        wanted = numels if len(mlp.heads) > 1 else [sum(numels)]
-        for head, numel in zip(mlp.heads, wanted, strict=True):
-            if len(head.weight) != numel:
+        made, heads = hyper.generated, mlp.heads
+        weights: list[Any] = [head._parameters["weight"] for head in heads]
+        wanted = made.numels if len(heads) > 1 else (made.numel,)
+        for weight, numel in zip(weights, wanted, strict=True):
+            if weight.shape[0] != numel:
                 raise ValueError(
-                    f"hyper.generator must return {numel} numbers for {spec}, got a last layer of "
-                    f"{len(head.weight)}"
+                    f"hyper.generator must return {numel} numbers for {mlp.spec}, got a last layer "
+                    f"of {weight.shape[0]}"
                 )
-        weight, bias = mlp.heads[0].weight, mlp.heads[0].bias  # type: Tensor, Tensor | None
-        self.hyper.check_latents(z, weight)
-        features = []
-        for trunk in mlp.trunks:
-            h = z
-            for module in trunk:
-                h = module(h)
-            features.append(h)
-        checks.check_like_weight(weight, x=x)
-        activations = mlp.target.layer_activations(len(spec.layers))
-        base = self.hyper.base
-        if mlp.whole and base is not None:
+        hyper.check_latents(z, weights[0])
+        checks.check_like_weight(weights[0], x=x)
+        if x.is_nested:
+            return from_jagged(
+                x, task_ids, len(z), lambda rows, ids: _run(mlp, hyper, rows, z, ids)
+            )
+        return _run(mlp, hyper, x, z, task_ids)
+
+
+def _run(mlp: Fused, hyper: HyperNet, x: Tensor, z: Tensor, task_ids: Tensor | None) -> Tensor:
+    """The networks of latents that have been checked, on dense rows."""
+    spec, transform = mlp.spec, mlp.transform
+    activations = mlp.target.layer_activations(len(spec.sizes) - 1)
+    if mlp.whole:
+        own: Any = mlp.heads[0]._parameters
+        bias, base = own["bias"], hyper.base
+        if base is not None:
             bias = base if bias is None else bias + base
+        head = own["weight"], bias, spec, activations, task_ids
+        if z.is_cpu and not torch.compiler.is_compiling():
+            plain = plain_trunk(mlp.trunks[0], z.shape[1])
+            y = None if plain is None else latent_mlp(x, z, plain, *head, transform)
+            if y is not None:
+                return y
+        return generated_mlp(x, _through(mlp.trunks[0], z), *head, "z", transform)
+    features = [_through(trunk, z) for trunk in mlp.trunks]
+    linears = hyper.linears(features, mlp.heads, transform, task_ids)
+    return run_layers(x, linears, activations)
 
-        def run(rows: Tensor, ids: Tensor | None) -> Tensor:
-            if mlp.whole:
-                return generated_mlp(
-                    rows, features[0], weight, bias, spec, activations, ids, "z", mlp.transform
-                )
-            linears = self.hyper.linears(features, mlp.heads, mlp.transform, ids)
-            return run_layers(rows, linears, activations)
 
-        return from_jagged(x, task_ids, len(z), run) if x.is_nested else run(x, task_ids)
+def _through(modules: Sequence[nn.Module], z: Tensor) -> Tensor:
+    for module in modules:
+        z = module(z)
+    return z

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,8 @@ class TargetNet(nn.Module):
             ValueError: the sequence given does not fit that many layers.
         """
         if not self.per_layer:
-            (activation,) = self.activations
+            own: Any = self._modules["activations"]
+            (activation,) = own._modules.values()
             return [*[activation] * (layers - 1), None]
         if len(self.activations) not in (layers - 1, layers):
             raise ValueError(

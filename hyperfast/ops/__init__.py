@@ -11,6 +11,7 @@ from hyperfast.ops.layer import (
     task_linear_grad_weight,
 )
 from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp, task_mlp_backward
+from hyperfast.ops.trunk import trunk_mlp, trunk_mlp_backward
 
 __all__ = [
     "hyper_linear",
@@ -25,4 +26,6 @@ __all__ = [
     "task_linear_grad_weight",
     "task_mlp",
     "task_mlp_backward",
+    "trunk_mlp",
+    "trunk_mlp_backward",
 ]

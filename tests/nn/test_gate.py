@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import hyperfast
 from hyperfast import HyperMLP, HyperNet, TaskBank
+from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from tests.support.cases import close
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -154,6 +155,143 @@ def test_the_trunk_may_be_anything():
     model.double()
     assert model.fused
     check(model)
+
+
+def ops_of(call):
+    with torch.profiler.profile() as profile:
+        call()
+    return {e.key for e in profile.key_averages() if e.key.startswith("hyperfast::")}
+
+
+def runs_in_the_op(model, *args):
+    """Whether one op takes latents to outputs, and no other op runs."""
+    found = ops_of(lambda: model(*args))
+    assert ("hyperfast::trunk_mlp" in found) == (found == {"hyperfast::trunk_mlp"})
+    return bool(found) and "hyperfast::trunk_mlp" in found
+
+
+def trunk(*modules):
+    """The model with these modules before its head; None stands for its own first layer."""
+
+    def change(model):
+        first, _, head = model.hyper.generator
+        own = [first if m is None else m for m in modules]
+        model.hyper.generator = nn.Sequential(*own, head).double()
+
+    return change
+
+
+def first(change):
+    """A change of the first layer in place, or of what stands there."""
+
+    def of(model):
+        other = change(model.hyper.generator[0])
+        if isinstance(other, nn.Module):
+            model.hyper.generator[0] = other
+
+    return of
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, given, y: 2 * y)
+
+
+PLAIN_TRUNKS = {
+    "as built": lambda model: None,
+    "deep": trunk(None, nn.Tanh(), nn.Linear(64, 7), nn.SiLU(), nn.Linear(7, 64), nn.ReLU()),
+    "linear at the end": trunk(None, nn.GELU(approximate="tanh"), nn.Linear(64, 64)),
+    "linear twice": trunk(None, nn.Linear(64, 64), hyperfast.Sine(3.0)),
+    "without biases": trunk(nn.Linear(5, 64, bias=False), nn.ReLU()),
+    "identity": trunk(None, nn.Identity()),
+    "tied": lambda model: model.hyper.generator.insert(2, twin(model.hyper.generator)),
+}
+OTHER_TRUNKS = {
+    "hook": first(hooked),
+    "hook of the activation": lambda model: hooked(model.hyper.generator[1]),
+    "subclass of Linear": first(lambda layer: Twice.of(layer)),
+    "parametrised": first(lambda layer: parametrizations.orthogonal(layer) and None),
+    "pruned": first(lambda layer: prune.l1_unstructured(layer, "weight", 0.5) and None),
+    "forward of the instance": first(
+        lambda layer: vars(layer).update(
+            forward=lambda z: 2 * F.linear(z, layer.weight, layer.bias)
+        )
+    ),
+    "tensor subclass": first(
+        lambda layer: vars(layer)["_parameters"].update(
+            weight=nn.Parameter(layer.weight.detach().as_subclass(Doubling))
+        )
+    ),
+    "an activation with a parameter": trunk(None, nn.PReLU()),
+    "two activations": trunk(None, nn.ReLU(), nn.Tanh()),
+    "an activation first": trunk(nn.Tanh(), None),
+    "a norm": trunk(None, nn.LayerNorm(64), nn.ReLU()),
+    "a chain inside": trunk(nn.Sequential(nn.Linear(5, 64), nn.ReLU())),
+    "none": lambda model: trunk()(model) or widen(model),
+}
+
+
+def twin(generator):
+    """A second layer that shares its bias with the first."""
+    layer = nn.Linear(64, 64).double()
+    layer.bias = generator[0].bias
+    return layer
+
+
+def widen(model):
+    model.hyper.generator[-1] = nn.Linear(5, model.hyper.spec.numel).double()
+
+
+@pytest.mark.skipif(EXTENSION is None, reason=EXTENSION_ERROR)
+@pytest.mark.parametrize("name", PLAIN_TRUNKS)
+def test_a_plain_trunk_runs_in_the_op(name):
+    model = make()
+    PLAIN_TRUNKS[name](model)
+    for args in ((ROWS, Z), (X, Z), (X, Z, IDS), (ROWS[:1], Z)):
+        assert runs_in_the_op(model, *args)
+        with torch.no_grad():
+            assert runs_in_the_op(model, *args)
+    check(model)
+
+
+@pytest.mark.parametrize("name", OTHER_TRUNKS)
+def test_any_other_trunk_is_called(name):
+    model = make()
+    OTHER_TRUNKS[name](model)
+    assert model.fused
+    assert not runs_in_the_op(model, ROWS, Z)
+    check(model)
+
+
+def test_a_patched_activation_is_called(monkeypatch):
+    model = make()
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, h: torch.tanh(h))
+    assert not runs_in_the_op(model, ROWS, Z)
+    check(model)
+
+
+def test_a_global_hook_sees_the_trunk():
+    model, seen = make(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[0]))
+    try:
+        assert not runs_in_the_op(model, ROWS, Z)
+    finally:
+        hook.remove()
+    assert model.hyper.generator[0] in seen
+
+
+def test_where_the_trunk_does_not_run_in_the_op():
+    model = make()
+    with hyperfast.use_backend("reference"):
+        assert not runs_in_the_op(model, ROWS, Z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs_in_the_op(model.float(), ROWS.float(), Z.float())
+    model.double()
+    want = model(ROWS, Z)
+    several = torch.vmap(lambda z: model(ROWS, z))(torch.stack([Z, Z]))  # it has no rule for that
+    close(several, torch.stack([want, want]))
+    large = make(hidden=(120, 120))
+    assert not runs_in_the_op(large, ROWS, Z)
+    check(large)
 
 
 def test_a_head_without_bias_is_fused():

@@ -36,19 +36,19 @@ struct LaneBlock {
   Index y_row;
 };
 
-template <int M, int V, StripUse use, class T, class C = Acc<T>>
-static void strip(const Strip<T>& s, const LaneBlock<C>& b) {
+template <int M, int V, StripUse use, class C>
+static void strip(const Strip<C>& s, const LaneBlock<C>& b) {
   constexpr int w = width<C>;
   Vec<C> acc[M][V];
-  const T* rows[M];
+  const C* rows[M];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
     rows[m] = s.weight + m * s.step;
-    const Vec<C> start = (s.bias ? C(widen(s.bias[m * s.bias_step])) : C(0)) - Vec<C>{};
+    const Vec<C> start = (s.bias ? s.bias[m * s.bias_step] : C(0)) - Vec<C>{};
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = start;
   }
-  const T* ahead = s.weight + M * s.step;
+  const C* ahead = s.weight + M * s.step;
   for (Index k = 0; k < b.depth; ++k) {
     Vec<C> hv[V];
 #pragma GCC unroll 4
@@ -56,7 +56,7 @@ static void strip(const Strip<T>& s, const LaneBlock<C>& b) {
     prefetch(ahead + k * M);  // the next M weights, if they follow
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      const C a = widen(rows[m][k * s.feature]);
+      const C a = rows[m][k * s.feature];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += a * hv[v];
     }
@@ -94,36 +94,57 @@ static void strip(const Strip<T>& s, const LaneBlock<C>& b) {
   }
 }
 
-template <class T>
-using StripOf = void (*)(const Strip<T>&, const LaneBlock<Acc<T>>&);
+template <class C>
+using StripOf = void (*)(const Strip<C>&, const LaneBlock<C>&);
 
-template <class T, StripUse use, int M>
-constexpr StripOf<T> pick_strip(int vecs) {
+template <class C, StripUse use, int M>
+constexpr StripOf<C> pick_strip(int vecs) {
   if constexpr (tile_vecs == 4) {
-    if (vecs == 4) return strip<M, 4, use, T>;
-    if (vecs == 3) return strip<M, 3, use, T>;
+    if (vecs == 4) return strip<M, 4, use, C>;
+    if (vecs == 3) return strip<M, 3, use, C>;
   }
-  return vecs == 2 ? strip<M, 2, use, T> : strip<M, 1, use, T>;
+  return vecs == 2 ? strip<M, 2, use, C> : strip<M, 1, use, C>;
 }
 
-// n weights from s on, in strips of 6, 4, 2 and 1.
+// The same M weights in C, one behind another.
+template <class C, class T>
+static Strip<C> widened(const Strip<T>& s, Index count, Index depth) {
+  C* const to = scratch<C>(Slot::local_c, count * (depth + 1));
+  C* const bias = to + count * depth;
+  for (Index m = 0; m < count; ++m) {
+    const T* const from = s.weight + m * s.step;
+    if (s.feature == 1)
+      convert(depth, from, to + m * depth);
+    else
+      for (Index k = 0; k < depth; ++k) to[m * depth + k] = widen(from[k * s.feature]);
+    if (s.bias) bias[m] = widen(s.bias[m * s.bias_step]);
+  }
+  return {to, depth, 1, s.bias ? bias : nullptr, 1, s.transform};
+}
+
+// n weights from s on, in strips of 6, 4, 2 and 1. Numbers of 16 bits are widened for each, once
+// for all lanes.
 template <class T, StripUse use>
 static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
-  const auto steps = [&](Index height, StripOf<T> f) {
+  using C = Acc<T>;
+  const auto steps = [&](Index height, StripOf<C> f) {
     for (; n >= height; n -= height) {
-      f(s, b);
+      if constexpr (std::is_same_v<T, C>)
+        f(s, b);
+      else
+        f(widened<C>(s, height, b.depth), b);
       s.weight += height * s.step;
       if (s.bias) s.bias += height * s.bias_step;
       if (use == StripUse::inputs)
-        b.x += height * lanes<Acc<T>>;
+        b.x += height * lanes<C>;
       else
-        b.y += height * lanes<Acc<T>>;
+        b.y += height * lanes<C>;
     }
   };
-  steps(6, pick_strip<T, use, 6>(vecs));
-  steps(4, pick_strip<T, use, 4>(vecs));
-  steps(2, pick_strip<T, use, 2>(vecs));
-  steps(1, pick_strip<T, use, 1>(vecs));
+  steps(6, pick_strip<C, use, 6>(vecs));
+  steps(4, pick_strip<C, use, 4>(vecs));
+  steps(2, pick_strip<C, use, 2>(vecs));
+  steps(1, pick_strip<C, use, 1>(vecs));
 }
 
 template <class T>

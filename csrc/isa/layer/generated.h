@@ -258,18 +258,23 @@ static void hyper_linear_whole(const HyperLinear& p, const Staged<const Acc<T>>&
   });
 }
 
+// Of rows where kernels want them.
 template <class T>
-static void hyper_linear_typed(const HyperLinear& p) {
-  const auto x = stage<T>(p.x, p.groups, p.in, Slot::rows_a);
-  const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
+static void hyper_linear_staged(const HyperLinear& p, const Staged<const Acc<T>>& x,
+                                const Staged<Acc<T>>& y) {
 #ifdef HF_MATRIX_UNIT
   if constexpr (std::is_same_v<Acc<T>, float>)
-    if (p.plan == Plan::contract && hyper_linear_on_matrix_unit<T>(p, x, y))
-      return unstage<T>(y, p.y, p.groups, p.out);
+    if (p.plan == Plan::contract && hyper_linear_on_matrix_unit<T>(p, x, y)) return;
 #endif
   (p.plan == Plan::materialize ? hyper_linear_whole<T>
    : p.plan == Plan::contract  ? hyper_linear_contract<T>
                                : hyper_linear_tile<T>)(p, x, y);
+}
+
+template <class T>
+static void hyper_linear_typed(const HyperLinear& p) {
+  const auto y = place<T>(p.y, p.groups, p.out, Slot::rows_out);
+  hyper_linear_staged<T>(p, stage<T>(p.x, p.groups, p.in, Slot::rows_a), y);
   unstage<T>(y, p.y, p.groups, p.out);
 }
 

@@ -44,24 +44,47 @@ static void each_stretch(Index n, const F& body) {
 
 template <class T>
 static void hyper_mlp_by_layers(const HyperMlp& p) {
+  using C = Acc<T>;
   const Index rows = total_rows(p.groups), most = p.net.widest;
-  Rows x = p.x;
+  const auto hidden = [&](C* data, Index columns) {
+    return Staged<C>{data, p.groups.ragged ? 0 : p.groups.rows * columns, columns, 1};
+  };
+  // Hidden rows stay as they are staged: those of a task side by side, in the accumulation type.
+  Staged<const C> x = stage<T>(p.x, p.groups, p.net.layers[0].in, Slot::rows_a);
   T* kept = static_cast<T*>(p.preactivations);
   for (Index l = 0; l < p.net.count; ++l) {
     const Layer& layer = p.net.layers[l];
-    T* a = l + 1 == p.net.count
-               ? static_cast<T*>(p.y.data)
-               : scratch<T>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1));
-    T* pre = kept && layer.kept ? kept : a;
+    const bool last = l + 1 == p.net.count, keep = kept && layer.kept;
+    const Rows pre_rows = dense_rows(kept, p.groups, layer.out);
+    const Staged<C> a =
+        last ? place<T>(p.y, p.groups, layer.out, Slot::rows_out)
+             : hidden(scratch<C>(l % 2 ? Slot::hidden_a : Slot::hidden_b, max(rows * most, 1)),
+                      layer.out);
+    const Staged<C> pre =
+        keep && in_place<T>(p.groups) ? place<T>(pre_rows, p.groups, layer.out, Slot::rows_out) : a;
     const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.params(), p.features,
-                                   has_matrix_unit);
-    hyper_linear_typed<T>({p.dtype, plan, p.groups, layer.out, layer.in, p.features, x, p.h,
-                           matrix_of<T>(p.head, layer), vector_of<T>(p.head, layer),
-                           dense_rows(pre, p.groups, layer.out), layer.transform});
+                                   has_matrix_unit, has_pair_dot);
+    hyper_linear_staged<T>({p.dtype,
+                            plan,
+                            p.groups,
+                            layer.out,
+                            layer.in,
+                            p.features,
+                            {},
+                            p.h,
+                            matrix_of<T>(p.head, layer),
+                            vector_of<T>(p.head, layer),
+                            {},
+                            layer.transform},
+                           x, pre);
+    if (keep) {
+      unstage<T>(pre, pre_rows, p.groups, layer.out);
+      kept += rows * layer.out;
+    }
     each_stretch(rows * layer.out,
-                 [&](Index at, Index n) { activate<T>(layer, n, pre + at, a + at); });
-    if (pre != a) kept += rows * layer.out;
-    x = dense_rows(a, p.groups, layer.out);
+                 [&](Index at, Index n) { activate<C>(layer, n, pre.data + at, a.data + at); });
+    if (last) unstage<T>(a, p.y, p.groups, layer.out);
+    x = {a.data, a.task, a.row, a.col};
   }
 }
 
@@ -94,9 +117,9 @@ static void hyper_mlp_backward_by_layers(const HyperMlpBackward& b) {
   for (Index l = p.net.count - 1; l >= 0; --l) {
     const Layer& layer = p.net.layers[l];
     const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.out * layer.in,
-                                   p.features, has_matrix_unit);
+                                   p.features, has_matrix_unit, has_pair_dot);
     const Plan grad_plan = default_plan(Makes::gradients, p.dtype, p.groups, layer.params(),
-                                        p.features, has_matrix_unit);
+                                        p.features, has_matrix_unit, has_pair_dot);
     const HeadMatrix matrix = matrix_of<T>(p.head, layer);
     const HeadMatrix vector = vector_of<T>(p.head, layer);
     const Rows g = dense_rows(grad, p.groups, layer.out);

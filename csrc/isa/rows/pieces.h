@@ -2,6 +2,7 @@
 #pragma once
 
 #include "isa/product/tile.h"
+#include "isa/simd/stretch.h"
 
 namespace hyperfast::HF_ISA {
 
@@ -21,6 +22,11 @@ static inline T* row_data(const Rows& rows, const Groups& g, const Piece& p, Ind
          (g.ragged ? g.order[position] : position) * rows.row;
 }
 
+// Whether the rows of a task follow one another without a gap.
+static inline bool side_by_side(const Rows& rows, const Groups& g, Index columns) {
+  return !g.ragged && rows.col == 1 && rows.row == columns;
+}
+
 // The rows of a piece as a matrix of Acc<T>: in place when they lie so, else copied to the slot.
 template <class T>
 static View<const Acc<T>> gather(const Rows& rows, const Groups& g, const Piece& p, Index columns,
@@ -30,10 +36,17 @@ static View<const Acc<T>> gather(const Rows& rows, const Groups& g, const Piece&
     if (!g.ragged || p.end - p.begin == 1)
       return {row_data<T>(rows, g, p, p.begin), rows.row, rows.col};
   C* copy = scratch<C>(slot, max((p.end - p.begin) * columns, 1));
+  if (side_by_side(rows, g, columns)) {
+    convert((p.end - p.begin) * columns, row_data<T>(rows, g, p, p.begin), copy);
+    return {copy, columns, 1};
+  }
   for (Index j = p.begin; j < p.end; ++j) {
     const T* from = row_data<T>(rows, g, p, j);
     C* to = copy + (j - p.begin) * columns;
-    for (Index i = 0; i < columns; ++i) to[i] = widen(from[i * rows.col]);
+    if (rows.col == 1)
+      convert(columns, from, to);
+    else
+      for (Index i = 0; i < columns; ++i) to[i] = widen(from[i * rows.col]);
   }
   return {copy, columns, 1};
 }
@@ -52,12 +65,14 @@ static View<const C> compact(View<const C> rows, Index m, Index columns, Slot sl
 template <class T>
 static void scatter(const Rows& rows, const Groups& g, const Piece& p, Index columns,
                     const Acc<T>* y, const T* bias, Index bias_col) {
+  if (!bias && side_by_side(rows, g, columns))
+    return convert((p.end - p.begin) * columns, y, row_data<T>(rows, g, p, p.begin));
   for (Index j = p.begin; j < p.end; ++j, y += columns) {
     T* to = row_data<T>(rows, g, p, j);
     if (bias)
       for (Index i = 0; i < columns; ++i) to[i] = narrow<T>(y[i] + widen(bias[i * bias_col]));
     else
-      for (Index i = 0; i < columns; ++i) to[i] = narrow<T>(y[i]);
+      convert(columns, y, to);
   }
 }
 

@@ -51,10 +51,8 @@ static Staged<const Acc<T>> stage(const Rows& rows, const Groups& g, Index colum
   const Staged<Acc<T>> to = place<T>(rows, g, columns, slot);
   if (!in_place<T>(g))
     each_row<T>(rows, g, columns, [&](const T* from, Index at) {
-      Index i = 0;
-      for (constexpr Index w = width<Acc<T>>; rows.col == 1 && i + w <= columns; i += w)
-        store(to.data + at + i, load_wide(from + i));
-      for (; i < columns; ++i) to.data[at + i] = widen(from[i * rows.col]);
+      if (rows.col == 1) return convert(columns, from, to.data + at);
+      for (Index i = 0; i < columns; ++i) to.data[at + i] = widen(from[i * rows.col]);
     });
   return {to.data, to.task, to.row, to.col};
 }
@@ -63,9 +61,7 @@ static Staged<const Acc<T>> stage(const Rows& rows, const Groups& g, Index colum
 template <class T>
 static void unstage(const Staged<Acc<T>>& from, const Rows& rows, const Groups& g, Index columns) {
   if (!in_place<T>(g))
-    each_row<T>(rows, g, columns, [&](T* to, Index at) {
-      for (Index i = 0; i < columns; ++i) to[i] = narrow<T>(from.data[at + i]);
-    });
+    each_row<T>(rows, g, columns, [&](T* to, Index at) { convert(columns, from.data + at, to); });
 }
 
 }  // namespace hyperfast::HF_ISA

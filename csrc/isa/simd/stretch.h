@@ -25,10 +25,14 @@ static inline Vec<Acc<T>> get(const T* p, int count) {
 
 template <class T>
 static inline void put(T* p, Vec<Acc<T>> v, int count) {
-  if constexpr (std::is_same_v<T, Acc<T>>) {
-    if (count == width<T>) return store(p, v);
-  }
+  if (count == width<Acc<T>>) return store_narrow(p, v);
   for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
+}
+
+// n numbers as another type holds them.
+template <class From, class To>
+static inline void convert(Index n, const From* from, To* to) {
+  each_vector<To>(n, [&](Index i, int count) { put<To>(to + i, get(from + i, count), count); });
 }
 
 }  // namespace hyperfast::HF_ISA

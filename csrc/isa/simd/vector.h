@@ -59,6 +59,14 @@ template <class T>
 static inline void store_part(T* p, Vec<T> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
+// A vector of Acc<T> as elements of T, each rounded to nearest.
+template <class T>
+static inline void store_narrow(T* p, Vec<Acc<T>> v) {
+  if constexpr (std::is_same_v<T, Acc<T>>)
+    store(p, v);
+  else
+    for (int i = 0; i < width<Acc<T>>; ++i) p[i] = narrow<T>(v[i]);
+}
 // A vector of Acc<T> from elements stored as T.
 static inline Vec<float> load_wide(const float* p) { return load(p); }
 static inline Vec<double> load_wide(const double* p) { return load(p); }

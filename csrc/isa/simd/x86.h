@@ -44,6 +44,22 @@ static inline Vec<float> load_wide(const std::int8_t* p) {
   return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
 }
 
+template <>
+inline void store_narrow<f16>(f16* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+}
+// Not by the instruction of its own, which takes subnormal numbers for zero.
+template <>
+inline void store_narrow<bf16>(bf16* p, Vec<float> v) {
+  const __m512i bits = _mm512_castps_si512(__m512(v)), high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(v), __m512(v), _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(near, nan, high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(all));
+}
+
 static inline bool any(VecI mask) {
   return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
 }
@@ -75,6 +91,11 @@ static inline Vec<float> load_wide(const f16* p) {
 }
 static inline Vec<float> load_wide(const std::int8_t* p) {
   return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+}
+
+template <>
+inline void store_narrow<f16>(f16* p, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 }
 
 static inline bool any(VecI mask) { return _mm256_movemask_epi8(__m256i(mask)) != 0; }

@@ -76,6 +76,19 @@ SIZES = [  # B, N, in, out
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_results_are_rounded_as_pytorch_rounds_them(dtype):
+    """To nearest, ties to even; sums of any two numbers, infinities, NaN and subnormal ones too."""
+    draw_bits = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(1 << 15), 1 << 15, (40, 1001, 2), generator=draw_bits)
+    weight = bits.to(torch.int16).view(dtype)
+    y = op.task_linear(torch.ones(40, 3, 2, dtype=dtype), weight, None, None)
+    want = (weight[..., 0].float() + weight[..., 1].float()).to(dtype)
+    assert want.isnan().any()
+    assert ((want != 0) & (want.abs() < torch.finfo(dtype).smallest_normal)).any()
+    torch.testing.assert_close(y, want.unsqueeze(1).expand_as(y), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("how", ["plain", "transposed", "gaps", "outer gaps"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

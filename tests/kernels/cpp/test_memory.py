@@ -45,6 +45,7 @@ NETWORK = "5 > 3 b elu, 2 b"
 OF_H = MADE.matrix, MADE.vector
 MLP = (X, H, torch.randn(P, 6), torch.randn(P), None, NETWORK)
 Y, Z, FLAT = torch.randn(4, 3, 2), torch.randn(4 * 3 * 3), torch.randn(4, P)
+TRUNK = H, [torch.randn(6, 6), torch.randn(6)]
 STATE = [torch.zeros(3, n) for n in (2, 2, 1, 1)]
 SHAPES = (12, 5), (12, 2), (4, 1), (4,), (12, 1), (12,), (12, 2, 1), (4, 1, 2)
 LSTM = X[0], None, STATE, [torch.zeros(s) for s in SHAPES], [3]
@@ -59,6 +60,10 @@ CALLS = {
     ),
     "hyper_mlp": lambda: op.hyper_mlp(*MLP, True),
     "hyper_mlp_backward": lambda: op.hyper_mlp_backward(Y, *MLP[:5], Z, *MLP[5:], [True] * 4),
+    "trunk_mlp": lambda: op.trunk_mlp(X, *TRUNK, *MLP[2:5], "6 > 6 b relu", NETWORK, True),
+    "trunk_mlp_backward": lambda: op.trunk_mlp_backward(
+        Y, X, *TRUNK, *MLP[2:5], H, Z, "6 > 6 b relu", NETWORK, [True] * 5
+    ),
     "task_mlp": lambda: op.task_mlp(X, FLAT, None, None, NETWORK),
     "task_mlp_backward": lambda: op.task_mlp_backward(Y, X, FLAT, None, NETWORK, [True] * 2),
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
