@@ -31,4 +31,14 @@ static inline void put(T* p, Vec<Acc<T>> v, int count) {
   for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
 }
 
+// to[i] += from[i] over rows.
+template <class C>
+static void add_rows(Index m, Index n, const C* from, Index row, C* to) {
+  each_vector<C>(n, [&](Index i, int k) {
+    Vec<C> sum = get(from + i, k);
+    for (Index r = 1; r < m; ++r) sum += get(from + r * row + i, k);
+    put<C>(to + i, get(to + i, k) + sum, k);
+  });
+}
+
 }  // namespace hyperfast::HF_ISA
