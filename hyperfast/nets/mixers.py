@@ -15,6 +15,7 @@ from hyperfast.layout import positive
 from hyperfast.nets.recorded import gradients, wanted_by_autograd
 from hyperfast.nn.gate import is_plain_linear, trunk_and_head
 from hyperfast.ops import backends, mixer, mixer_backward
+from hyperfast.plans.cpu import EXTENSION
 
 Layer: TypeAlias = tuple[Tensor, Tensor]  # weight and bias
 
@@ -92,8 +93,7 @@ class QMixer(nn.Module):
                 f"{self.state_dim}), got {checks.shape(agent_qs)} and {checks.shape(states)}"
             )
         q, s = agent_qs.reshape(-1, self.n_agents), states.reshape(-1, self.state_dim)
-        y = self._mix(q, s)
-        return y.reshape(*lead, 1)
+        return self._mix(q, s).reshape(*lead, 1)
 
     def _mix(self, q: Tensor, s: Tensor) -> Tensor:
         """Rows ``(R, 1)`` of ``q (R, n_agents)`` and ``s (R, state_dim)``."""
@@ -104,9 +104,20 @@ class QMixer(nn.Module):
             return _mixed(hidden, self.hyper_w_final(s), self.V(s))
         if [*map(len, nets)] == DEEP:
             weights = [t for net in nets for layer in net for t in layer]
-            if _one_op_takes(q, s, weights):
-                return _Mixer.apply(q, s, *weights)
+            if self._has_its_sizes(nets) and _one_op_takes(q, s, weights):
+                if torch.is_grad_enabled():
+                    return _Mixer.apply(q, s, *weights)
+                return mixer(q, s, weights, False)[0]
         return _fused(q, s, nets)
+
+
+    def _has_its_sizes(self, nets: list[list[Layer]]) -> bool:
+        """Whether the layers of the four networks are as wide as they were made: one may have been
+        put into another's place."""
+        (into_w1, w1), (into_w2, w2), (into_v, v), (b1,) = nets
+        E = self.embed_dim
+        wide = [len(weight) for weight, _ in (w1, w2, into_v, v, b1)]
+        return len(into_w1[0]) == len(into_w2[0]) and wide == [self.n_agents * E, E, E, 1, E]
 
 
 def _mixed(hidden: Tensor, w2: Tensor, v: Tensor) -> Tensor:
@@ -138,8 +149,8 @@ def _one_op_takes(q: Tensor, s: Tensor, weights: list[Tensor]) -> bool:
         and not torch._C._get_tracing_state()
         and not (s.requires_grad and torch.is_grad_enabled())
         and backends.forced in (None, "cpp")
+        and EXTENSION is not None
         and backends.fit_for_cpu([q, s, *weights])
-        and backends.has_kernel("cpp", "mixer")
     )
 
 

@@ -19,6 +19,9 @@ from hyperfast.plans.gpu import HAS_TRITON
 KEYS = {"cpp": "CPU", "triton": "CUDA"}
 BACKENDS = ("reference", *KEYS)
 
+# Types of what an op of C++ kernels alone takes.
+PLAIN = {Tensor, Parameter, type(None)}
+
 forced: str | None = None
 
 
@@ -93,6 +96,6 @@ def fit_for_cpu(given: Sequence[Tensor | None]) -> bool:
         first is not None
         and first.device.type == "cpu"
         and first.dtype in (torch.float32, torch.float64)
-        and all(t is None or type(t) in (Tensor, Parameter) for t in given)
+        and PLAIN.issuperset(map(type, given))
         and checks.is_plain(*given)
     )

@@ -17,7 +17,7 @@ struct MixerBackwardPanels : MixerPanels<C> {
         from_w2(space, this->at.E, this->at.H) {}
   void pack(const Mixer<C>& p) const {
     MixerPanels<C>::pack(p);
-    from_w1.clear(), from_w2.clear();
+    if (this->at.pads()) from_w1.clear(), from_w2.clear();
     const auto rows = [&](const Lanes<C>& to, Index row, const C* from, Index n) {
       HF_ISA::pack<C, C>(n, p.hyper, {from, p.hyper, 1}, to.data + row * to.row, to.row, p.hyper);
     };
@@ -82,6 +82,9 @@ struct MixerSums {
   }
 };
 
+// Rows at a time, at most: of each there are more numbers than forward.
+constexpr Index unmixed_rows = 96;
+
 template <class C>
 struct MixerBackwardSpace {
   Index w1_row, row;
@@ -90,10 +93,10 @@ struct MixerBackwardSpace {
   MixerBackwardSpace(Arena<C>& space, const MixerColumns<C>& at)
       : w1_row(odd_lines<C>(at.w1)),
         row(odd_lines<C>(at.all)),
-        w1(space.take(mixed_rows * w1_row)),
-        w2(space.take(mixed_rows * at.E)),
-        grads(space.take(mixed_rows * row)),
-        parts(space.take(mixed_rows * at.agents * width<C>)) {}
+        w1(space.take(unmixed_rows * w1_row)),
+        w2(space.take(unmixed_rows * at.E)),
+        grads(space.take(unmixed_rows * row)),
+        parts(space.take(unmixed_rows * at.agents * width<C>)) {}
 };
 
 // Columns of W1 as Mixed takes them: the gradient of each is stored, and those of q, of which every
@@ -212,7 +215,7 @@ static void mixer_backward(const MixerBackward<C>& b) {
   const Index few = min(ceil_div(p.rows, 256), 8);
   const Index shares = min(max(round_up(ceil_div(p.rows, share_rows), 8), 8), most_shares);
   const Index count = max(few < 8 ? few : shares, 1), each = ceil_div(p.rows, count);
-  const Index together = max(ceil_div(each, max(ceil_div(each, mixed_rows), 1)), 1);
+  const Index together = rows_together(each, unmixed_rows, 1);
   const Index size = MixerSums<C>::size(at);
   C* const all = scratch<C>(Slot::sums, count * size);
   const Index work = each * at.all * p.state;

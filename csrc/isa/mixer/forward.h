@@ -14,7 +14,7 @@ struct MixerForwardPanels : MixerPanels<C> {
       : MixerPanels<C>(space, p), reading(space, p.state, this->at.all) {}
   void pack(const Mixer<C>& p) const {
     MixerPanels<C>::pack(p);
-    reading.clear();
+    if (this->at.pads()) reading.clear();
     this->at.each_reading(
         p.w, [&](Index column, Index n, Linear<const C> l) { reading.take(column, 0, n, l); });
   }
@@ -60,6 +60,9 @@ struct Mixed {
     }
   }
 };
+
+// At most; with 96, each panel of the weights was fetched into the first-level cache for too few.
+constexpr Index mixed_rows = 192;
 
 template <class C>
 struct MixerSpace {
@@ -109,13 +112,11 @@ template <class C>
 static void mixer(const Mixer<C>& p) {
   const auto panels = in_scratch<MixerForwardPanels<C>, C>(Slot::head, p);
   panels.pack(p);
-  const Index blocks = ceil_div(p.rows, mixed_rows);
-  const Index work = p.rows / max(blocks, 1) * panels.at.all * p.state;
-  parallel(blocks, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-    for (Index b = begin; b < end; ++b) {
-      const Index first = b * mixed_rows;
-      mix<C>(p, panels, first, min(mixed_rows, p.rows - first));
-    }
+  const bool small = double(p.rows) * double(panels.at.all * p.state) < parallel_work;
+  const Index each = rows_together(p.rows, mixed_rows, small ? 1 : thread_count());
+  parallel(ceil_div(p.rows, each), small ? p.rows : 1, [&](Index begin, Index end) {
+    for (Index first = begin * each; first < min(end * each, p.rows); first += each)
+      mix<C>(p, panels, first, min(each, p.rows - first));
   });
 }
 

@@ -35,6 +35,9 @@ struct MixerColumns {
         vecs(ceil_div(p.embed, width<C>)),
         w1(p.agents * vecs * width<C>) {}
 
+  // Whether there are columns that no layer fills.
+  bool pads() const { return H > hyper || E > embed; }
+
   // Calls body(column, output, count) for each run of columns of W1 that are outputs side by side.
   template <class F>
   void each_run_of_w1(const F& body) const {
@@ -98,7 +101,7 @@ struct MixerPanels {
   MixerPanels(Arena<C>& space, const Mixer<C>& p)
       : at(p), w1(space, p.hyper, at.w1), w2(space, p.hyper, at.E) {}
   void pack(const Mixer<C>& p) const {
-    w1.clear(), w2.clear();
+    if (at.pads()) w1.clear(), w2.clear();
     at.each_run_of_w1([&](Index column, Index o, Index n) { w1.take(column, o, n, p.w.w1); });
     w2.take(0, 0, p.embed, p.w.w2);
   }
@@ -146,8 +149,11 @@ static inline Vec<C> only(Vec<C> v, int lanes) {
   return v;
 }
 
-// How rows are shared out: a thread takes `block` of them at a time through all layers, which
-// leaves what these make in the second-level cache.
-constexpr Index mixed_rows = 96;
+// Rows that a thread takes at a time through all layers, at most: what these make stays in the
+// second-level cache.
+static inline Index rows_together(Index rows, Index most, Index threads) {
+  const Index blocks = round_up(ceil_div(max(rows, 1), most), threads);
+  return min(round_up(ceil_div(max(rows, 1), blocks), tile_rows), most);
+}
 
 }  // namespace hyperfast::HF_ISA

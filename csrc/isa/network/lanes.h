@@ -136,11 +136,11 @@ static void lane_panel(const LaneProduct<C>& p, Index j, Index k, Index depth, c
   if (p.n - o >= 1) lane_tile<1, V, C>(p, o, j, k, depth, finish);
 }
 
-// As deep at a time as a panel of x stays in the first-level cache (24 of 32 KiB).
+// As deep at a time as a panel of x stays in the first-level cache (28 of 32 KiB).
 template <class C, class F>
 static void multiply_lanes(const LaneProduct<C>& p, const F& finish) {
   constexpr int w = width<C>;
-  constexpr Index most = (24 << 10) / (Index(sizeof(C)) * lanes<C>);
+  constexpr Index most = (28 << 10) / (Index(sizeof(C)) * lanes<C>);
   const Index step = ceil_div(p.depth, ceil_div(p.depth, most > depth_block ? depth_block : most));
   for (Index j = 0, vecs; j < p.m; j += vecs * w) {
     const Index left = ceil_div(p.m - j, w);
