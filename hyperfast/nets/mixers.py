@@ -110,7 +110,6 @@ class QMixer(nn.Module):
                 return mixer(q, s, weights, False)[0]
         return _fused(q, s, nets)
 
-
     def _has_its_sizes(self, nets: list[list[Layer]]) -> bool:
         """Whether the layers of the four networks are as wide as they were made: one may have been
         put into another's place."""
@@ -181,8 +180,9 @@ def _layers(net: nn.Module) -> list[Layer]:
     """Weight and bias of the layers of a plain ``Linear`` or ``Linear, ReLU, Linear``, all with
     biases; else none."""
     trunk, head = trunk_and_head(net) or ([], net)
-    if checks.is_hooked(*trunk) or [*map(type, trunk)] not in ([], [nn.Linear, nn.ReLU]):
+    if [*map(type, trunk)] not in ([], [nn.Linear, nn.ReLU]) or checks.is_hooked(*trunk[1:]):
         return []
-    layers = [*trunk[:1], head]
-    plain = all(is_plain_linear(m) and m.bias is not None for m in layers)
-    return [(m.weight, m.bias) for m in layers] if plain else []
+    if not is_plain_linear(trunk[0] if trunk else head):  # behind a trunk the head is
+        return []
+    layers = [(m.weight, m.bias) for m in (*trunk[:1], head)]
+    return layers if all(bias is not None for _, bias in layers) else []

@@ -14,7 +14,7 @@ struct MixerBackwardPanels : MixerPanels<C> {
   MixerBackwardPanels(Arena<C>& space, const Mixer<C>& p)
       : MixerPanels<C>(space, p),
         from_w1(space, this->at.w1, this->at.H),
-        from_w2(space, this->at.E, this->at.H) {}
+        from_w2(space, this->at.w2, this->at.H) {}
   void pack(const Mixer<C>& p) const {
     MixerPanels<C>::pack(p);
     if (this->at.pads()) from_w1.clear(), from_w2.clear();
@@ -37,11 +37,11 @@ struct MixerSums {
   MixerSums(Arena<C>& space, const MixerColumns<C>& at)
       : reading(space.take_panels(at.state, at.all)),
         w1(space.take_panels(at.w1, at.H)),
-        w2(space.take_panels(at.E, at.H)),
+        w2(space.take_panels(at.w2, at.H)),
         of_reading(space.take(at.all)),
         of_w1(space.take(at.w1)),
-        of_w2(space.take(at.E)),
-        of_v(space.take(at.E)),
+        of_w2(space.take(at.w2)),
+        of_v(space.take(at.w2)),
         bias_of_v(space.take(1)) {}
   static Index size(const MixerColumns<C>& at) {
     Arena<C> count{nullptr};
@@ -88,14 +88,16 @@ constexpr Index unmixed_rows = 96;
 template <class C>
 struct MixerBackwardSpace {
   Index w1_row, row;
-  C *w1, *w2, *grads, *parts;  // gradients of W1, of W2 and of what is kept; parts of those of q
+  C *w1, *w2, *grads;  // gradients of W1, of W2 and of what is kept
+  C *of_v, *parts;     // shares in those of V's last weight, parts of those of q
 
   MixerBackwardSpace(Arena<C>& space, const MixerColumns<C>& at)
       : w1_row(odd_lines<C>(at.w1)),
         row(odd_lines<C>(at.all)),
         w1(space.take(unmixed_rows * w1_row)),
-        w2(space.take(unmixed_rows * at.E)),
+        w2(space.take(unmixed_rows * at.w2)),
         grads(space.take(unmixed_rows * row)),
+        of_v(space.take(unmixed_rows * at.w2)),
         parts(space.take(unmixed_rows * at.agents * width<C>)) {}
 };
 
@@ -155,11 +157,11 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
   const C* const made = p.kept + first * at.all;
   const C* const grad = b.grad + first;
 
-  panels.w2.multiply(m, {made + at.of_w2, at.all, 1}, {space.w2, at.E, 1},
-                     Biased<C>{{space.w2, at.E}, panels.w2.bias});
+  panels.w2.multiply(m, {made + at.of_w2, at.all, 1}, {space.w2, at.w2, 1},
+                     Biased<C>{{space.w2, at.w2}, panels.w2.bias});
   for (Index r = 0; r < m; ++r) {
     const C* const row = made + r * at.all;
-    C *const to = space.grads + r * space.row, *const w2 = space.w2 + r * at.E;
+    C *const to = space.grads + r * space.row, *const w2 = space.w2 + r * at.w2;
     each_padded<C>(p.embed, [&](Index i, int lanes) {
       const auto e = activation<Act::elu>(load(row + at.of_b1 + i), C(0));
       const Vec<C> made_w2 = load(w2 + i), v = load(row + at.of_v + i);
@@ -167,9 +169,8 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
       store(to + at.of_v + i, v <= C(0) ? Vec<C>{} : of_v);
       store(to + at.of_b1 + i, only<C>(grad[r] * magnitude_of<C>(made_w2) * e.slope, lanes));
       store(w2 + i, only<C>(by_sign<C>(made_w2, grad[r] * e.value), lanes));
-      store(sums.of_v + i, load(sums.of_v + i) + grad[r] * v);
+      store(space.of_v + r * at.w2 + i, grad[r] * v);
     });
-    *sums.bias_of_v += grad[r];
   }
 
   const View<const C> q{p.q + first * p.agents, p.agents, 1};
@@ -190,20 +191,22 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
   panels.from_w1.multiply(m, {space.w1, space.w1_row, 1}, {space.grads, space.row, 1},
                           Gated<C>{{space.grads, space.row}, made, at.all});
   C* const of_w2 = space.grads + at.of_w2;
-  panels.from_w2.multiply(m, {space.w2, at.E, 1}, {of_w2, space.row, 1},
+  panels.from_w2.multiply(m, {space.w2, at.w2, 1}, {of_w2, space.row, 1},
                           Gated<C>{{of_w2, space.row}, made + at.of_w2, at.all});
 
   sums.w1.add(m, space.w1, space.w1_row, made, at.all);
-  sums.w2.add(m, space.w2, at.E, made + at.of_w2, at.all);
+  sums.w2.add(m, space.w2, at.w2, made + at.of_w2, at.all);
   sums.reading.add(m, p.s + first * p.state, p.state, space.grads, space.row);
   add_rows(m, at.w1, space.w1, space.w1_row, sums.of_w1);
-  add_rows(m, p.embed, space.w2, at.E, sums.of_w2);
+  add_rows(m, p.embed, space.w2, at.w2, sums.of_w2);
+  add_rows(m, p.embed, space.of_v, at.w2, sums.of_v);
+  add_rows(m, 1, grad, 1, sums.bias_of_v);
   add_rows(m, at.all, space.grads, space.row, sums.of_reading);
 }
 
 // Rows of a share, so that sums of them err as plain PyTorch's do, and at most so many shares,
 // whose sums have to be stored.
-constexpr Index share_rows = 1024, most_shares = 64;
+constexpr Index share_rows = 512, most_shares = 256;
 
 template <class C>
 static void mixer_backward(const MixerBackward<C>& b) {

@@ -71,7 +71,7 @@ struct MixerSpace {
   MixerSpace(Arena<C>& space, const Mixer<C>& p, const MixerColumns<C>& at)
       : made(space.take(p.kept ? 0 : mixed_rows * at.all)),
         w1(space.take(mixed_rows * at.agents * width<C>)),
-        w2(space.take(mixed_rows * at.E)),
+        w2(space.take(mixed_rows * at.w2)),
         parts(space.take(mixed_rows * width<C>)) {}
 };
 
@@ -91,10 +91,10 @@ static void mix(const Mixer<C>& p, const MixerForwardPanels<C>& panels, Index fi
     some.multiply(m, {made, at.all, 1}, {space.w1, at.agents * w, 1},
                   Mixed<C>{some.bias, q, hidden + v * w, at.all});
   }
-  panels.w2.multiply(m, {made + at.of_w2, at.all, 1}, {space.w2, at.E, 1},
-                     Biased<C>{{space.w2, at.E}, panels.w2.bias});
+  panels.w2.multiply(m, {made + at.of_w2, at.all, 1}, {space.w2, at.w2, 1},
+                     Biased<C>{{space.w2, at.w2}, panels.w2.bias});
   for (Index r = 0; r < m; ++r) {
-    const C *const row = made + r * at.all, *const w2 = space.w2 + r * at.E;
+    const C *const row = made + r * at.all, *const w2 = space.w2 + r * at.w2;
     Vec<C> sum{};
     each_padded<C>(p.embed, [&](Index i, int lanes) {
       const Vec<C> e = activation<Act::elu>(load(row + at.of_b1 + i), C(0)).value;

@@ -19,7 +19,7 @@ struct MixerColumns {
   Index agents, state, embed, hyper;
   Index H, E;  // padded
   Index of_w2, of_v, of_b1, all;
-  Index vecs, w1;  // vectors of an embedding; columns of W1
+  Index vecs, w2, w1;  // vectors of an embedding; columns of W2 and of W1
 
   explicit MixerColumns(const Mixer<C>& p)
       : agents(p.agents),
@@ -33,7 +33,8 @@ struct MixerColumns {
         of_b1(2 * H + E),
         all(p.kept_width()),
         vecs(ceil_div(p.embed, width<C>)),
-        w1(p.agents * vecs * width<C>) {}
+        w2(vecs * width<C>),
+        w1(p.agents * w2) {}
 
   // Whether there are columns that no layer fills.
   bool pads() const { return H > hyper || E > embed; }
@@ -99,7 +100,7 @@ struct MixerPanels {
   Lanes<C> w1, w2;
 
   MixerPanels(Arena<C>& space, const Mixer<C>& p)
-      : at(p), w1(space, p.hyper, at.w1), w2(space, p.hyper, at.E) {}
+      : at(p), w1(space, p.hyper, at.w1), w2(space, p.hyper, at.w2) {}
   void pack(const Mixer<C>& p) const {
     if (at.pads()) w1.clear(), w2.clear();
     at.each_run_of_w1([&](Index column, Index o, Index n) { w1.take(column, o, n, p.w.w1); });

@@ -31,13 +31,19 @@ static inline void put(T* p, Vec<Acc<T>> v, int count) {
   for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
 }
 
-// to[i] += from[i] over rows.
+// to[i] += from[i] over rows, few at a time: sums of sums lose fewer digits.
 template <class C>
 static void add_rows(Index m, Index n, const C* from, Index row, C* to) {
+  constexpr Index few = 16;
   each_vector<C>(n, [&](Index i, int k) {
-    Vec<C> sum = get(from + i, k);
-    for (Index r = 1; r < m; ++r) sum += get(from + r * row + i, k);
-    put<C>(to + i, get(to + i, k) + sum, k);
+    Vec<C> total{};
+    for (Index r = 0; r < m;) {
+      Vec<C> sum{};
+      for (const Index end = r + few < m ? r + few : m; r < end; ++r)
+        sum += get(from + r * row + i, k);
+      total += sum;
+    }
+    put<C>(to + i, get(to + i, k) + total, k);
   });
 }
 
