@@ -226,6 +226,11 @@ template <class C>
 struct HyperLstm;
 template <class C>
 struct HyperLstmBackward;
+// mixer.h
+template <class C>
+struct Mixer;
+template <class C>
+struct MixerBackward;
 
 // One entry per op; each instruction set fills in its own table.
 struct Kernels {
@@ -243,6 +248,10 @@ struct Kernels {
   void (*hyper_lstm_f64)(const HyperLstm<double>&);
   void (*hyper_lstm_backward_f32)(const HyperLstmBackward<float>&);
   void (*hyper_lstm_backward_f64)(const HyperLstmBackward<double>&);
+  void (*mixer_f32)(const Mixer<float>&);
+  void (*mixer_f64)(const Mixer<double>&);
+  void (*mixer_backward_f32)(const MixerBackward<float>&);
+  void (*mixer_backward_f64)(const MixerBackward<double>&);
 };
 
 }  // namespace hyperfast

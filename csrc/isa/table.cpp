@@ -3,6 +3,7 @@
 #include "isa/layer/task.h"
 #include "isa/lstm/backward.h"
 #include "isa/lstm/forward.h"
+#include "isa/mixer/backward.h"
 #include "isa/network/generated.h"
 #include "isa/network/stored.h"
 #include "isa/network/stored_grad.h"
@@ -29,6 +30,10 @@ const Kernels table = {
     hyper_lstm<double>,
     hyper_lstm_backward<float>,
     hyper_lstm_backward<double>,
+    mixer<float>,
+    mixer<double>,
+    mixer_backward<float>,
+    mixer_backward<double>,
 };
 
 }  // namespace hyperfast::HF_ISA

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from hyperfast import checks
 from hyperfast.nets.hyper_lstm_steps import State, Weights
 from hyperfast.ops import backends, hyper_lstm, hyper_lstm_backward
 
@@ -22,14 +20,8 @@ def takes(given: Sequence[Tensor | None]) -> bool:
     """
     if backends.forced == "reference":
         return False
-    x = given[0]
+    x, fit = given[0], backends.fit_for_cpu(given)
     assert x is not None
-    fit = (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and all(t is None or type(t) in (Tensor, Parameter) for t in given)
-        and checks.is_plain(x, *given)
-    )
     if backends.forced is None:
         return fit and backends.has_kernel("cpp", "hyper_lstm")
     backends.insist(backends.forced, "hyper_lstm", x.device.type)

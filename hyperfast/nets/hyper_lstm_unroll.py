@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hyperfast import checks
 from hyperfast.nets import hyper_lstm_cpu
 from hyperfast.nets.hyper_lstm_backward import backward
 from hyperfast.nets.hyper_lstm_steps import State, Weights, of_input, step
+from hyperfast.nets.recorded import gradients, wanted_by_autograd
 
 
 def unroll(
@@ -95,36 +97,15 @@ class Unrolled(torch.autograd.Function):
         saved = ctx.saved_tensors
         given, (h, *kept) = saved[: ctx.given], saved[ctx.given :]
         with _no_autocast(h):
-            batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in _some(grads))
-            if torch.is_grad_enabled() or checks.is_transformed() or batched:
-                return None, *_differentiable(ctx.sizes, given, grads)
+            if wanted_by_autograd(grads):
+                return None, *gradients(partial(_outputs, ctx.sizes), given, grads)
             x, keep, *rest = given
             unrolled = x, keep, State(*rest[:4]), ctx.sizes, Weights.of(rest[4:])
             by = hyper_lstm_cpu.backward if ctx.kernels else backward
             return None, *by(*unrolled, h, kept, grads, ctx.needs_input_grad[1:])
 
 
-def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
-def _differentiable(
-    sizes: Sequence[int], given: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """The gradients of what was given, by autograd, which records how they came about where the
-    caller asks for it, and whose rules know every transform."""
-    if not _some(grads):
-        return [None] * len(given)
-    recorded = torch.is_grad_enabled()
-    # Views: what was given may depend on each other, and each gets its own share alone.
-    with torch.enable_grad():
-        own = [None if t is None else t.view_as(t) for t in given]
-        x, keep, *rest = own
-        h, ends = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]))  # type: ignore[arg-type]
-    pairs = [(s, g) for s, g in zip((h, *ends), grads, strict=True) if g is not None]
-    wanted = [t for t in own if t is not None and t.requires_grad]
-    outputs, weights = zip(*pairs, strict=True)
-    found = iter(
-        torch.autograd.grad(outputs, wanted, weights, create_graph=recorded, allow_unused=True)
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in own]
+def _outputs(sizes: Sequence[int], *given: Any) -> tuple[Tensor, ...]:
+    x, keep, *rest = given
+    h, ends = run(x, keep, State(*rest[:4]), sizes, Weights.of(rest[4:]))
+    return h, *ends

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from hyperfast import checks
 from hyperfast.functional import hyper_linear
 from hyperfast.layout import positive
+from hyperfast.nets.recorded import gradients, wanted_by_autograd
 from hyperfast.nn.gate import is_plain_linear, trunk_and_head
+from hyperfast.ops import backends, mixer, mixer_backward
+from hyperfast.plans.cpu import EXTENSION
+
+Layer: TypeAlias = tuple[Tensor, Tensor]  # weight and bias
+
+# The layers of the networks that make W1, W2, V and b1, where all hypernetworks have two.
+DEEP = [2, 2, 2, 1]
 
 # pymarl2's names (its hyper_b1 is a Sequential of one), and those of pymarl.
 NAMES = {"hyper_w1.": "hyper_w_1.", "hyper_b1.0.": "hyper_b_1."}
@@ -23,6 +32,9 @@ class QMixer(nn.Module):
     b1(s)) + V(s)``, whose weights are made of the state.
 
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
+
+    On the CPU, in float32 and float64, a mixer of two-layer hypernetworks is one C++ op, and its
+    derivative another, unless the states need a gradient. Elsewhere its layers are ops.
 
     Args:
         n_agents: how many values are mixed.
@@ -84,37 +96,96 @@ class QMixer(nn.Module):
                 f"{self.state_dim}), got {checks.shape(agent_qs)} and {checks.shape(states)}"
             )
         q, s = agent_qs.reshape(-1, self.n_agents), states.reshape(-1, self.state_dim)
+        return self._mix(q, s).reshape(*lead, 1)
+
+    def _mix(self, q: Tensor, s: Tensor) -> Tensor:
+        """Rows ``(R, 1)`` of ``q (R, n_agents)`` and ``s (R, state_dim)``."""
         nets = [_layers(n) for n in (self.hyper_w_1, self.hyper_w_final, self.V, self.hyper_b_1)]
-        if all(nets):
-            hidden, w2, v = _fused(q, s, nets)
-        else:
+        if not all(nets):
             w1 = self.hyper_w_1(s).abs().unflatten(1, (self.n_agents, self.embed_dim))
             hidden = torch.bmm(q.unsqueeze(1), w1).squeeze(1) + self.hyper_b_1(s)
-            w2, v = self.hyper_w_final(s), self.V(s)
-        return ((F.elu(hidden) * w2.abs()).sum(1, keepdim=True) + v).reshape(*lead, 1)
+            return _mixed(hidden, self.hyper_w_final(s), self.V(s))
+        if [*map(len, nets)] == DEEP:
+            weights = [t for net in nets for layer in net for t in layer]
+            if self._has_its_sizes(nets) and _one_op_takes(q, s, weights):
+                if torch.is_grad_enabled():
+                    return _Mixer.apply(q, s, *weights)
+                return mixer(q, s, weights, False)[0]
+        return _fused(q, s, nets)
+
+    def _has_its_sizes(self, nets: list[list[Layer]]) -> bool:
+        """Whether the layers of the four networks are as wide as they were made: one may have been
+        put into another's place."""
+        (into_w1, w1), (into_w2, w2), (into_v, v), (b1,) = nets
+        E = self.embed_dim
+        wide = [len(weight) for weight, _ in (w1, w2, into_v, v, b1)]
+        return len(into_w1[0]) == len(into_w2[0]) and wide == [self.n_agents * E, E, E, 1, E]
 
 
-def _fused(q: Tensor, s: Tensor, nets: list[list[Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The pre-activation ``|W1| q + b1``, ``W2`` and ``V``. The layers that read the state are one
-    product; ``W1``, the largest of what is generated, need not be stored."""
+def _mixed(hidden: Tensor, w2: Tensor, v: Tensor) -> Tensor:
+    """Of the pre-activation ``|W1| q + b1``, ``W2`` and ``V``."""
+    return (F.elu(hidden) * w2.abs()).sum(1, keepdim=True) + v
+
+
+def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
+    """The layers that read the state are one product; ``W1``, the largest of what is generated,
+    need not be stored."""
     (*before, head), *others = nets
-    checks.check_same_kind(**{"states": s, "the mixer's weight": head.weight})
+    checks.check_same_kind(**{"states": s, "the mixer's weight": head[0]})
     reading = [*before, *(net[0] for net in others)]
-    weight, bias = (torch.cat([getattr(m, name) for m in reading]) for name in ("weight", "bias"))
-    outs = F.linear(s, weight, bias).split([m.out_features for m in reading], 1)
+    weight, bias = map(torch.cat, zip(*reading, strict=True))
+    outs = F.linear(s, weight, bias).split([len(w) for w, _ in reading], 1)
     h = outs[0].relu() if before else s
     w2, v, b1 = (
-        net[1](out.relu()) if len(net) == 2 else out
+        F.linear(out.relu(), *net[1]) if len(net) == 2 else out
         for out, net in zip(outs[len(before) :], others, strict=True)
     )
-    made = q, h, head.weight, head.bias
-    return hyper_linear(*made, target_bias=False, layout="io", transform="abs") + b1, w2, v
+    hidden = hyper_linear(q, h, *head, target_bias=False, layout="io", transform="abs") + b1
+    return _mixed(hidden, w2, v)
 
 
-def _layers(net: nn.Module) -> list[Any]:
-    """The layers of a plain ``Linear`` or ``Linear, ReLU, Linear``, all with biases; else none."""
+def _one_op_takes(q: Tensor, s: Tensor, weights: list[Tensor]) -> bool:
+    """Whether the C++ kernels run all of it: they make no gradient of the states."""
+    return (
+        not (torch.compiler.is_compiling() or checks.is_transformed())
+        and not torch._C._get_tracing_state()
+        and not (s.requires_grad and torch.is_grad_enabled())
+        and backends.forced in (None, "cpp")
+        and EXTENSION is not None
+        and backends.fit_for_cpu([q, s, *weights])
+    )
+
+
+class _Mixer(torch.autograd.Function):
+    """The op, whose derivative's own derivative is autograd's of :func:`_fused`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, s: Tensor, *weights: Tensor) -> Tensor:
+        y, kept = mixer(q, s, weights, any(ctx.needs_input_grad))
+        ctx.save_for_backward(q, s, *weights, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, s, *weights, kept = ctx.saved_tensors
+        if wanted_by_autograd([grad]):
+            return tuple(gradients(_by_layers, (q, s, *weights), [grad]))
+        of_q, *of_weights = mixer_backward(grad, q, s, weights, kept)
+        return of_q, None, *of_weights
+
+
+def _by_layers(q: Tensor, s: Tensor, *weights: Tensor) -> list[Tensor]:
+    layers = iter(zip(weights[::2], weights[1::2], strict=True))
+    return [_fused(q, s, [list(islice(layers, n)) for n in DEEP])]
+
+
+def _layers(net: nn.Module) -> list[Layer]:
+    """Weight and bias of the layers of a plain ``Linear`` or ``Linear, ReLU, Linear``, all with
+    biases; else none."""
     trunk, head = trunk_and_head(net) or ([], net)
-    if checks.is_hooked(*trunk) or [*map(type, trunk)] not in ([], [nn.Linear, nn.ReLU]):
+    if [*map(type, trunk)] not in ([], [nn.Linear, nn.ReLU]) or checks.is_hooked(*trunk[1:]):
         return []
-    layers = [*trunk[:1], head]
-    return layers if all(is_plain_linear(m) and m.bias is not None for m in layers) else []
+    if not is_plain_linear(trunk[0] if trunk else head):  # behind a trunk the head is
+        return []
+    layers = [(m.weight, m.bias) for m in (*trunk[:1], head)]
+    return layers if all(bias is not None for _, bias in layers) else []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
+from hyperfast import checks
 from hyperfast.ops.define import OPS, triton_on_cpu
 from hyperfast.plans.cpu import EXTENSION_ERROR
 from hyperfast.plans.gpu import HAS_TRITON
@@ -15,6 +18,9 @@ from hyperfast.plans.gpu import HAS_TRITON
 # A backend registers its kernels for a dispatch key; the reference needs none.
 KEYS = {"cpp": "CPU", "triton": "CUDA"}
 BACKENDS = ("reference", *KEYS)
+
+# Types of what an op of C++ kernels alone takes.
+PLAIN = {Tensor, Parameter, type(None)}
 
 forced: str | None = None
 
@@ -81,3 +87,15 @@ def insist(backend: str, op: str, device: str) -> None:
     interpreted = backend == "triton" and device == "cpu" and interpreting()
     if not interpreted and (KEYS[backend].lower() != device or not has_kernel(backend, op)):
         raise RuntimeError(f"backend {backend!r} has no kernel of {op} for {device} tensors")
+
+
+def fit_for_cpu(given: Sequence[Tensor | None]) -> bool:
+    """Whether an op of C++ kernels alone takes such tensors: plain ones in float32 or float64."""
+    first = given[0]
+    return (
+        first is not None
+        and first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.float64)
+        and PLAIN.issuperset(map(type, given))
+        and checks.is_plain(*given)
+    )

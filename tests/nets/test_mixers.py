@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 import hyperfast
 from hyperfast.nets import QMixer
+from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from tests.support.draw import draw
 
 # PyTorch's compiler imports modules of its own that still use torch.jit.
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 AGENTS, STATE, EMBED, HYPER = 5, 11, 6, 7
 equal = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
 every_depth = pytest.mark.parametrize("layers", [1, 2])
+
+
+needs_kernels = pytest.mark.skipif(EXTENSION is None, reason=EXTENSION_ERROR or "built")
 
 
 def make(layers=2):
@@ -82,6 +86,67 @@ def test_it_is_the_published_mixer(layers, names, lead):
     theirs, ours = Published(layers, names), make(layers)
     assert ours.load_state_dict(theirs.state_dict()) == ([], [])
     assert_same(ours, theirs, inputs(*lead, grad=True))
+
+
+@pytest.fixture
+def ops(monkeypatch):
+    """The calls of the op that is the whole mixer."""
+    seen, op = [], hyperfast.nets.mixers.mixer
+    monkeypatch.setattr(hyperfast.nets.mixers, "mixer", lambda *a: seen.append(a) or op(*a))
+    return seen
+
+
+@needs_kernels
+@pytest.mark.parametrize("lead", [(3, 4), (9,), (1, 1), (2, 0)], ids=str)
+def test_one_op(lead, ops):
+    """Where the states need no gradient, as in training."""
+    theirs, ours = Published(2), make()
+    ours.load_state_dict(theirs.state_dict())
+    q, s = inputs(*lead, grad=True)
+    given = q, s.detach()
+    weight = draw(*lead, 1)
+    y, expected = ours(*given), theirs(*given)
+    equal(y, expected)
+    with torch.no_grad():
+        equal(ours(q, s), expected)
+    assert [keep for *_, keep in ops] == [True, False]
+    found = torch.autograd.grad(y, [q, *ours.parameters()], weight)
+    wanted = torch.autograd.grad(
+        expected, [q, *map(theirs.get_parameter, ours.state_dict())], weight
+    )
+    for a, b in zip(found, wanted, strict=True):
+        equal(a, b)
+
+
+@needs_kernels
+def test_one_op_where_nothing_else_is_asked_for(ops):
+    mixer, (q, s) = make(), inputs(4)
+    expected = Published.forward(ours_in_order(mixer), q, s)
+    equal(mixer(q, s.clone().requires_grad_()), expected)
+    with hyperfast.use_backend("reference"):
+        equal(mixer(q, s), expected)
+    mixer.V = nn.Sequential(nn.Linear(STATE, 9), nn.ReLU(), nn.Linear(9, 1)).double()
+    equal(mixer(q, s), Published.forward(ours_in_order(mixer), q, s))
+    assert not ops
+    with hyperfast.use_backend("cpp"):
+        make()(q, s)
+    assert ops
+
+
+@needs_kernels
+def test_derivatives_of_one_op(ops):
+    mixer = make()
+    q, s = inputs(3, grad=True)
+    names = [name for name, _ in mixer.named_parameters()]
+
+    def run(q, *weights):
+        return torch.func.functional_call(mixer, dict(zip(names, weights, strict=True)), (q, s))
+
+    s = s.detach()
+    given = q, *(p.detach().clone().requires_grad_() for p in mixer.parameters())
+    assert torch.autograd.gradcheck(run, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, given)
+    assert ops
 
 
 @every_depth

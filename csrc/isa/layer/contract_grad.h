@@ -73,22 +73,6 @@ static void sum_units(const HyperLinearGrad& p, bool by_piece, Index n, const C*
   });
 }
 
-// to (size) is the sum of so many parts, rounded once.
-template <class T>
-static void add_up(Index n, Index size, const Acc<T>* parts, T* to) {
-  parallel(size, parallel_work / 8, [&](Index begin, Index end) {
-    constexpr Index few = 512;
-    for (Index j = begin; j < end; j += few) {
-      Acc<T> sum[few];
-      const Index some = min(few, end - j);
-      for (Index l = 0; l < some; ++l) sum[l] = parts[j + l];
-      for (Index i = 1; i < n; ++i)
-        for (Index l = 0; l < some; ++l) sum[l] += parts[i * size + j + l];
-      for (Index l = 0; l < some; ++l) to[j + l] = narrow<T>(sum[l]);
-    }
-  });
-}
-
 // Where a gradient (size) adds up before it is rounded to T: where it goes, if there is nothing to
 // round.
 template <class T>

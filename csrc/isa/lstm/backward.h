@@ -46,16 +46,6 @@ struct BackwardSpace {
         hyper(space, p.hyper) {}
 };
 
-// to[i] += from[i] over rows.
-template <class C>
-static void add_rows(Index m, Index n, const C* from, Index row, C* to) {
-  each_vector<C>(n, [&](Index i, int k) {
-    Vec<C> sum = get(from + i, k);
-    for (Index r = 1; r < m; ++r) sum += get(from + r * row + i, k);
-    put<C>(to + i, get(to + i, k) + sum, k);
-  });
-}
-
 template <class C>
 struct BackwardChunk {
   const HyperLstmBackward<C>& b;

@@ -13,8 +13,9 @@ struct LaneProduct {
   View<const C> w;
   const C* bias;  // (n), or null
   const C* x;
+  Index x_row;  // elements from a row of x to the next one; whole vectors of them are there
   C* y;
-  Index row;  // elements from a row of x or y to the next one; whole vectors of them are there
+  Index row;  // likewise of y
 };
 
 template <class C, int M, int V>
@@ -28,15 +29,16 @@ static inline void each_sum(Sums<C, M, V>& sums, const F& f) {
     for (int v = 0; v < V; ++v) f(sums[m][v], m, v * width<C>);
 }
 
-// What becomes of M rows of sums, the first of which goes to y + at: they are stored,
+// What becomes of M rows of sums, those of y from row o and lane j on: they are stored,
 template <class C>
 struct Stored {
   C* y;
   Index row;
 
   template <int M, int V>
-  inline void operator()(Sums<C, M, V>& sums, Index at) const {
-    each_sum<C, M, V>(sums, [&](Vec<C> s, int m, int j) { store(y + at + m * row + j, s); });
+  inline void operator()(Sums<C, M, V>& sums, Index o, Index j) const {
+    C* const to = y + o * row + j;
+    each_sum<C, M, V>(sums, [&](Vec<C> s, int m, int v) { store(to + m * row + v, s); });
   }
 };
 
@@ -47,10 +49,10 @@ struct TimesSlopes {
   const C* slopes;
 
   template <int M, int V>
-  inline void operator()(Sums<C, M, V>& sums, Index at) const {
-    each_sum<C, M, V>(sums,
-                      [&](Vec<C>& s, int m, int j) { s *= load(slopes + at + m * to.row + j); });
-    to(sums, at);
+  inline void operator()(Sums<C, M, V>& sums, Index o, Index j) const {
+    const C* const by = slopes + o * to.row + j;
+    each_sum<C, M, V>(sums, [&](Vec<C>& s, int m, int v) { s *= load(by + m * to.row + v); });
+    to(sums, o, j);
   }
 };
 
@@ -62,7 +64,8 @@ struct Activated {
   float* slopes;
 
   template <int M, int V>
-  inline void operator()(Sums<float, M, V>& sums, Index at) const {
+  inline void operator()(Sums<float, M, V>& sums, Index o, Index j) const {
+    const Index at = o * to.row + j;
     const float parameter = float(layer.parameter);
     if constexpr (kind == Act::sin) {  // one question for all
       VecI largest{};
@@ -70,14 +73,14 @@ struct Activated {
         const VecI size = Formula<kind>::size(s * parameter);
         largest = size > largest ? size : largest;
       });
-      if (any(largest > Formula<kind>::most)) return one_by_one<M, V>(sums, at);
+      if (any(largest > Formula<kind>::most)) return one_by_one<M, V>(sums, o, j);
     }
-    each_sum<float, M, V>(sums, [&](VecF& s, int m, int j) {
+    each_sum<float, M, V>(sums, [&](VecF& s, int m, int v) {
       const Floats both = near(s, parameter);
-      if constexpr (Slopes) store(slopes + at + m * to.row + j, both.slope);
+      if constexpr (Slopes) store(slopes + at + m * to.row + v, both.slope);
       s = both.value;
     });
-    to(sums, at);
+    to(sums, o, j);
   }
 
  private:
@@ -86,12 +89,13 @@ struct Activated {
     return Formula<kind>::of(x, parameter);
   }
   template <int M, int V>
-  void one_by_one(Sums<float, M, V>& sums, Index at) const {
-    to(sums, at);
+  void one_by_one(Sums<float, M, V>& sums, Index o, Index j) const {
+    to(sums, o, j);
     for (int m = 0; m < M; ++m) {
-      float* const y = to.y + at + m * to.row;
+      const Index at = (o + m) * to.row + j;
+      float* const y = to.y + at;
       if constexpr (Slopes)
-        activate_and_slope<float>(layer, V * width<float>, y, slopes + at + m * to.row);
+        activate_and_slope<float>(layer, V * width<float>, y, slopes + at);
       else
         activate<float>(layer, V * width<float>, y, y);
     }
@@ -111,15 +115,15 @@ static void lane_tile(const LaneProduct<C>& p, Index o, Index j, Index k, Index 
         sums, [&](Vec<C>& s, int m, int) { s = (p.bias ? p.bias[o + m] : C(0)) - Vec<C>{}; });
   const C* w[M];
   for (int m = 0; m < M; ++m) w[m] = p.w.at(o + m, k).data;
-  const C* x = p.x + k * p.row + j;
-  for (Index i = 0; i < depth; ++i, x += p.row) {
+  const C* x = p.x + k * p.x_row + j;
+  for (Index i = 0; i < depth; ++i, x += p.x_row) {
     Vec<C> xv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xv[v] = load(x + v * width<C>);
     each_sum<C, M, V>(sums,
                       [&](Vec<C>& s, int m, int v) { s += w[m][i * p.w.col] * xv[v / width<C>]; });
   }
-  finish.template operator()<M, V>(sums, o * p.row + j);
+  finish.template operator()<M, V>(sums, o, j);
 }
 
 // All rows of y, six at a time, then what is left in steps of 4, 2 and 1.
@@ -132,11 +136,11 @@ static void lane_panel(const LaneProduct<C>& p, Index j, Index k, Index depth, c
   if (p.n - o >= 1) lane_tile<1, V, C>(p, o, j, k, depth, finish);
 }
 
-// As deep at a time as a panel of x stays in the first-level cache (24 of 32 KiB).
+// As deep at a time as a panel of x stays in the first-level cache (28 of 32 KiB).
 template <class C, class F>
 static void multiply_lanes(const LaneProduct<C>& p, const F& finish) {
   constexpr int w = width<C>;
-  constexpr Index most = (24 << 10) / (Index(sizeof(C)) * lanes<C>);
+  constexpr Index most = (28 << 10) / (Index(sizeof(C)) * lanes<C>);
   const Index step = ceil_div(p.depth, ceil_div(p.depth, most > depth_block ? depth_block : most));
   for (Index j = 0, vecs; j < p.m; j += vecs * w) {
     const Index left = ceil_div(p.m - j, w);

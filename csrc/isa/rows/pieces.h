@@ -86,4 +86,20 @@ static void with_type(Dtype dtype, const F& body) {
   }
 }
 
+// to (size) is the sum of so many parts, rounded once.
+template <class T>
+static void add_up(Index n, Index size, const Acc<T>* parts, T* to) {
+  parallel(size, parallel_work / 8, [&](Index begin, Index end) {
+    constexpr Index few = 512;
+    for (Index j = begin; j < end; j += few) {
+      Acc<T> sum[few];
+      const Index some = min(few, end - j);
+      for (Index l = 0; l < some; ++l) sum[l] = parts[j + l];
+      for (Index i = 1; i < n; ++i)
+        for (Index l = 0; l < some; ++l) sum[l] += parts[i * size + j + l];
+      for (Index l = 0; l < some; ++l) to[j + l] = narrow<T>(sum[l]);
+    }
+  });
+}
+
 }  // namespace hyperfast::HF_ISA

@@ -35,4 +35,20 @@ static inline void convert(Index n, const From* from, To* to) {
   each_vector<To>(n, [&](Index i, int count) { put<To>(to + i, get(from + i, count), count); });
 }
 
+// to[i] += from[i] over rows, few at a time: sums of sums lose fewer digits.
+template <class C>
+static void add_rows(Index m, Index n, const C* from, Index row, C* to) {
+  constexpr Index few = 16;
+  each_vector<C>(n, [&](Index i, int k) {
+    Vec<C> total{};
+    for (Index r = 0; r < m;) {
+      Vec<C> sum{};
+      for (const Index end = r + few < m ? r + few : m; r < end; ++r)
+        sum += get(from + r * row + i, k);
+      total += sum;
+    }
+    put<C>(to + i, get(to + i, k) + total, k);
+  });
+}
+
 }  // namespace hyperfast::HF_ISA

@@ -50,6 +50,8 @@ STATE = [torch.zeros(3, n) for n in (2, 2, 1, 1)]
 SHAPES = (12, 5), (12, 2), (4, 1), (4,), (12, 1), (12,), (12, 2, 1), (4, 1, 2)
 LSTM = X[0], None, STATE, [torch.zeros(s) for s in SHAPES], [3]
 KEPT = [*STATE, torch.zeros(3, 20)]
+LAYERS = (4, 5), (6, 4), (4, 5), (3, 4), (3, 5), (1, 3), (3, 5)  # hyper 4, embed 3
+MIXER = H[:, :2], X[:, 0], [torch.zeros(s) for o, i in LAYERS for s in ((o, i), (o,))]
 CALLS = {
     "task_linear": lambda: op.task_linear(X, W, W[:, :, 0], None),
     "task_linear_grad_weight": lambda: op.task_linear_grad_weight(G, X, None, 4),
@@ -68,6 +70,8 @@ CALLS = {
     "task_mlp_backward": lambda: op.task_mlp_backward(Y, X, FLAT, None, NETWORK, [True] * 2),
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
     "hyper_lstm": lambda: op.hyper_lstm(*LSTM, True),
+    "mixer": lambda: op.mixer(*MIXER, True),
+    "mixer_backward": lambda: op.mixer_backward(Y[:, 0, :1], *MIXER, torch.zeros(4, 64)),
     "hyper_lstm_backward": lambda: op.hyper_lstm_backward(None, STATE, *LSTM, KEPT, [True] * 9),
 }
 
