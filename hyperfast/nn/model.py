@@ -10,6 +10,7 @@ from hyperfast import checks
 from hyperfast.activations import run_layers
 from hyperfast.functional import generated_mlp
 from hyperfast.layout import MLPSpec
+from hyperfast.nn import parts
 from hyperfast.nn.copies import apart
 from hyperfast.nn.gate import Fused, fused
 from hyperfast.nn.hypernet import HyperNet
@@ -93,7 +94,7 @@ class HyperMLP(nn.Module):
         """
         mlp = self.mlp
         if mlp is None or (checks.check_tensor("z", z).ndim == 1 and task_ids is None):
-            return self.target(x, self.hyper(z), task_ids)
+            return parts.run(self.hyper, self.target, x, z, task_ids)
         if z.ndim == 1:
             raise ValueError(
                 f"z must have shape (B, {self.hyper.z_dim}) when task_ids is given, "
