@@ -25,7 +25,7 @@ class HyperMLP(nn.Module):
     of their own. A target that is not an MLP, or a transform that is a function, is not linear in
     the generated weights; for these the weights are formed. They are, too, where the hypernetwork
     is another than was built: a generator of one's own, a head that is pruned, normalised,
-    quantised or adapted, hooks.
+    quantised or adapted, hooks. Chunked weights of an MLP are formed a block at a time.
 
     Args:
         hyper: generates the weights.
