@@ -15,16 +15,17 @@ from torch.func import functional_call
 
 from hyperfast import checks
 from hyperfast.activations import run_layers
-from hyperfast.layout import transformed
+from hyperfast.layout import MLPSpec, transformed
 from hyperfast.nn.gate import in_parts
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet, from_jagged
 from hyperfast.ops import backends
 
-# Numbers (weights, and all that they are made of) up to which networks are made whole, or one network
-# is; beyond, those of a block. Made whole, 4 to 16 million train in 0.6 to 1 of the time of blocks,
-# which are made twice; from 18 million on blocks take 0.1 to 0.5, as their memory is used again: glibc
-# maps what is larger than 32 MiB anew each time. Blocks of 2 or 8 million do as well (Xeon, 2 threads).
+# Numbers, weights and all that they are made of. Up to WHOLE networks are made whole: there 4 to
+# 16 million train in 0.6 to 1 of the time of blocks, which are made twice. Beyond, a block has
+# BLOCK, or one network up to WHOLE: from 19 million on blocks take 0.2 to 0.9 of the time, because
+# tensors of more than 32 MiB are new pages each time (glibc). Blocks of 8 million do as well, of 2
+# less so, of 1 take 1.7 times as long (Xeon, AVX-512, 2 threads, fp32).
 WHOLE, BLOCK = 1 << 24, 1 << 22
 
 
@@ -107,7 +108,9 @@ def _by_outputs(
 
     def outputs(x: Tensor, n: int, has_bias: bool, first: int, last: int) -> Tensor:
         tensors = range(n, n + 1 + has_bias)
-        added = [] if base is None else [base[m].view(shapes[m][0], -1)[first:last] for m in tensors]
+        added = (
+            [] if base is None else [base[m].view(shapes[m][0], -1)[first:last] for m in tensors]
+        )
 
         def call(x: Tensor, z: Tensor, *given: Tensor) -> Tensor:
             state = dict(zip(names, given, strict=False))
@@ -130,6 +133,7 @@ def _by_outputs(
         )
 
     n, linears = 0, []
+    assert isinstance(hyper.spec, MLPSpec)
     for has_bias in hyper.spec.biases:
         linears.append(partial(linear, n=n, has_bias=has_bias))
         n += 1 + has_bias
@@ -158,14 +162,14 @@ class _Anew(torch.autograd.Function):
     def forward(ctx: Any, call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         kind = tensors[0].device.type
         ctx.call = call
-        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False
         ctx.save_for_backward(*tensors)
         return call(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         create_graph, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
-        with torch.enable_grad(), torch.autocast(*ctx.autocast, cache_enabled=False):
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
             # Aliases: hooks of the tensors are for the sum of what all blocks return.
             tensors = [t.view_as(t) for t in ctx.saved_tensors]
             y = ctx.call(*tensors)

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 # Pieces that cut across rows, that hold several layers; blocks that fit nothing.
 FORMS = pytest.mark.parametrize("chunks", [5, 37, 200, (4, 3), (16, 1)], ids=str)
 TWO_FORMS = pytest.mark.parametrize("chunks", [37, (4, 3)], ids=str)
-# Two tasks a block; a task; some outputs of a layer. Of the numbers that one network takes: up to how
-# many it is made whole, and those of a block.
+# Two tasks a block; a task; some outputs of a layer: WHOLE and BLOCK as shares of the numbers that one
+# network takes.
 SIZES = {"tasks": (1, 2), "task": (1, 0), "outputs": (0.99, 0.25)}
 ROWS = {
     "rows": ((B, N, 7), False),
@@ -342,7 +342,8 @@ found = []
 for call in (forward, train):
     call()
     found.append(peak_extra(call))
-print(json.dumps([4 * tasks * model.hyper.total_target_params, *found]))
+own = sum(p.nbytes for p in model.parameters())
+print(json.dumps([4 * tasks * model.hyper.total_target_params, own, *found]))
 """
 
 
@@ -350,8 +351,9 @@ print(json.dumps([4 * tasks * model.hyper.total_target_params, *found]))
 @pytest.mark.parametrize(("tasks", "width"), [(1000, 64), (1, 2000)], ids=["tasks", "outputs"])
 @pytest.mark.parametrize("chunks", [300, (16, 8)], ids=str)
 def test_memory_is_that_of_a_block(chunks, tasks, width):
-    """Numbers of a block three times, with their gradients, and 4 MiB of the library's products,
-    whatever there is of tasks and weights. Made whole, it takes more than its weights."""
+    """Numbers of a block three times, with their gradients, those of the parameters by a block and
+    by all of them, and 4 MiB of the library's products, whatever there is of tasks and weights.
+    Made whole, it takes more than its weights."""
 
     def weigh(block):
         run = subprocess.run(
@@ -362,8 +364,8 @@ def test_memory_is_that_of_a_block(chunks, tasks, width):
         return json.loads(run.stdout)
 
     block = 1 << 18
-    weights, forward, trained = weigh(block)
-    _, whole, whole_trained = weigh(1 << 30)
-    limit = 3 * 4 * block + 2**22
-    assert max(forward, trained) < limit
-    assert min(whole, whole_trained) > weights > 4 * limit
+    weights, own, *peaks = weigh(block)
+    limit = 3 * 4 * block + 2 * own + 2**22
+    assert max(peaks) < limit
+    _, _, *peaks = weigh(1 << 30)
+    assert min(peaks) > weights > 2 * limit
