@@ -105,7 +105,8 @@ def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     if kind is nn.Linear:
         return is_plain_linear(module)
-    known = kind in ELEMENTWISE or (kind in FORWARD and _runs(module, kind))
+    free = any(isinstance(value, Tensor) for value in vars(module).values())  # a w0 of Sine
+    known = (kind in ELEMENTWISE and not free) or (kind in FORWARD and _runs(module, kind))
     return (known or kind is nn.ModuleList) and not checks.is_hooked(module)
 
 

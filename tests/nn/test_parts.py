@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from bench.measure import memory
-from hyperfast import HyperMLP, HyperNet, TargetNet, use_backend
+from hyperfast import HyperMLP, HyperNet, Sine, TargetNet, use_backend
 from hyperfast.nets import StaticHyperNet
 from hyperfast.nn import parts
 from tests.support.budget import assert_as_good, close
@@ -241,6 +241,14 @@ def own_activation(model):
     model.target.activations[0] = nn.PReLU().double()
 
 
+def trained_sine(model):
+    model.target.activations[0] = Sine(nn.Parameter(torch.tensor(3.0).double()))
+
+
+def free_tensor(model):
+    model.hyper.generator.trunk[1] = Sine(torch.tensor(3.0).double().requires_grad_())
+
+
 def own_transform(model):
     model.target.weight_transform = lambda w: w / w.norm()
 
@@ -256,7 +264,8 @@ def own_target(model):
     model.target = twice
 
 
-CHANGES = hook, rows_of_others, random, own_activation, own_transform, own_target
+CHANGES = hook, rows_of_others, random, own_activation, trained_sine, free_tensor
+CHANGES += own_transform, own_target
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
