@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hyperfast.layout import positive
+from hyperfast.nn import parts
 from hyperfast.nn.any_module import Params, select
 from hyperfast.nn.chunks import Chunks
 from hyperfast.nn.hypernet import HyperNet
@@ -78,10 +79,10 @@ class StaticHyperNet(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """What is generated, by its name in ``net``."""
-        return dict(zip(self.names, self._made(), strict=True))
+        return dict(zip(self.names, self.hyper(self._latent()), strict=True))
 
     def forward(self, x: Any) -> Any:
-        return self.target(x, self._made())
+        return parts.run(self.hyper, self.target, x, self._latent())
 
-    def _made(self) -> tuple[Tensor, ...]:
-        return self.hyper(self.hyper.generator.embeddings.new_empty(0))  # its latent has no numbers
+    def _latent(self) -> Tensor:
+        return self.hyper.generator.embeddings.new_empty(0)  # it has no numbers

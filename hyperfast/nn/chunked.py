@@ -77,12 +77,16 @@ class Chunked(nn.Module):
         total = sum(self.offsets)
         self.offset = nn.Parameter(torch.zeros(total, **kind)) if total else None
 
-    def forward(self, z: Tensor) -> Tensor:
-        """The flat vectors ``(B, P)`` of latents ``(B, z_dim)``."""
-        tasks, count = z.shape[0], self.embeddings.shape[0]  # an export fixes what len() returns
-        pairs = [z.unsqueeze(1).expand(-1, count, -1), self.embeddings.expand(tasks, -1, -1)]
-        h = self.trunk(torch.cat(pairs, -1).flatten(0, 1)).unflatten(0, (tasks, count))
-        parts = h.split(self.layout.counts, 1)
+    def forward(self, z: Tensor, part: tuple[int, int, int] | None = None) -> Tensor:
+        """The flat vectors ``(B, P)`` of latents ``(B, z_dim)``.
+
+        Args:
+            part: a parameter of rank one or two and its first and last outputs: these alone,
+                ``(B, outputs, ins)``.
+        """
+        if part is not None:
+            return self._part(z, *part)
+        parts = self._features(z, self.embeddings).split(self.layout.counts, 1)
         flat = self.layout.join([head(h) for head, h in zip(self.heads, parts, strict=True)])
         scales = zip(self.scale.split(1), self.numels, strict=True)
         scale = torch.cat([scale.expand(n) for scale, n in scales])
@@ -91,6 +95,23 @@ class Chunked(nn.Module):
         offsets = zip(self.offset.split(self.offsets), self.numels, strict=True)
         offset = torch.cat([o.expand(n) if len(o) else o.new_zeros(n) for o, n in offsets])
         return torch.addcmul(offset, flat, scale)
+
+    def _part(self, z: Tensor, n: int, first: int, last: int) -> Tensor:
+        head, chunks, join = self.layout.part(n, first, last)
+        embeddings = self.embeddings.split(self.layout.counts)[head][chunks]
+        made = join(self.heads[head](self._features(z, embeddings)))
+        scale = self.scale.split(1)[n]
+        if not self.offsets[n]:
+            return made * scale
+        assert self.offset is not None
+        offset = self.offset.split(self.offsets)[n].unsqueeze(1)
+        return torch.addcmul(offset if len(offset) == 1 else offset[first:last], made, scale)
+
+    def _features(self, z: Tensor, embeddings: Tensor) -> Tensor:
+        """``(B, chunks, K)``, the features of chunks with these embeddings."""
+        tasks, count = z.shape[0], embeddings.shape[0]  # an export fixes what len() returns
+        pairs = [z.unsqueeze(1).expand(-1, count, -1), embeddings.expand(tasks, -1, -1)]
+        return self.trunk(torch.cat(pairs, -1).flatten(0, 1)).unflatten(0, (tasks, count))
 
     def chain(self) -> list[nn.Module]:
         """The trunk and the first layer behind it."""
@@ -107,6 +128,24 @@ class Chunked(nn.Module):
             per_output = first.in_features + sum(m.out_features for m in others)
             total += 2 * count * first.out_features * per_output
         return total
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of every head, how many numbers one of its chunks takes while it is made in training:
+        latent and embedding, what layers return, activated or not, and the chunk three times, as it
+        is made, joined and scaled."""
+        entering: int = self.chain()[0].in_features  # type: ignore[assignment]
+        trunk = [m for m in self.trunk.modules() if isinstance(m, nn.Linear)]
+        found = []
+        for head in self.heads:
+            total = entering + sum(2 * m.out_features for m in trunk)
+            first, *others = (m for m in head.modules() if isinstance(m, nn.Linear))
+            chunk = first.out_features
+            for second in others:  # runs once for every piece of what the first returns
+                total += chunk
+                chunk = chunk // second.in_features * second.out_features
+            found.append(total + 3 * chunk)
+        return tuple(found)
 
     def start(self, moment: float) -> list[Spread]:
         """Initialises embeddings and heads, which take features of this second moment; returns the

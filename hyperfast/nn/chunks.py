@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +33,20 @@ def layout_of(spec: ParamSpec, chunks: Chunks) -> Pieces | Blocks:
     return Blocks(spec, *chunks) if isinstance(chunks, tuple) else Pieces(spec, chunks)
 
 
+# Chunks at the ends of a part may belong to two of them and are then made twice: a part has so many
+# at least.
+FEWEST = 4
+
+
+class Part(NamedTuple):
+    """Some outputs of one parameter: the head that makes their chunks, which of its chunks these
+    are, and how they are joined, ``(B, chunks, ...)`` to ``(B, outputs, ins)``."""
+
+    head: int
+    chunks: slice
+    join: Callable[[Tensor], Tensor]
+
+
 class Pieces:
     """The flat vector in pieces of one size (von Oswald et al. 2020); the end of the last is not
     used.
@@ -42,6 +58,8 @@ class Pieces:
     def __init__(self, spec: ParamSpec, size: int):
         self.numel, self.size = spec.numel, min(size, max(spec.numel, 1))
         self.counts = (-(-spec.numel // self.size),)
+        self.starts = tuple(accumulate(spec.numels, initial=0))
+        self.ins = tuple(math.prod(shape[1:]) for shape in spec.shapes)
 
     def heads(self, features: int, **kind: Any) -> list[nn.Sequential]:
         """Of each kind of chunk, what makes it of features."""
@@ -50,6 +68,23 @@ class Pieces:
     def join(self, made: Sequence[Tensor]) -> Tensor:
         """The flat vectors ``(B, P)`` of what heads made, ``(B, count, ...)`` each."""
         return made[0].flatten(1)[:, : self.numel]
+
+    def part(self, n: int, first: int, last: int) -> Part:
+        """Outputs ``first`` to ``last`` of parameter ``n``."""
+        at, stop = (self.starts[n] + o * self.ins[n] for o in (first, last))
+        chunks = slice(at // self.size, -(-stop // self.size))
+        at, stop = (place - chunks.start * self.size for place in (at, stop))
+
+        def join(made: Tensor) -> Tensor:
+            return made.flatten(1)[:, at:stop].unflatten(1, (last - first, -1))
+
+        return Part(0, chunks, join)
+
+    def outputs(self, n: int, numbers: Sequence[int], limit: int) -> int:
+        """How many outputs of parameter ``n`` a part has that holds ``limit`` numbers, where a
+        chunk of each head holds so many."""
+        chunks = max(limit // numbers[0], FEWEST)
+        return max(chunks * self.size // self.ins[n], 1)
 
 
 class _Grid(NamedTuple):
@@ -104,10 +139,27 @@ class Blocks:
     def join(self, made: Sequence[Tensor]) -> Tensor:
         """As of :class:`Pieces`."""
         pieces = [iter(t.split(each, 1)) for t, each in zip(made, self.each, strict=True)]
-        flat = []
-        for head, down, across, out, ins in self.grids:
-            blocks = next(pieces[head])  # (B, down * across, cols, rows * kernel)
-            blocks = blocks.unflatten(1, (down, across)).unflatten(-1, (self.rows, -1))
-            whole = blocks.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
-            flat.append(whole[:, :out, :ins].flatten(1))
-        return torch.cat(flat, 1)
+        flat = [self._joined(next(pieces[g.head]), g, 0, g.out_features) for g in self.grids]
+        return torch.cat([whole.flatten(1) for whole in flat], 1)
+
+    def part(self, n: int, first: int, last: int) -> Part:
+        """As of :class:`Pieces`."""
+        grid = self.grids[n]
+        before = sum(g.down * g.across for g in self.grids[:n] if g.head == grid.head)
+        at, stop = first // self.rows, -(-last // self.rows)
+        chunks = slice(before + at * grid.across, before + stop * grid.across)
+        skipped = at * self.rows
+        join = partial(self._joined, grid=grid, first=first - skipped, last=last - skipped)
+        return Part(grid.head, chunks, join)
+
+    def outputs(self, n: int, numbers: Sequence[int], limit: int) -> int:
+        """As of :class:`Pieces`."""
+        grid = self.grids[n]
+        return self.rows * max(limit // (numbers[grid.head] * grid.across), 1)
+
+    def _joined(self, blocks: Tensor, grid: _Grid, first: int, last: int) -> Tensor:
+        """``(B, outputs, numbers of one)``, of whole rows of blocks ``(B, count, cols, rows *
+        kernel)``; outputs count from the first that these hold."""
+        blocks = blocks.unflatten(1, (-1, grid.across)).unflatten(-1, (self.rows, -1))
+        whole = blocks.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+        return whole[:, first:last, : grid.in_features].flatten(2)

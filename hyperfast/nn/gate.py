@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeGuard
 from torch import Tensor, nn
 
 from hyperfast import checks
-from hyperfast.activations import named
+from hyperfast.activations import ELEMENTWISE, named
 from hyperfast.layout import MLPSpec, Trunk
+from hyperfast.nn.chunked import Chunked
 from hyperfast.nn.generator import Separate
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
@@ -18,7 +19,8 @@ IDENTITY = "identity", 1.0
 
 # As they are now: a class that is patched later does something else.
 FORWARD: dict[type[nn.Module], Callable] = {
-    kind: kind.forward for kind in (nn.Linear, nn.Sequential, HyperNet, TargetNet)
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Sequential, nn.Unflatten, Chunked, HyperNet, TargetNet)
 }
 
 
@@ -79,6 +81,36 @@ def fused(hyper: HyperNet, target: nn.Module) -> Fused | None:
     added = hyper.base is not None and transform is not None
     whole = not separate and not added and hyper.rank is None and hyper.biases is None
     return Fused(spec, target, trunks, heads, transform or "", whole)
+
+
+def in_parts(hyper: HyperNet, target: nn.Module) -> bool:
+    """Whether ``target(x, hyper(z))`` is a network of chunked weights that may as well run for some
+    tasks, or some outputs of a layer, at a time, and again in the backward pass: no part of it sees
+    rows of others, draws at random, or keeps anything from call to call.
+    """
+    return (
+        type(hyper.generator) is Chunked
+        and type(hyper.spec) is MLPSpec
+        and isinstance(target, TargetNet)
+        and isinstance(target.weight_transform, str | None)
+        and _runs(hyper, HyperNet)
+        and _runs(target, TargetNet)
+        and not checks.is_hooked(hyper, target)
+        and not target.state_dict()
+        and all(type(p) in (nn.Parameter, Tensor) for p in hyper.parameters())
+        and all(map(_is_plain, hyper.generator.modules()))
+        and all(map(_is_plain, target.activations.modules()))
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear layer, an elementwise activation or a container, and no more."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return is_plain_linear(module)
+    free = any(isinstance(value, Tensor) for value in vars(module).values())  # a w0 of Sine
+    known = (kind in ELEMENTWISE and not free) or (kind in FORWARD and _runs(module, kind))
+    return (known or kind is nn.ModuleList) and not checks.is_hooked(module)
 
 
 def trunk_and_head(module: nn.Module) -> tuple[list[Any], nn.Linear] | None:

@@ -170,8 +170,13 @@ class HyperNet(nn.Module):
         With ``chunks``, one small generator makes all parameters, chunk by chunk, each of the
         latent and a learned embedding of the chunk: far fewer parameters than a head that has a row
         for every weight. Parameters have a learned scale each, by which they start as above,
-        whatever layers their chunks belong to. The weights are formed, no path is fused, and
-        there is nothing to :func:`hyperfast.explain`. A small net may need fewer without chunks.
+        whatever layers their chunks belong to. No path is fused, and there is nothing to
+        :func:`hyperfast.explain`. A plain stack runs a block of tasks at a time where there are
+        many, or a block of a layer's outputs where it is large: weights are made, applied and
+        forgotten, and made again in the backward pass, so that memory is that of a block, some 100
+        MiB in fp32 (not in compiled graphs and under transforms of ``torch.func``, nor with a trunk
+        of one's own of other than linear layers and elementwise activations). The weights of
+        other nets are formed. A small net may need fewer parameters without chunks.
 
         Args:
             net: the module. It is left as it is.

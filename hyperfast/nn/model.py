@@ -12,6 +12,7 @@ from hyperfast import checks
 from hyperfast.activations import run_layers
 from hyperfast.functional import generated_mlp, latent_mlp
 from hyperfast.layout import MLPSpec
+from hyperfast.nn import parts
 from hyperfast.nn.copies import apart
 from hyperfast.nn.gate import Fused, fused, plain_trunk
 from hyperfast.nn.hypernet import HyperNet
@@ -26,7 +27,7 @@ class HyperMLP(nn.Module):
     of their own. A target that is not an MLP, or a transform that is a function, is not linear in
     the generated weights; for these the weights are formed. They are, too, where the hypernetwork
     is another than was built: a generator of one's own, a head that is pruned, normalised,
-    quantised or adapted, hooks.
+    quantised or adapted, hooks. Chunked weights of an MLP are formed a block at a time.
 
     Args:
         hyper: generates the weights.
@@ -98,7 +99,7 @@ class HyperMLP(nn.Module):
         target: Any = own["target"]
         mlp = fused(hyper, target)
         if mlp is None or (checks.check_tensor("z", z).ndim == 1 and task_ids is None):
-            return target(x, hyper(z), task_ids)
+            return parts.run(hyper, target, x, z, task_ids)
         if z.ndim == 1:
             raise ValueError(
                 f"z must have shape (B, {hyper.z_dim}) when task_ids is given, "

@@ -1,0 +1,375 @@
+"""Networks of chunked weights a block at a time: equal to the whole, in less memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from bench.measure import memory
+from hyperfast import HyperMLP, HyperNet, Sine, TargetNet, use_backend
+from hyperfast.nets import StaticHyperNet
+from hyperfast.nn import parts
+from tests.support.budget import assert_as_good, close
+from tests.support.draw import draw
+
+B, N, Z, C = 6, 3, 4, 5
+ROOT = Path(__file__).parents[2]
+# Pieces that cut across rows, that hold several layers; blocks that fit nothing.
+FORMS = pytest.mark.parametrize("chunks", [5, 37, 200, (4, 3), (16, 1)], ids=str)
+TWO_FORMS = pytest.mark.parametrize("chunks", [37, (4, 3)], ids=str)
+# Two tasks a block; a task; some outputs of a layer: WHOLE and BLOCK as shares of the numbers that
+# one network takes.
+SIZES = {"tasks": (1, 2), "task": (1, 0), "outputs": (0.99, 0.25)}
+ROWS = {
+    "rows": ((B, N, 7), False),
+    "row": ((B, 7), False),
+    "shared": ((1, N, 7), False),
+    "ids": ((11, 7), True),
+    "none": ((0, 7), True),
+}
+
+
+def net():
+    layers = nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 9, bias=False), nn.ELU(), nn.Linear(9, 5)
+    return nn.Sequential(*layers).double()
+
+
+def moved(model):
+    """All its parameters, moved from where they start."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(draw(*p.shape, dtype=p.dtype, scale=0.4))
+    return model
+
+
+def make(chunks, module=None, **options):
+    options = {"chunks": chunks, "chunk_dim": C, "hidden": (6,), "activation": "tanh"} | options
+    return moved(HyperMLP(*HyperNet.for_module(module or net(), Z, **options)))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What was made in blocks; ``made.limits(model, size)`` sets how large these are."""
+
+    class Made(list):
+        def limits(self, model, size):
+            numbers = parts._numbers(model.hyper)
+            for name, share in zip(("WHOLE", "BLOCK"), SIZES[size], strict=True):
+                monkeypatch.setattr(parts, name, int(share * numbers))
+            self.clear()
+
+    calls, anew = Made(), parts._anew
+
+    def spy(call, *args):
+        calls.append(args)
+        return anew(call, *args)
+
+    monkeypatch.setattr(parts, "_anew", spy)
+    return calls
+
+
+def results(model, x, z, ids=None):
+    y = model(x, z, ids)
+    leaves = [x, z, *model.parameters()]
+    grads = torch.autograd.grad(y.sin().sum(), leaves, materialize_grads=True)
+    return [y, *grads]
+
+
+@FORMS
+@pytest.mark.parametrize("base", [None, "net"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_values_and_gradients(made, chunks, base, size, rows):
+    shape, by_ids = ROWS[rows]
+    model = make(chunks, base=base)
+    x, z = draw(*shape, grad=True), draw(B, Z, grad=True)
+    ids = torch.randint(B, shape[:1]) if by_ids else None
+    want = results(model, x, z, ids)
+    assert not made
+    made.limits(model, size)
+    close(results(model, x, z, ids), want)
+    blocks = (torch.arange(B) if ids is None else ids) // (2 if size == "tasks" else 1)
+    blocks = max(len(blocks.unique()), 1)
+    assert len(made) >= 3 * blocks if size == "outputs" else len(made) == blocks
+
+
+@TWO_FORMS
+@pytest.mark.parametrize("transform", ["abs", "softplus"])
+def test_transforms_of_weights(made, chunks, transform):
+    model = make(chunks)
+    model.target.weight_transform = transform
+    x, z = draw(B, N, 7, grad=True), draw(B, Z, grad=True)
+    want = results(model, x, z)
+    for size in SIZES:
+        made.limits(model, size)
+        close(results(model, x, z), want)
+        assert made
+
+
+@TWO_FORMS
+@pytest.mark.parametrize("size", SIZES)
+def test_derivatives(made, chunks, size):
+    stack = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = make(chunks, stack)
+    x, z = draw(2, 1, 3, grad=True), draw(2, Z, grad=True)
+    names, values = zip(*model.named_parameters(), strict=True)
+    made.limits(model, size)
+
+    def run(x, z, *values):
+        return functional_call(model, dict(zip(names, values, strict=True)), (x, z))
+
+    assert torch.autograd.gradcheck(run, (x, z, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, z, *values), fast_mode=True)
+    assert made
+
+
+@TWO_FORMS
+def test_one_latent(made, chunks):
+    model = make(chunks)
+    x, z = draw(2, N, 7), draw(Z)
+    want = [model(t, z) for t in (x, x[0], x[0, 0])]
+    made.limits(model, "outputs")
+    close([model(t, z) for t in (x, x[0], x[0, 0])], want)
+    assert made
+
+
+def test_jagged_rows(made):
+    model = make((4, 3))
+    x = torch.nested.nested_tensor([draw(n, 7) for n in (2, 0, 5)], layout=torch.jagged)
+    want = model(x, z := draw(3, Z))
+    made.limits(model, "outputs")
+    close(model(x, z).values(), want.values())
+    assert made
+
+
+def test_strided_rows_and_latents(made):
+    model = make(37)
+    x, z = draw(7, N, B).permute(2, 1, 0), draw(1, Z).expand(B, -1)
+    want = model(x, z)
+    for size in SIZES:
+        made.limits(model, size)
+        close(model(x, z), want)
+        assert made
+
+
+def test_tasks_without_rows_are_not_made(made):
+    model, ids = make(37), torch.tensor([4, 4, 1])
+    made.limits(model, "task")
+    model(draw(3, 7), draw(B, Z), ids)
+    assert len(made) == 2
+
+
+@TWO_FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precision(made, chunks, dtype):
+    exact = make(chunks)
+    x, z = draw(B, N, 7, grad=True), draw(B, Z, grad=True)
+    model = make(chunks, net().to(dtype))
+    model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(model.state_dict())
+    low = [t.detach().to(dtype).requires_grad_() for t in (x, z)]
+    truth = results(exact, *(t.detach().double().requires_grad_() for t in low))
+    plain = results(model, *low)
+    for size in SIZES:
+        made.limits(model, size)
+        for got, other, true in zip(results(model, *low), plain, truth, strict=True):
+            assert_as_good(got, other, true, roundings=2, size=torch.Tensor.norm)
+
+
+@TWO_FORMS
+def test_autocast(made, chunks):
+    """Also where blocks are made again, after autocast has been left."""
+    model = make(chunks, net().float())
+    x, z = draw(B, N, 7, dtype=torch.float32), draw(B, Z, dtype=torch.float32)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x, z)
+        return [y, *torch.autograd.grad(y.float().sum(), [*model.parameters()])]
+
+    want = step()
+    for size in SIZES:
+        made.limits(model, size)
+        for got, wanted in zip(step(), want, strict=True):
+            assert got.dtype == wanted.dtype
+            assert (got - wanted).norm() <= 0.03 * wanted.norm()
+
+
+def test_what_is_made_again_has_the_parameters_of_the_call(made):
+    model, other = make(37), make(37)
+    state = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    x, z = draw(B, N, 7), draw(B, Z)
+    want = torch.autograd.grad(other(x, z).sum(), [*other.parameters()])
+    for size in SIZES:
+        made.limits(model, size)
+        y = functional_call(model, state, (x, z))
+        close(torch.autograd.grad(y.sum(), [*state.values()]), want)
+        assert made
+
+
+def test_a_static_network_of_linear_layers(made):
+    model = moved(StaticHyperNet(net(), Z, chunks=(4, 3), params=None))
+    x = draw(N, 7)
+    want = model(x)
+    made.limits(model, "outputs")
+    close(model(x), want)
+    assert made
+
+
+# What sees the whole
+
+
+def hook(model):
+    model.hyper.generator.heads[0][0].register_forward_hook(lambda m, args, y: 2 * y)
+
+
+def rows_of_others(model):
+    model.hyper.generator.trunk[1] = nn.BatchNorm1d(6, affine=False).double()
+
+
+def random(model):
+    model.hyper.generator.trunk.append(nn.Dropout())
+
+
+def own_activation(model):
+    model.target.activations[0] = nn.PReLU().double()
+
+
+def trained_sine(model):
+    model.target.activations[0] = Sine(nn.Parameter(torch.tensor(3.0).double()))
+
+
+def free_tensor(model):
+    model.hyper.generator.trunk[1] = Sine(torch.tensor(3.0).double().requires_grad_())
+
+
+def own_transform(model):
+    model.target.weight_transform = lambda w: w / w.norm()
+
+
+def own_target(model):
+    class Twice(TargetNet):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    twice = Twice()
+    twice.activations = model.target.activations
+    twice.per_layer = True
+    model.target = twice
+
+
+CHANGES = hook, rows_of_others, random, own_activation, trained_sine, free_tensor
+CHANGES += own_transform, own_target
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_what_is_not_plain_runs_whole(made, change):
+    model = make(37)
+    made.limits(model, "task")
+    change(model)
+    x, z = draw(B, N, 7), draw(B, Z)
+    torch.manual_seed(0)
+    want = model.target(x, model.hyper(z))
+    torch.manual_seed(0)
+    close(model(x, z), want)
+    assert not made
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@TWO_FORMS
+def test_graphs_and_transforms(dynamo, made, chunks):
+    model = make(chunks)
+    x, z = draw(B, N, 7), draw(B, Z)
+    want = model(x, z)
+    made.limits(model, "task")
+    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x, z), want)
+    close(torch.vmap(model)(x.unsqueeze(1), z.unsqueeze(1)).squeeze(1), want)
+    close(torch.func.jvp(lambda t: model(t, z), (x,), (x,))[0], want)
+    with use_backend("reference"):
+        close(model(x, z), want)
+    assert not made
+
+
+# Errors before any work
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "x", "ids"),
+    [
+        (ValueError, r"x must have shape \(6, N, 7\) or \(6, 7\), .* \(5, 7\)", draw(5, 7), None),
+        (ValueError, r"x must have shape \(R, 7\) .* \(3, 6\)", draw(3, 6), torch.zeros(3).long()),
+        (TypeError, "x must have the dtype of the hypernetwork's weight", draw(B, 7).float(), None),
+        (TypeError, "x must be a Tensor, got list", [1.0], None),
+        (IndexError, r"task_ids must be in \[0, 6\), got 6", draw(1, 7), torch.tensor([6])),
+        (TypeError, "task_ids must have dtype torch.int64", draw(1, 7), torch.tensor([0.0])),
+    ],
+    ids=str,
+)
+def test_bad_arguments(made, error, message, x, ids):
+    model = make(37)
+    made.limits(model, "task")
+    with pytest.raises(error, match=message):
+        model(x, draw(B, Z), ids)
+    assert not made
+
+
+def test_a_bad_x_of_one_latent(made):
+    made.limits(model := make(37), "outputs")
+    for x in (draw(N, 6), draw()):
+        with pytest.raises(ValueError, match="x must have 7 features in its last dimension, got"):
+            model(x, draw(Z))
+    assert not made
+
+
+# Memory
+
+SCRIPT = """
+import json, sys, torch
+from torch import nn
+from bench.measure.memory import peak_extra
+from hyperfast import HyperMLP, HyperNet
+from hyperfast.nn import parts
+torch.set_num_threads(1)
+chunks, tasks, width, block = json.loads(sys.argv[1])
+parts.WHOLE = parts.BLOCK = block
+stack = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+chunks = tuple(chunks) if isinstance(chunks, list) else chunks
+model = HyperMLP(*HyperNet.for_module(stack, 16, chunks=chunks))
+x, z = torch.randn(tasks, 1, width), torch.randn(tasks, 16)
+def forward():
+    with torch.no_grad():
+        return (model(x, z).numpy(),)
+def train():
+    grads = torch.autograd.grad(model(x, z).sum(), [*model.parameters()])
+    return tuple(g.numpy() for g in grads)
+found = []
+for call in (forward, train):
+    call()
+    found.append(peak_extra(call))
+own = sum(p.nbytes for p in model.parameters())
+print(json.dumps([4 * tasks * model.hyper.total_target_params, own, *found]))
+"""
+
+
+@pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
+@pytest.mark.parametrize(("tasks", "width"), [(1000, 64), (1, 2000)], ids=["tasks", "outputs"])
+@pytest.mark.parametrize("chunks", [300, (16, 8)], ids=str)
+def test_memory_is_that_of_a_block(chunks, tasks, width):
+    """Four times the numbers of a block, as there are gradients; gradients of the parameters, of a
+    block and of all; and 8 MiB of threads and products: less than the weights of all tasks. Made
+    whole, 33 MB of these take 182 MB, and 346 MB in training."""
+    block = 1 << 19
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([chunks, tasks, width, block])],
+        **{"cwd": ROOT, "env": {**os.environ, **memory.ENVIRONMENT}},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    weights, own, *peaks = json.loads(run.stdout)
+    limit = 4 * 4 * block + 2 * own + 2**23
+    assert max(peaks) < limit < weights
