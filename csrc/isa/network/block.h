@@ -173,8 +173,7 @@ static void differentiate_head(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>
       if (!sum_bias) continue;
       if (!add)
         for (Index j = q; j < q + count; ++j) sum_bias[j] = 0;
-      for (Index u = 0; u < n; ++u)
-        for (Index j = q; j < q + count; ++j) sum_bias[j] += g[u * params + j];
+      add_rows<C>(n, count, g + q, params, sum_bias + q);
     }
   });
   for (Index i = 0; parts && i < runs; ++i)

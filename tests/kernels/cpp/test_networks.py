@@ -142,6 +142,15 @@ def test_result_does_not_depend_on_threads(case, activation):
         assert all(map(torch.equal, results[0], others))
 
 
+def test_a_sum_over_thousands_of_tasks_loses_no_more_digits_than_pytorch():
+    torch.manual_seed(0)
+    args = random("2 > 3 b", 3000, 48, 4, torch.float32, False, False)
+    grad = torch.randn(3000, 48, 3) + 1
+    *_, found = op.hyper_mlp_backward(grad, *args, grad.new_empty(0), "2 > 3 b", [True] * 4)
+    theirs, exact = specification(args, "2 > 3 b", grad), specification(wide(args), "2 > 3 b", grad)
+    assert_as_good(found, theirs[-1], exact[-1])
+
+
 def test_many_pieces_of_a_task_do_not_drown_in_a_16_bit_sum():
     """200,000 rows in pieces of 2,048: a bf16 total would stop growing."""
     x, h = torch.ones(1, 200_000, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
