@@ -17,7 +17,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AMX = X86 and platform.system() == "Linux"  # gcc or clang from 11 on
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
-FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # gcc 12: in its own AVX-512 headers
+FLAGS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 LINK = ["-Wl,--strip-all"] if platform.system() == "Linux" else []
 if os.environ.get("HYPERFAST_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -25,6 +25,7 @@ if os.environ.get("HYPERFAST_SANITIZE") == "1":
     LINK = SANITIZE
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AVX512 += ["-Wno-uninitialized"]  # gcc 12 warns of its own headers
 
 # This is compiled once for each, into its own namespace; the CPU chooses at run time.
 KERNELS = Path("csrc/isa/table.cpp")

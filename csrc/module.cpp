@@ -11,6 +11,7 @@
 #include "network.h"
 #include "plan.h"
 #include "rows.h"
+#include "torch/new_memory.h"
 
 namespace hyperfast {
 namespace {
@@ -121,6 +122,13 @@ PyCFunction with_keywords(F* f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 
+PyObject* poison_memory(PyObject*, PyObject* on) {
+  const int truth = PyObject_IsTrue(on);
+  if (truth < 0) return nullptr;
+  poisons = truth;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set whose kernels run in this process."},
     {"isas", isas, METH_NOARGS, "The instruction sets that can run on this machine, best first."},
@@ -134,6 +142,8 @@ PyMethodDef methods[] = {
     {"keeps", with_keywords(kept), METH_VARARGS | METH_KEYWORDS,
      "keeps(network, dtype, ragged, tasks, rows, features): whether a forward pass in training "
      "should keep its pre-activations."},
+    {"poison_memory", poison_memory, METH_O,
+     "poison_memory(on): for tests, whether results and scratch memory start as NaN."},
     {nullptr, nullptr, 0, nullptr},
 };
 

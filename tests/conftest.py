@@ -7,6 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do wh
 
 import torch
 
+from hyperfast.plans.cpu import EXTENSION
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -24,10 +26,15 @@ def dynamo():
 
 @pytest.fixture
 def nan_poison():
-    """``torch.empty`` is filled with NaN, so that an element which is never written shows."""
+    """``torch.empty`` is filled with NaN, and so are results and scratch memory of the C++ ops: an
+    element which is never written shows."""
+    if EXTENSION is not None:
+        EXTENSION.poison_memory(True)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     yield
+    if EXTENSION is not None:
+        EXTENSION.poison_memory(False)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "error.h"
-#include "torch/pages.h"
+#include "torch/new_memory.h"
 
 namespace hyperfast {
 
@@ -38,7 +38,7 @@ inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like,
                                                          strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &made));
   const torch::stable::Tensor t(made);
-  ask_for_huge_pages(t.data_ptr(), std::size_t(t.numel()) * std::size_t(t.element_size()));
+  prepare(t.data_ptr(), std::size_t(t.numel()) * std::size_t(t.element_size()));
   return t;
 }
 

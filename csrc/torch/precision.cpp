@@ -42,6 +42,8 @@ struct Names {
       matmul = at::str2op("matmul");
       high = at::str2precision("tf32");
       medium = at::str2precision("bf16");
+      at::float32_precision(&at::globalContext(), cpu,
+                            matmul);  // throws where it knows no such pair
       known = true;
     } catch (const std::exception&) {
     }

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "torch/pages.h"
+#include "torch/new_memory.h"
 
 namespace hyperfast {
 
@@ -50,15 +50,18 @@ void* scratch(Slot slot, std::size_t bytes) {
   if (always_new || buffer.size < bytes) {
     buffer.release();
     if (posix_memalign(&buffer.data, 64, bytes)) throw std::bad_alloc();
-    ask_for_huge_pages(buffer.data, bytes);
+    prepare(buffer.data, bytes);
     buffer.size = bytes;
   }
   return buffer.data;
 }
 
 void trim_scratch(Slot first) {
-  for (int slot = static_cast<int>(first); slot < static_cast<int>(Slot::count); ++slot)
-    if (buffers[slot].size > (std::size_t{10} << 20)) buffers[slot].release();
+  for (int slot = static_cast<int>(first); slot < static_cast<int>(Slot::count); ++slot) {
+    Buffer& buffer = buffers[slot];
+    if (buffer.size > (std::size_t{10} << 20)) buffer.release();
+    poison(buffer.data, buffer.size);
+  }
 }
 
 }  // namespace hyperfast

@@ -73,6 +73,7 @@ class Trunk {
       made.push_back(of_parameters ? new_tensor(p, sizes) : z_.empty({0}));
       if (of_parameters) from = copy(made.back().mutable_data_ptr(), from, size_of(p));
     }
+    trim_scratch();
     return made;
   }
 

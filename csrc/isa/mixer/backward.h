@@ -110,6 +110,7 @@ struct Unmixed {
   View<const C> q, grad;  // grad of the hidden values
   C* parts;               // (rows, agents) vectors
   bool add;
+  Vec<C> there;  // not 0 in lanes that are outputs; in others W1 is 0, whatever the row holds
 
   template <int M, int V>
   inline void operator()(Sums<C, M, V>& sums, Index o, Index j) const {
@@ -122,7 +123,8 @@ struct Unmixed {
       C* const part = parts + (o + m) * q.row * w + j;
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const Vec<C> made = sums[m][v] + load(bias + j + v * w), of_q = g * magnitude_of<C>(made);
+        const Vec<C> sum = sums[m][v] + load(bias + j + v * w);
+        const Vec<C> made = there != C(0) ? sum : Vec<C>{}, of_q = g * magnitude_of<C>(made);
         store(part + v * w, add ? load(part + v * w) + of_q : of_q);
         sums[m][v] = by_sign<C>(made, values[v] * g);
       }
@@ -184,7 +186,8 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
                              q,
                              {space.grads + at.of_b1 + v * w, space.row, 1},
                              space.parts,
-                             v > 0});
+                             v > 0,
+                             only<C>(C(1) - Vec<C>{}, int(min(w, p.embed - v * w)))});
   }
   row_sums<C>(m * p.agents, w, {space.parts, w, 1}, false, b.q + first * p.agents);
 
@@ -204,9 +207,14 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
   add_rows(m, at.all, space.grads, space.row, sums.of_reading);
 }
 
-// Rows of a share, so that sums of them err as plain PyTorch's do, and at most so many shares,
-// whose sums have to be stored.
-constexpr Index share_rows = 512, most_shares = 256;
+// Rows of a share, so that sums of them err as plain PyTorch's do; and how many shares there are at
+// most, whose sums, so many numbers each, have to be stored: 256, or 256 MiB.
+constexpr Index share_rows = 512;
+template <class C>
+static Index most_shares(Index numbers) {
+  const Index fit = (Index{256} << 20) / Index(sizeof(C)) / numbers / 8 * 8;
+  return min(max(fit, 8), 256);
+}
 
 template <class C>
 static void mixer_backward(const MixerBackward<C>& b) {
@@ -214,12 +222,12 @@ static void mixer_backward(const MixerBackward<C>& b) {
   const auto panels = in_scratch<MixerBackwardPanels<C>, C>(Slot::head, p);
   panels.pack(p);
   const MixerColumns<C>& at = panels.at;
+  const Index size = MixerSums<C>::size(at);
   // As many for each of up to eight threads.
   const Index few = min(ceil_div(p.rows, 256), 8);
-  const Index shares = min(max(round_up(ceil_div(p.rows, share_rows), 8), 8), most_shares);
+  const Index shares = min(max(round_up(ceil_div(p.rows, share_rows), 8), 8), most_shares<C>(size));
   const Index count = max(few < 8 ? few : shares, 1), each = ceil_div(p.rows, count);
   const Index together = rows_together(each, unmixed_rows, 1);
-  const Index size = MixerSums<C>::size(at);
   C* const all = scratch<C>(Slot::sums, count * size);
   const Index work = each * at.all * p.state;
   parallel(count, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {

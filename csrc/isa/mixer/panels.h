@@ -115,11 +115,11 @@ static inline Vec<C> magnitude_of(Vec<C> x) {
   else
     return x < C(0) ? -x : x;
 }
-// grad times the slope of the magnitude at x.
+// grad times the slope of the magnitude at x; a NaN stays one.
 template <class C>
 static inline Vec<C> by_sign(Vec<C> x, Vec<C> grad) {
-  const Vec<C> up = x > C(0) ? grad : Vec<C>{};
-  return x < C(0) ? -grad : up;
+  const Vec<C> up = x > C(0) ? grad : Vec<C>{}, slope = x < C(0) ? -grad : up;
+  return x == x ? slope : x;
 }
 
 // Stored with a bias of the lanes added.

@@ -126,7 +126,7 @@ static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index 
 template <class T>
 static void add_up_pieces(const NetworkBlock<T>& b, Acc<T>* g) {
   const Index params = b.params, each = b.each, run = 4 * lanes<Acc<T>>;
-  if (each == 1) return;
+  if (each == 1 || b.n == 0) return;
   parallel(ceil_div(params, run), max(parallel_work / (b.n * each * run), 1),
            [&](Index begin, Index end) {
              const Index q = begin * run, count = min(end * run, params) - q;

@@ -120,22 +120,23 @@ static inline void configure_tiles(const TileShapes& shapes) {
 }
 static inline void release_tiles() { _tile_release(); }
 
+// What the intrinsics of gcc write, which take the number of a register only as it is spelled.
 template <int To>
 [[gnu::always_inline]] static inline void load_tile(const void* from, Index bytes) {
-  _tile_loadd(To, from, bytes);
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(To));
 }
 template <int From>
 [[gnu::always_inline]] static inline void store_tile(void* to, Index bytes) {
-  _tile_stored(From, to, bytes);
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(From) : "memory");
 }
 template <int To>
 [[gnu::always_inline]] static inline void zero_tile() {
-  _tile_zero(To);
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(To));
 }
 // C += A B
 template <int C, int A, int B>
 [[gnu::always_inline]] static inline void add_products() {
-  _tile_dpbf16ps(C, A, B);
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif

@@ -152,6 +152,17 @@ def test_a_row_that_is_infinite_is_alone(name):
     assert torch.equal(mixer(*p.given, False)[0].isnan(), formula(*p.given).isnan())
 
 
+@pytest.mark.parametrize("name", ["nmix", "padded"])
+def test_what_is_not_a_number_shows_where_autograd_shows_it(name):
+    p = Problem.draw(CASES[name])
+    p.s[1, 0] = torch.nan
+    for ours, theirs in zip(by_ops(p), specified(p), strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+    p.s[1, 0] = torch.inf
+    for pair in zip(by_ops(p)[:2], specified(p)[:2], strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
 def test_any_strides():
     p = Problem.draw(CASES["padded"])
     wide = [torch.stack([t, t], -1)[..., 0] for t in p.weights]

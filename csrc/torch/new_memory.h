@@ -1,8 +1,10 @@
-// New memory in huge pages, where the system gives them on request.
+// What becomes of new memory before it is written: huge pages are asked for, and tests fill it with
+// NaN, so that an element which is read but was never written shows.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -25,6 +27,17 @@ inline void ask_for_huge_pages(void* data, std::size_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+inline bool poisons = false;  // set by tests alone
+
+inline void poison(void* data, std::size_t bytes) {
+  if (poisons && bytes) std::memset(data, 0xff, bytes);  // a NaN of every type
+}
+
+inline void prepare(void* data, std::size_t bytes) {
+  ask_for_huge_pages(data, bytes);
+  poison(data, bytes);
 }
 
 }  // namespace hyperfast
