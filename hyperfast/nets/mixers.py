@@ -35,7 +35,8 @@ class QMixer(nn.Module):
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
 
     On the CPU, in float32 and float64, a mixer of two-layer hypernetworks is one C++ op, and its
-    derivative another, unless the states need a gradient. Elsewhere its layers are ops.
+    derivative another, unless the states need a gradient or no weight does. Elsewhere its layers
+    are ops.
 
     Args:
         n_agents: how many values are mixed.
