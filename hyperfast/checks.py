@@ -13,6 +13,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 Weights: TypeAlias = Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.ParameterDict
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Types of what an op of C++ kernels alone takes: a subclass may have products of its own.
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def shape(t: Tensor) -> tuple[int, ...]:

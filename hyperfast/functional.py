@@ -31,7 +31,6 @@ from hyperfast.plans import cpu, orders
 from hyperfast.plans.sizes import PLANS, Sizes
 
 REDUCTIONS = ("sum", "mean")
-PLAIN = Tensor, nn.Parameter  # no subclass, which has products of its own
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -383,11 +382,9 @@ def latent_mlp(
     if (
         not cpu.takes_trunk(trunk.numel, z.dtype)
         or backends.forced not in (None, "cpp")
-        or type(x) not in PLAIN
-        or type(z) not in PLAIN
-        or type(weight) not in PLAIN
+        or not checks.PLAIN.issuperset(map(type, given := (x, z, weight, bias, *trunk.tensors)))
         or checks.is_transformed()
-        or not checks.is_plain(x, z, weight, bias)
+        or not checks.is_plain(*given)
         or torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
     ):
         return None

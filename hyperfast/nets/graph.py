@@ -70,9 +70,7 @@ class NNConv(Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def forward(
-        self, x: Tensor | tuple[Tensor, Tensor | None], edge_index: Tensor, edge_attr: Tensor
-    ) -> Tensor:
+    def forward(self, x: Any, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         """Nodes' ``(V, out)`` of their features.
 
         Args:
@@ -85,7 +83,10 @@ class NNConv(Module):
             TypeError: dtypes that disagree, an ``edge_index`` that is not int64.
             IndexError: a node that is not there.
         """
-        source, own = x if isinstance(x, tuple) else (x, x)
+        pair = x if isinstance(x, list | tuple) else (x, x)
+        if len(pair) != 2:
+            raise ValueError(f"x must be a Tensor or a pair of them, got {len(pair)} of them")
+        source, own = pair
         nodes = (source, self.in_channels), (source if own is None else own, self.own_channels)
         for t, width in nodes[: 1 if own is None else 2]:
             if checks.check_tensor("x", t).ndim != 2 or t.shape[1] != width:
@@ -103,18 +104,17 @@ class NNConv(Module):
 
     def _convolve(self, x: Tensor, h: Tensor, by: Destinations) -> Tensor:
         """``x (E, in)`` of sources, times the matrices of edges, added up."""
-        parts: tuple[list[Any], Any] = trunk_and_head(self.nn) or ([], self.nn)
-        trunk, head = parts
+        trunk, head = trunk_and_head(self.nn) or ([], self.nn)
         for module in trunk:
             h = module(h)
-        numel, plain = self.in_channels * self.out_channels, is_plain_linear(head)
-        if plain and (*h.shape, head.out_features) == (x.shape[0], head.in_features, numel):
+        E, numel = x.shape[0], self.in_channels * self.out_channels
+        if is_plain_linear(head) and (*h.shape, head.out_features) == (E, head.in_features, numel):
             x, h, w, b = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
             made = Generated.of_head(w, b, self.in_channels, False, "io")
             return generated_linear(x, h, made, by=by)
         weight = head(h)
         if weight.shape[:1] != x.shape[:1] or weight.shape[1:].numel() != numel:
-            wanted = f"{(x.shape[0], numel)}, in_channels * out_channels numbers an edge"
+            wanted = f"{(E, numel)}, in_channels * out_channels numbers an edge"
             raise ValueError(f"nn must return shape {wanted}, got {checks.shape(weight)}")
-        weight = weight.reshape(x.shape[0], self.in_channels, self.out_channels)
+        weight = weight.reshape(E, self.in_channels, self.out_channels)
         return by.reduce(task_linear(x, weight.mT))

@@ -14,7 +14,7 @@ from hyperfast import checks
 from hyperfast.nets import hyper_lstm_cpu
 from hyperfast.nets.hyper_lstm_backward import backward
 from hyperfast.nets.hyper_lstm_steps import State, Weights, of_input, step
-from hyperfast.nets.recorded import gradients, wanted_by_autograd
+from hyperfast.ops.recorded import gradients, wanted_by_autograd
 
 
 def unroll(

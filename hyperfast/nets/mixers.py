@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast import checks
+from hyperfast.activations import named
 from hyperfast.functional import hyper_linear
 from hyperfast.layout import positive
-from hyperfast.nets.recorded import gradients, wanted_by_autograd
 from hyperfast.nn.gate import is_plain_linear, trunk_and_head
 from hyperfast.ops import backends, mixer, mixer_backward
+from hyperfast.ops.recorded import gradients, wanted_by_autograd
 from hyperfast.plans.cpu import EXTENSION
 
 Layer: TypeAlias = tuple[Tensor, Tensor]  # weight and bias
@@ -34,7 +35,8 @@ class QMixer(nn.Module):
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
 
     On the CPU, in float32 and float64, a mixer of two-layer hypernetworks is one C++ op, and its
-    derivative another, unless the states need a gradient. Elsewhere its layers are ops.
+    derivative another, unless the states need a gradient or no weight does. Elsewhere its layers
+    are ops.
 
     Args:
         n_agents: how many values are mixed.
@@ -116,10 +118,9 @@ class QMixer(nn.Module):
     def _has_its_sizes(self, nets: list[list[Layer]]) -> bool:
         """Whether the layers of the four networks are as wide as they were made: one may have been
         put into another's place."""
-        (into_w1, w1), (into_w2, w2), (into_v, v), (b1,) = nets
-        E = self.embed_dim
-        wide = [len(weight) for weight, _ in (w1, w2, into_v, v, b1)]
-        return len(into_w1[0]) == len(into_w2[0]) and wide == [self.n_agents * E, E, E, 1, E]
+        shapes = [weight.shape for net in nets for weight, _ in net]
+        N, S, E, H = self.n_agents, self.state_dim, self.embed_dim, len(nets[0][0][0])
+        return shapes == [(H, S), (N * E, H), (H, S), (E, H), (E, S), (1, E), (E, S)]
 
 
 def _mixed(hidden: Tensor, w2: Tensor, v: Tensor) -> Tensor:
@@ -133,6 +134,12 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
     (*before, head), *others = nets
     checks.check_same_kind(**{"states": s, "the mixer's weight": head[0]})
     reading = [*before, *(net[0] for net in others)]
+    for w, _ in reading:
+        if w.shape[1:] != s.shape[1:]:
+            raise ValueError(
+                f"the mixer's layers must read states of {s.shape[1]} numbers, got a weight of "
+                f"shape {checks.shape(w)}"
+            )
     weight, bias = map(torch.cat, zip(*reading, strict=True))
     outs = F.linear(s, weight, bias).split([len(w) for w, _ in reading], 1)
     h = outs[0].relu() if before else s
@@ -145,15 +152,20 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
 
 
 def _one_op_takes(q: Tensor, s: Tensor, weights: list[Tensor]) -> bool:
-    """Whether the C++ kernels run all of it: they make no gradient of the states."""
+    """Whether the C++ kernels run all of it: they make no gradient of the states, and those of all
+    weights, which would be for nothing where a frozen mixer passes one on to ``q``."""
     return (
         not (torch.compiler.is_compiling() or checks.is_transformed())
         and not torch._C._get_tracing_state()
-        and not (s.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and (s.requires_grad or _only_q(q, weights)))
         and backends.forced in (None, "cpp")
         and EXTENSION is not None
         and backends.fit_for_cpu([q, s, *weights])
     )
+
+
+def _only_q(q: Tensor, weights: list[Tensor]) -> bool:
+    return q.requires_grad and not any(w.requires_grad for w in weights)
 
 
 class _Mixer(torch.autograd.Function):
@@ -183,7 +195,7 @@ def _layers(net: nn.Module) -> list[Layer]:
     """Weight and bias of the layers of a plain ``Linear`` or ``Linear, ReLU, Linear``, all with
     biases; else none."""
     trunk, head = trunk_and_head(net) or ([], net)
-    if [*map(type, trunk)] not in ([], [nn.Linear, nn.ReLU]) or checks.is_hooked(*trunk[1:]):
+    if trunk and (len(trunk) != 2 or named(trunk[1]) != ("relu", 1.0)):
         return []
     if not is_plain_linear(trunk[0] if trunk else head):  # behind a trunk the head is
         return []

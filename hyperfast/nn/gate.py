@@ -138,8 +138,8 @@ def plain_trunk(modules: Sequence[nn.Module], z_dim: int) -> Trunk | None:
     names: list[tuple[str, float]] = []
     for module in modules:
         if is_plain_linear(module):
-            weight, bias = module._parameters["weight"], module._parameters["bias"]
-            if type(weight) is not nn.Parameter or weight.ndim != 2:
+            weight, bias = weight_and_bias(module)
+            if type(weight) not in checks.PLAIN or weight.ndim != 2:
                 return None
             out, ins = weight.shape
             if ins != sizes[-1]:
@@ -149,7 +149,7 @@ def plain_trunk(modules: Sequence[nn.Module], z_dim: int) -> Trunk | None:
             biases.append(bias is not None)
             names.append(IDENTITY)
             if bias is not None:
-                if type(bias) is not nn.Parameter or bias.shape != (out,):
+                if type(bias) not in checks.PLAIN or bias.shape != (out,):
                     return None
                 tensors.append(bias)
         else:
@@ -167,8 +167,17 @@ def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
         and type(module) is nn.Linear
         and _runs(module, nn.Linear)
         and not checks.is_hooked(module)
-        and all(map(_is_torch, module._parameters.values()))
+        and all(map(_is_torch, weight_and_bias(module)))
     )
+
+
+def weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """What a call of ``layer`` reads, which is no parameter where it was put in the place of one,
+    as in a replica of ``nn.DataParallel``."""
+    own: Any = layer._parameters  # an attribute of a module takes 1 us
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return layer.weight, layer.bias
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -14,7 +14,7 @@ from hyperfast.functional import generated_mlp, latent_mlp
 from hyperfast.layout import MLPSpec
 from hyperfast.nn import parts
 from hyperfast.nn.copies import apart
-from hyperfast.nn.gate import Fused, fused, plain_trunk
+from hyperfast.nn.gate import Fused, fused, plain_trunk, weight_and_bias
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet, from_jagged
 
@@ -106,7 +106,7 @@ class HyperMLP(nn.Module):
                 f"got {checks.shape(z)}"
             )
         made, heads = hyper.generated, mlp.heads
-        weights: list[Any] = [head._parameters["weight"] for head in heads]
+        weights = [weight_and_bias(head)[0] for head in heads]
         wanted = made.numels if len(heads) > 1 else (made.numel,)
         for weight, numel in zip(weights, wanted, strict=True):
             if weight.shape[0] != numel:
@@ -128,11 +128,10 @@ def _run(mlp: Fused, hyper: HyperNet, x: Tensor, z: Tensor, task_ids: Tensor | N
     spec, transform = mlp.spec, mlp.transform
     activations = mlp.target.layer_activations(len(spec.sizes) - 1)
     if mlp.whole:
-        own: Any = mlp.heads[0]._parameters
-        bias, base = own["bias"], hyper.base
+        (weight, bias), base = weight_and_bias(mlp.heads[0]), hyper.base
         if base is not None:
             bias = base if bias is None else bias + base
-        head = own["weight"], bias, spec, activations, task_ids
+        head = weight, bias, spec, activations, task_ids
         if z.is_cpu and not torch.compiler.is_compiling():
             plain = plain_trunk(mlp.trunks[0], z.shape[1])
             y = None if plain is None else latent_mlp(x, z, plain, *head, transform)

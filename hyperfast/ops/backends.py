@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from hyperfast import checks
 from hyperfast.ops.define import OPS, triton_on_cpu
@@ -18,9 +17,6 @@ from hyperfast.plans.gpu import HAS_TRITON
 # A backend registers its kernels for a dispatch key; the reference needs none.
 KEYS = {"cpp": "CPU", "triton": "CUDA"}
 BACKENDS = ("reference", *KEYS)
-
-# Types of what an op of C++ kernels alone takes.
-PLAIN = {Tensor, Parameter, type(None)}
 
 forced: str | None = None
 
@@ -96,6 +92,6 @@ def fit_for_cpu(given: Sequence[Tensor | None]) -> bool:
         first is not None
         and first.device.type == "cpu"
         and first.dtype in (torch.float32, torch.float64)
-        and PLAIN.issuperset(map(type, given))
+        and checks.PLAIN.issuperset(map(type, given))
         and checks.is_plain(*given)
     )

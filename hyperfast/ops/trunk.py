@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hyperfast.layout import Network
 from hyperfast.ops.define import count_flops, define_for_cpu
-from hyperfast.ops.network import _hyper_mlp_fake, _views, by_layers
+from hyperfast.ops.network import _hyper_mlp_fake, by_layers
+from hyperfast.ops.recorded import gradients, wanted_by_autograd
 from hyperfast.plans import cpu
 
 GIVEN = "Tensor x, Tensor z, Tensor[] trunk, Tensor weight, Tensor? bias, Tensor? task_ids"
@@ -89,17 +90,14 @@ class _TrunkMlp(torch.autograd.Function):
         _, _, of_x, of_z, of_weight, of_bias, _, *need = ctx.needs_input_grad
         x, z, weight, bias, ids, h, kept, *trunk = ctx.saved_tensors
         layers, network = ctx.texts
-        create_graph = torch.is_grad_enabled()  # the gradient is to be differentiated itself
-        if create_graph or torch._C._functorch.is_legacy_batchedtensor(grad):
-            with torch.enable_grad():
-                x, z, weight, bias, *trunk = _views((x, z, weight, bias, *trunk))
-                y = by_layers(x, features(z, trunk, layers), weight, bias, ids, network)
-            needed = of_x, of_z, of_weight, of_bias, *need
-            given = zip((x, z, weight, bias, *trunk), needed, strict=True)
-            wanted = [t for t, n in given if n]
-            made = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
-            grads = [next(made) if n else None for n in needed]
-            return None, None, *grads[:4], None, *grads[4:]
+        if wanted_by_autograd([grad]):
+
+            def run(x, z, weight, bias, *trunk):
+                h = features(z, trunk, layers)
+                return [by_layers(x, h, weight, bias, ids, network)]
+
+            found = gradients(run, (x, z, weight, bias, *trunk), [grad])
+            return None, None, *found[:4], None, *found[4:]
         mask = [of_x, of_z, any(need), of_weight, of_bias]
         with torch._C._AutoDispatchBelowAutograd():
             dx, dz, dw, db, *made = trunk_mlp_backward(

@@ -107,6 +107,12 @@ def test_sources_and_destinations(net):
     assert_same(conv, partial(published, conv), conv, x, index, edge_attr)
 
 
+def test_a_pair_may_be_a_list():
+    conv, (x, index, e) = make(channels=(INS, OWN)), graph()
+    own = draw(NODES, OWN)
+    equal(conv([x, own], index, e), conv((x, own), index, e))
+
+
 def test_destinations_without_features():
     """As PyTorch Geometric has it: as many as sources, and no weight of their own."""
     conv, (x, index, e) = make(), graph()
@@ -270,6 +276,8 @@ class TestBadInput:
         for args, name in (
             ((x[:, :3], index, e), r"x must have shape \(V, 4\), got \(7, 3\)"),
             ((x[0], index, e), r"x must have shape \(V, 4\), got \(4,\)"),
+            (((x, x, x), index, e), "x must be a Tensor or a pair of them, got 3 of them"),
+            (([x], index, e), "x must be a Tensor or a pair of them, got 1 of them"),
             ((x, index[0], e), r"edge_index must have shape \(2, E\), got \(40,\)"),
             ((x, index.T, e), r"edge_index must have shape \(2, E\), got \(40, 2\)"),
             ((x, index[:, :9], e), r"edge_index\[1\] must have shape \(40,\)"),

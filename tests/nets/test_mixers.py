@@ -134,6 +134,22 @@ def test_one_op_where_nothing_else_is_asked_for(ops):
 
 
 @needs_kernels
+def test_a_frozen_mixer_makes_no_gradients_of_weights(ops):
+    mixer = make().requires_grad_(False)
+    q, s = inputs(4)
+    y = mixer(q, s)
+    assert len(ops) == 1
+    leaf = q.clone().requires_grad_()
+    found, wanted = mixer(leaf, s), Published.forward(ours_in_order(mixer), leaf, s)
+    equal(found, y)
+    equal(*(torch.autograd.grad(v.square().sum(), leaf) for v in (found, wanted)))
+    assert len(ops) == 1
+    mixer.V[2].bias.requires_grad_()
+    mixer(leaf, s)
+    assert len(ops) == 2
+
+
+@needs_kernels
 def test_derivatives_of_one_op(ops):
     mixer = make()
     q, s = inputs(3, grad=True)
@@ -214,6 +230,7 @@ CHANGES = {
     "another activation": lambda m: m.hyper_w_1.__setitem__(1, nn.Tanh()),
     "deeper": lambda m: m.V.append(nn.Softplus()),
     "no bias": lambda m: m.hyper_w_1[0].register_parameter("bias", None),
+    "forward of an activation": lambda m: vars(m.V[1]).update(forward=torch.tanh),
 }
 
 
@@ -229,6 +246,13 @@ def test_what_is_not_plain_runs_as_it_is_written(change, calls):
     equal(y, Published.forward(ours_in_order(ours), *given))
     if change != "parametrised":
         assert not torch.allclose(y, before)
+
+
+def test_a_patched_activation_runs_as_it_is_written(calls, monkeypatch):
+    ours, given = make(), inputs(7)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, h: torch.tanh(h))
+    equal(ours(*given), Published.forward(ours_in_order(ours), *given))
+    assert not calls
 
 
 def ours_in_order(ours):
@@ -288,6 +312,15 @@ class TestBadInput:
         q, s = (draw(*shape) for shape in shapes)
         with pytest.raises(ValueError, match=r"agent_qs and states.*\(\.\.\., 5\).*\(\.\.\., 11\)"):
             make()(q, s)
+
+    @pytest.mark.parametrize("name", ["hyper_b_1", "hyper_w_1.0", "hyper_w_final.0", "V.0"])
+    def test_a_layer_that_reads_other_states(self, name):
+        mixer = make()
+        before = mixer.get_submodule(name)
+        mixer.set_submodule(name, nn.Linear(STATE + 1, before.out_features).double())
+        shape = rf"\({before.out_features}, {STATE + 1}\)"
+        with pytest.raises(ValueError, match=rf"layers must read states of {STATE}.*{shape}"):
+            mixer(*inputs(4))
 
     def test_dtypes(self):
         q, s = inputs(4)

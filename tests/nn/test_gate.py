@@ -83,6 +83,16 @@ def own_forward(model):
     generator.forward = lambda z: 2 * forward(z)
 
 
+def as_attribute(layer, name, t):
+    delattr(layer, name)
+    setattr(layer, name, t)
+
+
+def as_buffer(layer, name, t):
+    delattr(layer, name)
+    layer.register_buffer(name, t)
+
+
 def own_weight(model):
     head = model.hyper.head
     head.weight = nn.Parameter(head.weight.detach().as_subclass(Doubling))
@@ -96,6 +106,9 @@ CHANGES = {
     "adapter": change_head(Adapter),
     "subclass of Linear": change_head(lambda head: Twice.of(head)),
     "tensor subclass": own_weight,
+    "tensor subclass that is no parameter": lambda model: as_attribute(
+        model.hyper.head, "weight", model.hyper.head.weight.detach().as_subclass(Doubling)
+    ),
     "parametrised": lambda model: parametrizations.orthogonal(model.hyper.head),
 }
 
@@ -111,10 +124,10 @@ class Twice(nn.Linear):
         return 2 * super().forward(h)
 
 
-def check(model):
+def check(model, *others):
     """Value and gradients, of rows by task, of one row a task, and of mixed rows."""
     for x, ids in ((ROWS, []), (X, []), (X, [IDS])):
-        leaves = [*model.parameters()]
+        leaves = [*others, *model.parameters()]
         got, want = model(x, Z, *ids), model.target(x, model.hyper(Z), *ids)
         close(got, want)
         for a, b in zip(
@@ -157,17 +170,17 @@ def test_the_trunk_may_be_anything():
     check(model)
 
 
-def ops_of(call):
+def ops_of(model, *args):
+    """The ops of this library that run."""
     with torch.profiler.profile() as profile:
-        call()
-    return {e.key for e in profile.key_averages() if e.key.startswith("hyperfast::")}
+        model(*args)
+    keys = [e.key.split("::") for e in profile.key_averages()]
+    return {key[1] for key in keys if key[0] == "hyperfast"}
 
 
-def runs_in_the_op(model, *args):
-    """Whether one op takes latents to outputs, and no other op runs."""
-    found = ops_of(lambda: model(*args))
-    assert ("hyperfast::trunk_mlp" in found) == (found == {"hyperfast::trunk_mlp"})
-    return bool(found) and "hyperfast::trunk_mlp" in found
+def networks_of(model, *args):
+    """Those of whole networks: without the extension their layers are ops, too."""
+    return ops_of(model, *args) & {"trunk_mlp", "hyper_mlp"}
 
 
 def trunk(*modules):
@@ -247,9 +260,9 @@ def test_a_plain_trunk_runs_in_the_op(name):
     model = make()
     PLAIN_TRUNKS[name](model)
     for args in ((ROWS, Z), (X, Z), (X, Z, IDS), (ROWS[:1], Z)):
-        assert runs_in_the_op(model, *args)
+        assert ops_of(model, *args) == {"trunk_mlp"}
         with torch.no_grad():
-            assert runs_in_the_op(model, *args)
+            assert ops_of(model, *args) == {"trunk_mlp"}
     check(model)
 
 
@@ -258,14 +271,71 @@ def test_any_other_trunk_is_called(name):
     model = make()
     OTHER_TRUNKS[name](model)
     assert model.fused
-    assert not runs_in_the_op(model, ROWS, Z)
+    assert networks_of(model, ROWS, Z) == {"hyper_mlp"}
     check(model)
+
+
+@pytest.mark.parametrize("put", [as_attribute, as_buffer])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("layer", [0, -1], ids=["trunk", "head"])
+def test_a_tensor_that_is_no_parameter(layer, name, put):
+    """What meta-learning puts in a parameter's place."""
+    model = make()
+    layer = model.hyper.generator[layer]
+    other = torch.randn_like(getattr(layer, name)).requires_grad_()
+    put(layer, name, other)
+    assert model.fused
+    check(model, other)
+
+
+def replica(module):
+    """What ``nn.DataParallel`` calls on every device: its parameters are attributes."""
+    other = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        other._modules[name] = replica(child)
+    for name, p in module._parameters.items():
+        if p is None:
+            other._parameters[name] = None
+        else:
+            setattr(other, name, p.view_as(p))
+    return other
+
+
+@pytest.mark.parametrize("change", ["as built", "without biases"])
+def test_a_replica(change):
+    model = make()
+    PLAIN_TRUNKS[change](model)
+    for args in ((ROWS, Z), (X, Z), (X, Z, IDS)):
+        leaves = [*model.parameters()]
+        got, want = replica(model)(*args), model(*args)
+        close(got, want)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (got, want)), strict=True):
+            close(a, b)
+
+
+def test_a_trunk_of_another_kind():
+    """Layout, device and dtype are as PyTorch takes them."""
+    model = make()
+    layer, want = model.hyper.generator[0], model(ROWS, Z).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its state
+        sparse = layer.weight.detach().to_sparse_csr()
+    own = layer.weight
+    layer.weight = nn.Parameter(sparse, requires_grad=False)
+    close(model(ROWS, Z), want)
+    layer.weight = own
+    layer.float()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(ROWS, Z)
+    layer.to("meta", torch.float64)
+    with pytest.raises(RuntimeError, match="meta"):
+        model(ROWS, Z)
 
 
 def test_a_patched_activation_is_called(monkeypatch):
     model = make()
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, h: torch.tanh(h))
-    assert not runs_in_the_op(model, ROWS, Z)
+    assert networks_of(model, ROWS, Z) == {"hyper_mlp"}
     check(model)
 
 
@@ -273,7 +343,7 @@ def test_a_global_hook_sees_the_trunk():
     model, seen = make(), []
     hook = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[0]))
     try:
-        assert not runs_in_the_op(model, ROWS, Z)
+        model(ROWS, Z)
     finally:
         hook.remove()
     assert model.hyper.generator[0] in seen
@@ -282,15 +352,15 @@ def test_a_global_hook_sees_the_trunk():
 def test_where_the_trunk_does_not_run_in_the_op():
     model = make()
     with hyperfast.use_backend("reference"):
-        assert not runs_in_the_op(model, ROWS, Z)
+        assert not networks_of(model, ROWS, Z)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not runs_in_the_op(model.float(), ROWS.float(), Z.float())
+        assert networks_of(model.float(), ROWS.float(), Z.float()) == {"hyper_mlp"}
     model.double()
     want = model(ROWS, Z)
     several = torch.vmap(lambda z: model(ROWS, z))(torch.stack([Z, Z]))  # it has no rule for that
     close(several, torch.stack([want, want]))
     large = make(hidden=(120, 120))
-    assert not runs_in_the_op(large, ROWS, Z)
+    assert networks_of(large, ROWS, Z) == {"hyper_mlp"}
     check(large)
 
 

@@ -120,6 +120,8 @@ def test_batched_gradients():
     found = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
     for n, grad in enumerate(grads):
         close([t[n] for t in found], torch.autograd.grad(y, leaves, grad, retain_graph=True))
+    mapped = torch.vmap(lambda grad: torch.autograd.grad(y, leaves, grad, retain_graph=True))
+    close(mapped(grads), found)
 
 
 def test_tensors_of_any_strides():
