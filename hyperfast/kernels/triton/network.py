@@ -28,7 +28,7 @@ from hyperfast.kernels.triton.launch import (
     tile,
     up,
 )
-from hyperfast.kernels.triton.parts import load, packed
+from hyperfast.kernels.triton.parts import in_parts, load
 from hyperfast.kernels.triton.trilinear import generate, groups, product, wide
 from hyperfast.layout import Network, of_layer
 from hyperfast.plans import gpu
@@ -242,11 +242,9 @@ def _whole(
     features = weight.shape[1]
     kind = gpu.products(x.dtype, 2 * rows.total * weight.numel(), weight.numel() + h.numel())
     parts = gpu.PARTS.get(kind, 0)
-    if parts:
-        made, h_parts = (packed(t.unsqueeze(1), parts)[:, :, 0] for t in (weight, h))
-    else:
+    if not parts:
         weight = wide(weight.unsqueeze(1), rows.total)[:, 0]
-        made, h_parts = weight.unsqueeze(0), h.unsqueeze(0)
+    made, h_parts = in_parts(weight, parts), in_parts(h, parts)
     tiles = tuple(power(size) if n == 0 else tile(size) for n, size in enumerate(sizes))
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])

@@ -139,3 +139,8 @@ def packed(v: Tensor, parts: int = 0) -> Tensor:
         WIDTH=width, BLOCK=64, PARTS=parts,
     )  # fmt: skip
     return y
+
+
+def in_parts(rows: Tensor, parts: int) -> Tensor:
+    """``(max(parts, 1), R, K)``: the parts of ``rows (R, K)``, or those as they are."""
+    return packed(rows.unsqueeze(1), parts)[:, :, 0] if parts else rows.unsqueeze(0)

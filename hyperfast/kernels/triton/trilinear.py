@@ -21,7 +21,7 @@ from torch import Tensor
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, entry, power, tile, up
-from hyperfast.kernels.triton.parts import load, multiply, packed, rounded, split
+from hyperfast.kernels.triton.parts import in_parts, load, multiply, packed, rounded, split
 from hyperfast.plans import gpu
 
 
@@ -289,7 +289,7 @@ def trilinear(
     extra = v if bias is None else bias
     parts = gpu.PARTS.get(kind, 0)
     v = packed(v, parts) if parts else wide(v, rows.total).unsqueeze(0)
-    a_parts = packed(a_.unsqueeze(1), parts)[:, :, 0] if parts else a_.unsqueeze(0)
+    a_parts = in_parts(a_, parts)
 
     def cut(config: Config) -> tuple[int, int]:
         return min(tile(rows.total), config.rows), min(tile(n), config.columns)
@@ -338,7 +338,7 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
     if y.dtype == torch.float16:  # TF32 has its digits, and the exponents of fp32
         kind, c_ = "tf32", c_.float()
     parts = gpu.PARTS.get(kind, 0)
-    c_parts = packed(c_.unsqueeze(1), parts)[:, :, 0] if parts else c_.unsqueeze(0)
+    c_parts = in_parts(c_, parts)
     total_dtype = torch.promote_types(y.dtype, torch.float32)
 
     def cut(config: Config) -> tuple[int, int, int]:
