@@ -38,7 +38,8 @@ GPU = {
     "medium": Gpu(495e12, 370e12),
     "fp64": Gpu(33e12, 50e12),
 }
-VECTOR_UNITS = 33e12  # FLOP/s of the fused kernel where fp32 numbers are not split: as GPU's
+# FLOP/s of the fused kernel where numbers are not split, as GPU's: of vector units, and of TF32.
+UNSPLIT = {"fp32": 33e12, "high": 245e12, "medium": 245e12}
 
 
 class Machine(NamedTuple):
@@ -72,7 +73,7 @@ GPU_SORT = 4e-5  # seconds to sort some thousand rows by their task: about seven
 GPU_BLOCK = 32 << 20  # bytes of generated weights at a time: about half of the last-level cache
 
 # One kernel runs a whole network of layers up to this width. Inputs and sums of a row are in
-# registers at once; those of 128 spill on sm_80 and gfx942. Little is lost:
+# registers at once; those of 128 spill on sm_80 and gfx942, in TF32 on sm_90 too. Little is lost:
 # of W * W * K multiply-adds and 4 * W bytes a row and layer, it saves the bytes, at 128 about 1%.
 GPU_WIDEST = 64
 GPU_DEEPEST = 4  # layers: each is compiled for itself, a second or more
@@ -170,8 +171,8 @@ def _in_all(layers: Sequence[Sizes]) -> tuple[int, int]:
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """The kind of arithmetic, a key of :data:`GPU`: of fp32 as
-    :func:`torch.set_float32_matmul_precision` has it."""
+    """The kind of arithmetic, a key of :data:`GPU`: of fp32 as CUDA's products are set, and
+    ``medium`` where :func:`torch.set_float32_matmul_precision` asked for that."""
     if dtype == torch.float64:
         return "fp64"
     if dtype != torch.float32:
@@ -179,12 +180,25 @@ def arithmetic(dtype: torch.dtype) -> str:
     backends: Any = torch.backends
     if backends.cuda.matmul.fp32_precision != "tf32":
         return "fp32"
-    # No setting of CUDA's alone tells these two apart.
-    return "medium" if backends.mkldnn.matmul.fp32_precision == "bf16" else "high"
+    try:
+        medium = backends.mkldnn.matmul.fp32_precision == "bf16"
+        medium = medium and torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # each backend was set for itself
+        medium = False
+    return "medium" if medium else "high"
+
+
+def unit(dtype: torch.dtype) -> str:
+    """What multiplies numbers that are not split: of fp32, TF32 where PyTorch's products are."""
+    return _unit(arithmetic(dtype))
+
+
+def _unit(kind: str) -> str:
+    return "tf32" if kind in ("high", "medium") else kind
 
 
 def products(dtype: torch.dtype, flops: int, numbers: int) -> str:
-    """How a fused kernel multiplies: in a kind of arithmetic, or in parts, a key of :data:`PARTS`;
+    """How a fused kernel multiplies: by a :func:`unit`, or in parts, a key of :data:`PARTS`;
     operands of ``numbers`` elements would be split for so many ``flops``."""
     kind = arithmetic(dtype)
     return _products(kind, flops, numbers, machine())[0] if kind in SPLIT else kind
@@ -197,6 +211,8 @@ def _products(kind: str, flops: int, numbers: int, machine: Machine) -> tuple[st
     if (name := SPLIT.get(kind)) is None:
         return kind, seconds, 0.0
     splitting = numbers * (4 + 2 * PARTS[name]) / machine.memory + 2 * machine.launch
-    if seconds + splitting < flops / VECTOR_UNITS:
+    unsplit = flops / UNSPLIT[kind]
+    # Two parts keep 16 bits of a number, TF32 keeps 11: they may take twice as long.
+    if seconds + splitting < unsplit * (2 if kind == "high" else 1):
         return name, seconds, splitting
-    return "fp32", flops / VECTOR_UNITS, 0.0
+    return _unit(kind), unsplit, 0.0

@@ -245,8 +245,10 @@ def test_explain_tells_of_one_kernel(model, monkeypatch):
 
 @pytest.mark.parametrize("kind", gpu.SPLIT)
 def test_numbers_are_split_where_it_pays(kind, monkeypatch):
-    """For much work, which gains more than two launches and the parts' bytes take."""
-    much, little = Sizes(4096, 4096, 128, 128, 64), Sizes(512, 512, 32, 32, 32)
+    """For much work, which gains more than two launches and the parts' bytes take: else they are
+    multiplied as PyTorch has it."""
+    much, little = Sizes(4096, 8192, 128, 128, 64), Sizes(512, 512, 32, 32, 32)
+    unit = "fp32" if kind == "fp32" else "tf32"
     assert gpu.split([much], kind) == gpu.SPLIT[kind]
     assert gpu.split([little], kind) is None
     assert gpu.split([much], "half") is gpu.split([much], "fp64") is None
@@ -254,28 +256,60 @@ def test_numbers_are_split_where_it_pays(kind, monkeypatch):
     assert gpu.costs(much, 4, kind)["contract"].extra_bytes == parts
     assert gpu.costs(little, 4, kind)["contract"].extra_bytes == 0
     # Slow launches, or a slow memory, make it pay later.
-    assert gpu._products(kind, 10**10, 10**6, gpu.Machine(3e12, 1e-5))[0] == gpu.SPLIT[kind]
-    assert gpu._products(kind, 10**10, 10**6, gpu.Machine(3e12, 1e-3))[0] == "fp32"
-    assert gpu._products(kind, 10**10, 10**6, gpu.Machine(1e10, 1e-5))[0] == "fp32"
+    work = 2 * 10**10, 10**6
+    assert gpu._products(kind, *work, gpu.Machine(3e12, 1e-5))[0] == gpu.SPLIT[kind]
+    assert gpu._products(kind, *work, gpu.Machine(3e12, 1e-3))[0] == unit
+    assert gpu._products(kind, *work, gpu.Machine(1e10, 1e-5))[0] == unit
 
 
-def test_precision_is_that_of_pytorch():
-    try:
-        for precision, kind in (("highest", "fp32"), ("high", "high"), ("medium", "medium")):
-            torch.set_float32_matmul_precision(precision)
-            assert gpu.arithmetic(torch.float32) == kind
-            assert gpu.arithmetic(torch.float64) == "fp64"
-            assert gpu.arithmetic(torch.bfloat16) == gpu.arithmetic(torch.float16) == "half"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+@pytest.fixture
+def matmul():
+    """The settings of PyTorch's products."""
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    yield settings
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for each in settings:
+        each.fp32_precision = "none"
 
 
-def test_explain_tells_of_parts(model, monkeypatch):
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("of_cuda", ["", "ieee", "tf32"])
+@pytest.mark.parametrize("of_cpu", ["", "ieee", "tf32", "bf16"])
+def test_precision_is_that_of_pytorch(precision, of_cuda, of_cpu, matmul):
+    """Set for all, and then for each: one bf16 is taken only where "medium" was asked for."""
+    torch.set_float32_matmul_precision(precision)
+    for setting, value in zip(matmul, (of_cuda, of_cpu), strict=True):
+        if value:
+            setting.fp32_precision = value
+    kind = {"highest": "fp32"}.get(precision, precision)
+    if of_cuda:
+        kind = {"ieee": "fp32", "tf32": "high" if kind == "fp32" else kind}[of_cuda]
+    if of_cpu in ("ieee", "tf32") and kind == "medium":  # taken back
+        kind = "high"
+    assert gpu.arithmetic(torch.float32) == kind
+    assert gpu.unit(torch.float32) == ("fp32" if kind == "fp32" else "tf32")
+    assert gpu.arithmetic(torch.float64) == gpu.unit(torch.float64) == "fp64"
+    assert gpu.arithmetic(torch.bfloat16) == gpu.arithmetic(torch.float16) == "half"
+
+
+def test_precision_of_all_backends_or_by_an_older_name(matmul):
+    assert gpu.arithmetic(torch.float32) == "fp32"
+    torch.backends.fp32_precision = "tf32"
+    assert gpu.arithmetic(torch.float32) == "high"
+    torch.backends.fp32_precision = "bf16"  # which CUDA's products do not know
+    assert gpu.arithmetic(torch.float32) == "fp32"
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert gpu.arithmetic(torch.float32) == "high"
+
+
+def test_explain_tells_of_parts(monkeypatch):
+    narrow, wide = (hyperfast.HyperMLP(hyperfast.HyperNet(5, n, n, 10)) for n in (64, 128))
     for kind, name in gpu.SPLIT.items():
         monkeypatch.setattr(explain, "device_key", lambda device, dtype, kind=kind: kind)
-        title = str(hyperfast.explain(model, (1 << 20, 4), (1 << 20, 5))).split("\n")[0]
+        title = str(hyperfast.explain(narrow, (1 << 20, 64), (1 << 20, 5))).split("\n")[0]
         assert title.endswith(f", in one kernel, {name}")
-        wide = hyperfast.HyperMLP(hyperfast.HyperNet(5, 128, 128, 10))
         assert name in str(hyperfast.explain(wide, (1 << 16, 128), (1 << 16, 5)))
         assert name not in str(hyperfast.explain(wide, (9, 128), (9, 5)))
 

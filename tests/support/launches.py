@@ -59,7 +59,7 @@ SIZES = [
 # Networks: rows, sizes, activations, ragged. 16-bit kinds have a tile for each number of rows.
 NETWORKS = [
     (40000, (64, 64, 10), "relu,identity", False),
-    (20000, (2, 64, 64, 1), "tanh,silu,elu", True),
+    (40000, (2, 64, 64, 1), "tanh,silu,elu", True),
     (8448, (64, 64, 10), "relu,identity", False),
     (4224, (8, 32, 1), "elu,identity", False),
 ]

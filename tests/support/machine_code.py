@@ -126,7 +126,7 @@ def loops(code):
     return [Loop(tuple(lines[a:b])) for a, b in inner]
 
 
-FEW = ((4096, 1, 128, 128, 64, False),)
+FEW = ((20000, 1, 128, 128, 64, False),)
 
 
 def layers(kind="bf16", target="sm_90", sizes=FEW, networks=NETWORKS):

@@ -284,7 +284,7 @@ def linear(
             reference.task_linear(x.unflatten(0, shape), weight, bias).flatten(0, 1)
         )
     y = x.new_empty(len(x), out)
-    kind = launch.unit(x.dtype)
+    kind = gpu.unit(x.dtype)
     block = rows_together(rows, kind)
     c = TASK["fp32" if block == 1 and kind == "tf32" else kind]  # one by one, both are the same
     work = stretches(rows, block, out * ins * weight.element_size())
@@ -364,7 +364,7 @@ def outer(
             y *= TRANSFORMS[transform].slope(weight)
         return y
     keys, order = rows.sorted
-    kind = launch.unit(x.dtype)
+    kind = gpu.unit(x.dtype)
     c = TASK[kind]
     depth = c.depth if rows.total >= MANY * tasks and min(out, ins) >= MANY else 1
     depth = COLUMN if ins == 1 else depth

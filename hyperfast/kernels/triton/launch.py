@@ -144,20 +144,12 @@ def expect(t: Tensor | None, name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
 
 
-def sums(dtype: torch.dtype) -> tl.dtype:
-    """What products are added up in."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """Of numbers that are not split: fp32 products are rounded to TF32 where PyTorch's are."""
-    return {"SUM": sums(dtype), "PRECISION": "tf32" if unit(dtype) == "tf32" else "ieee"}
-
-
-def unit(dtype: torch.dtype) -> str:
-    """The kind of products of numbers that are not split."""
-    kind = gpu.arithmetic(dtype)
-    return "tf32" if kind in ("high", "medium") else kind
+    """16-bit products are summed in fp32; fp32 ones are rounded to TF32 where PyTorch's are."""
+    return {
+        "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if gpu.unit(dtype) == "tf32" else "ieee",
+    }
 
 
 def index(t: Tensor) -> tl.dtype:

@@ -28,7 +28,7 @@ from hyperfast.kernels.triton.launch import (
     tile,
     up,
 )
-from hyperfast.kernels.triton.parts import load, packed
+from hyperfast.kernels.triton.parts import in_parts, load
 from hyperfast.kernels.triton.trilinear import generate, groups, product, wide
 from hyperfast.layout import Network, of_layer
 from hyperfast.plans import gpu
@@ -40,7 +40,8 @@ def _layer(
     v, x_row, h_row, part_row, weight, made, bias, live, K, FILLED, x_i, h_k, part_step, part_k,
     w_p, w_k, made_step, made_p, made_k, bias_p,
     I: tl.constexpr, O: tl.constexpr, BEGIN: tl.constexpr, FIRST: tl.constexpr,
-    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, PARTS: tl.constexpr,
+    TARGET_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
     G: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -57,22 +58,23 @@ def _layer(
         )
         total = generate(
             total, h1, h2, h3, v, made + BEGIN * step, made_step, 0, k0, I, FILLED, O, I * step,
-            step, made_k, PARTS, BI, BK, FULL, INDEX,
+            step, made_k, PARTS, PRECISION, BI, BK, FULL, I < BI, INDEX,
         )  # fmt: skip
     total = tl.reshape(total, (BM, BO))
     step = tl.cast(w_p, tl.int64)
     if TARGET_BIAS:
         biases = weight + (BEGIN + O * I) * step
-        total = product(total, h_row, biases, live, o, K, O, h_k, w_p, w_k, BL)
+        total = product(total, h_row, biases, live, o, K, O, h_k, w_p, w_k, PRECISION, BL)
     if HAS_BIAS:
         step = tl.cast(bias_p, tl.int64)
         shared = bias + BEGIN * step
         if FIRST:
-            total = product(total, x_row, shared, live, o, I, O, x_i, I * step, step, 16)
+            total = product(total, x_row, shared, live, o, I, O, x_i, I * step, step, PRECISION, 16)
         else:
             held = (o < O)[:, None] & (i < I)[None, :]
             shared = tl.load(shared + (o[:, None] * I + i[None, :]) * step, held, 0.0)
-            total += tl.trans(tl.dot(shared, tl.trans(v), input_precision="ieee", out_dtype=SUM))
+            made = tl.dot(shared, tl.trans(v), input_precision=PRECISION, out_dtype=SUM)
+            total += tl.trans(made)
         if TARGET_BIAS:
             constant = tl.load(bias + (BEGIN + O * I + o) * step, o < O, 0.0)
             total += constant.to(SUM)[None, :]
@@ -96,7 +98,8 @@ def _hyper_mlp(
     SIZES: tl.constexpr, TILES: tl.constexpr, BEGINS: tl.constexpr, GROUPS: tl.constexpr,
     ACTIVATIONS: tl.constexpr, PARAMETERS: tl.constexpr, KEPT: tl.constexpr, AT: tl.constexpr,
     TARGET_BIASES: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
-    SUM: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    FULL: tl.constexpr, INDEX: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """``BM`` rows through a network; the arguments of the first ``KEPT`` activations are stored,
@@ -113,7 +116,7 @@ def _hyper_mlp(
             v, x_row, h_row, part_row, weight, made, bias, live, K, FILLED, x_i, h_k,
             part_step, part_k, w_p, w_k, made_step, made_p, made_k, bias_p,
             SIZES[n], SIZES[n + 1], BEGINS[n], n == 0, TARGET_BIASES[n], HAS_BIAS,
-            SUM, PARTS, BM, TILES[n], TILES[n + 1], BK, BL, GROUPS[n], FULL[n], INDEX,
+            SUM, PRECISION, PARTS, BM, TILES[n], TILES[n + 1], BK, BL, GROUPS[n], FULL[n], INDEX,
         )  # fmt: skip
         o = tl.arange(0, TILES[n + 1])
         at = r[:, None] * SIZES[n + 1] + o[None, :]
@@ -121,6 +124,8 @@ def _hyper_mlp(
         pre = preactivations + tl.cast(rows, tl.int64) * AT[n]
         total = _finish(total, pre, at, mask, ACTIVATIONS, PARAMETERS, n, n < KEPT)
         v = total.to(y.dtype.element_ty)
+        if SIZES[n + 1] < TILES[n + 1]:  # past the outputs may be infinity times 0
+            v = tl.where((o < SIZES[n + 1])[None, :], v, 0.0)
     tl.store(y + at, v, mask)
 
 
@@ -133,6 +138,7 @@ WHOLE = {
         Config(32, 64, 64, 4, 3, 64),
     ),
     "bf16x6": (Config(64, 64, 32, 4), Config(32, 64, 64, 4, 2)),
+    "tf32": (Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)),
     "fp32": (Config(64, 64, 16, 8, 2),),
     "fp64": (Config(32, 64, 16, 8, 2),),
 }
@@ -236,11 +242,9 @@ def _whole(
     features = weight.shape[1]
     kind = gpu.products(x.dtype, 2 * rows.total * weight.numel(), weight.numel() + h.numel())
     parts = gpu.PARTS.get(kind, 0)
-    if parts:
-        made, h_parts = (packed(t.unsqueeze(1), parts)[:, :, 0] for t in (weight, h))
-    else:
+    if not parts:
         weight = wide(weight.unsqueeze(1), rows.total)[:, 0]
-        made, h_parts = weight.unsqueeze(0), h.unsqueeze(0)
+    made, h_parts = in_parts(weight, parts), in_parts(h, parts)
     tiles = tuple(power(size) if n == 0 else tile(size) for n, size in enumerate(sizes))
     b = weight if bias is None else bias
     y = x.new_empty(len(x), sizes[-1])
@@ -269,8 +273,8 @@ def _whole(
             ACTIVATIONS=tuple(f.name for f in then), PARAMETERS=tuple(f.parameter for f in then),
             KEPT=keep, AT=(0, *accumulate(sizes[1:-1])),
             TARGET_BIASES=tuple(layer.bias for layer in layers), HAS_BIAS=bias is not None,
-            RAGGED=rows.ragged, SUM=launch.sums(x.dtype), PARTS=max(parts, 1), BM=block(config),
-            BK=depth, BL=16 if parts else depth, **config.options(y.device),
+            RAGGED=rows.ragged, **launch.arithmetic(x.dtype), PARTS=max(parts, 1),
+            BM=block(config), BK=depth, BL=16 if parts else depth, **config.options(y.device),
         )  # fmt: skip
 
     key = ("network", kind, x.dtype, sizes, features, sines, launch.power(rows.total))

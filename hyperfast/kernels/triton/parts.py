@@ -65,7 +65,7 @@ def split(x, PARTS: tl.constexpr):
 
 @triton.jit
 def load(p, step, mask, PARTS: tl.constexpr, FULL: tl.constexpr):
-    """The parts of a block, ``step`` elements apart: as many as ``PARTS``, one of 0."""
+    """The parts of a block, ``step`` elements apart; the last repeat where there are fewer."""
     first = tl.load(p) if FULL else tl.load(p, mask, 0.0)
     second = first
     third = first
@@ -79,7 +79,9 @@ def load(p, step, mask, PARTS: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, a2, a3, b, b2, b3, PARTS: tl.constexpr, SUM: tl.constexpr):
+def multiply(
+    a, a2, a3, b, b2, b3, PARTS: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """The product of ``a`` and ``b``; of their parts, from small to large."""
     if PARTS > 2:
         y = tl.dot(a3, b, out_dtype=SUM)
@@ -93,7 +95,7 @@ def multiply(a, a2, a3, b, b2, b3, PARTS: tl.constexpr, SUM: tl.constexpr):
         y = tl.dot(a, b2, y, out_dtype=SUM) * 0.00390625
         y = tl.dot(a, b, y, out_dtype=SUM)
     else:
-        y = tl.dot(a, b, input_precision="ieee", out_dtype=SUM)
+        y = tl.dot(a, b, input_precision=PRECISION, out_dtype=SUM)
     return y
 
 
@@ -137,3 +139,8 @@ def packed(v: Tensor, parts: int = 0) -> Tensor:
         WIDTH=width, BLOCK=64, PARTS=parts,
     )  # fmt: skip
     return y
+
+
+def in_parts(rows: Tensor, parts: int) -> Tensor:
+    """``(max(parts, 1), R, K)``: the parts of ``rows (R, K)``, or those as they are."""
+    return packed(rows.unsqueeze(1), parts)[:, :, 0] if parts else rows.unsqueeze(0)

@@ -107,6 +107,8 @@ def _task_mlp(
                 bias = tl.load(own + (BIASES[n] + o).to(tl.int64) * v_p, o < SIZES[n + 1], 0.0)
                 total += bias.to(SUM)[None, :]
             v = activate(total, tl.constexpr(ACTIVATIONS[n]), PARAMETERS[n]).to(y.dtype.element_ty)
+            if SIZES[n + 1] < TILES[n + 1]:  # past the outputs may be infinity times 0
+                v = tl.where((tl.arange(0, TILES[n + 1]) < SIZES[n + 1])[None, :], v, 0.0)
         mask = live[:, None] & (end < SIZES[LAST])[None, :]
         tl.store(y + r[:, None] * SIZES[LAST] + end[None, :], v, mask)
 
@@ -207,7 +209,7 @@ def _by_layers(
 def _whole(
     x: Tensor, weight: Tensor, scales_and_biases: Tensor | None, rows: Rows, net: Network
 ) -> Tensor:
-    kind = launch.unit(x.dtype)
+    kind = gpu.unit(x.dtype)
     transforms = tuple(layer.transform for layer in net.layers)
     most, warps = TOGETHER[kind]
     scaled = scales_and_biases is not None

@@ -21,15 +21,15 @@ from torch import Tensor
 from hyperfast.kernels.triton import launch
 from hyperfast.kernels.triton.activation import NOTHING, Finish, finish
 from hyperfast.kernels.triton.launch import Config, Rows, deep, entry, power, tile, up
-from hyperfast.kernels.triton.parts import load, multiply, packed, rounded, split
+from hyperfast.kernels.triton.parts import in_parts, load, multiply, packed, rounded, split
 from hyperfast.plans import gpu
 
 
 @triton.jit
 def generate(
     total, a, a2, a3, c_tile, v, step, j0, k0, J, K, N, v_n, v_j, v_k,
-    PARTS: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, FULL: tl.constexpr,
-    INDEX: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    FULL: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Adds ``sum_jk v[n,j,k] c[r,j] a[r,k]`` over a block of ``j`` and of ``k`` to ``total``, a
     column each for the first outputs ``n``, in groups. ``a`` may come in parts, and ``v`` with it,
@@ -49,7 +49,9 @@ def generate(
     for s in range(tl.minimum(tl.cdiv(N, G), TURNS) + tl.minimum(K, 0)):
         mask = (k < K)[:, None] & ((j < J) & (n < N - s * G))[None, :]
         b, b2, b3 = load(v + at, step, mask, PARTS, FULL)
-        made = multiply(a, a2, a3, b, b2, b3, PARTS, total.dtype)
+        made = multiply(a, a2, a3, b, b2, b3, PARTS, total.dtype, PRECISION)
+        if MASK:  # infinity times the zeros past J
+            made = tl.where((j < J)[None, :], made, 0.0)
         made = tl.reshape(made, (total.shape[0], G, BJ))
         sums = tl.sum(made * c_tile.to(total.dtype)[:, None, :], 2)
         total = tl.where((turn == s)[None, :, None], total + sums[:, None, :], total)
@@ -58,8 +60,10 @@ def generate(
 
 
 @triton.jit
-def product(total, a_row, u, live, n, K, N, a_k, u_n, u_k, BK: tl.constexpr):
-    """Adds ``sum_k u[n,k] a[r,k]`` to ``total``: of fp32 on vector units, as it is little work."""
+def product(
+    total, a_row, u, live, n, K, N, a_k, u_n, u_k, PRECISION: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Adds ``sum_k u[n,k] a[r,k]`` to ``total``: never in parts, as it is little work."""
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         a_tile = tl.load(
@@ -70,7 +74,7 @@ def product(total, a_row, u, live, n, K, N, a_k, u_n, u_k, BK: tl.constexpr):
             (k < K)[:, None] & (n < N)[None, :],
             0.0,
         )
-        total = tl.dot(a_tile, u_tile, total, input_precision="ieee", out_dtype=total.dtype)
+        total = tl.dot(a_tile, u_tile, total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
 
@@ -82,9 +86,9 @@ def _contract(
     A_TASK: tl.constexpr, C_TASK: tl.constexpr, RAGGED: tl.constexpr,
     HAS_U: tl.constexpr, HAS_S: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
-    SUM: tl.constexpr, PARTS: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
-    G: tl.constexpr, FULL: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, FULL: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """``y[r,n] = sum_jk v[n,j,k] c[r,j] a[r,k] + u[n,:] a[r,:] + s[n,:] c[r,:] + bias[n]``,
     and what follows. ``v``, and ``a`` where it is multiplied with ``v``, come in parts. Rows of
@@ -111,13 +115,13 @@ def _contract(
             )
             total = generate(
                 total, a1, a2, a3, c_tile, v + n0.to(tl.int64) * v_n, v_step, j0, k0, J, FILLED,
-                N - n0, v_n, v_j, v_k, PARTS, BJ, BK, FULL, INDEX,
+                N - n0, v_n, v_j, v_k, PARTS, PRECISION, BJ, BK, FULL, MASK, INDEX,
             )  # fmt: skip
     y_tile = tl.reshape(total, (BM, BN))
     if HAS_U:
-        y_tile = product(y_tile, a_row, u, live, n, K, N, a_k, u_n, u_k, BL)
+        y_tile = product(y_tile, a_row, u, live, n, K, N, a_k, u_n, u_k, PRECISION, BL)
     if HAS_S:
-        y_tile = product(y_tile, c_row, s, live, n, J, N, c_j, s_n, s_j, BL)
+        y_tile = product(y_tile, c_row, s, live, n, J, N, c_j, s_n, s_j, PRECISION, BL)
     if HAS_BIAS:
         y_tile += tl.load(bias + n.to(tl.int64) * bias_n, inside, 0.0).to(SUM)[None, :]
     at, mask = r[:, None] * N + n[None, :], live[:, None] & inside[None, :]
@@ -131,7 +135,7 @@ def _outer(
     a_r, a_n, b_r, b_n, c_step, c_r, c_n, y_s, y_a, y_b, y_c,
     A_TASK: tl.constexpr, B_TASK: tl.constexpr, C_TASK: tl.constexpr, RAGGED: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, SPLIT: tl.constexpr, ROUNDED: tl.constexpr,
+    PARTS: tl.constexpr, ROUNDED: tl.constexpr,
     BA: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``y[s,i,j,k] = sum_r a[r,i] b[r,j] c[r,k]`` over the ``chunk`` rows of piece ``s``.
@@ -167,10 +171,12 @@ def _outer(
         pairs = tl.reshape(a_tile[:, :, None] * b_tile[:, None, :], (BR, BA * BB))
         if ROUNDED:
             pairs = rounded(pairs)
-        if SPLIT:
+        if PARTS > 1:
             p1, p2, p3 = split(pairs, PARTS)
             KIND: tl.constexpr = c.dtype.element_ty
-            total += multiply(c1, c2, c3, p1.to(KIND), p2.to(KIND), p3.to(KIND), PARTS, SUM)
+            total += multiply(
+                c1, c2, c3, p1.to(KIND), p2.to(KIND), p3.to(KIND), PARTS, SUM, PRECISION
+            )
         else:
             total = tl.dot(c1, pairs, total, input_precision=PRECISION, out_dtype=SUM)
     q = tl.arange(0, BA * BB)
@@ -200,6 +206,11 @@ CONTRACT = {
         Config(64, 16, 64, 4, 2),
         Config(16, 16, 64, 4, 2),
     ),
+    "tf32": (
+        Config(128, 16, 32, 8, 3, 64, 128),
+        Config(64, 16, 32),
+        Config(16, 16, 32),
+    ),
     "fp32": (Config(64, 16, 16, 8, 2), Config(16, 16, 16, 4, 2)),
     "fp64": (Config(64, 16, 16, 8, 2), Config(32, 16, 16, 4, 2), Config(16, 16, 16, 4, 2)),
 }
@@ -214,6 +225,10 @@ OUTER = {
     "fp64": (Config(32, 32, 16, 4, 2),),
 }
 
+# Where an infinity that is multiplied may come out as NaN, if what is applied is not as wide as its
+# tiles: to mask the sums of these products takes half as many instructions again (bf16: 190 to 282
+# a turn of 256 clocks), and registers that are not there.
+LOSSY = "half", "tf32", "bf16x1"
 # Pieces of the rows that are summed apart: bounds the memory of their sums.
 MOST_PIECES = 16
 # Rows from which a copy of the head pays whose rows are contiguous and begin at multiples of 16.
@@ -274,7 +289,7 @@ def trilinear(
     extra = v if bias is None else bias
     parts = gpu.PARTS.get(kind, 0)
     v = packed(v, parts) if parts else wide(v, rows.total).unsqueeze(0)
-    a_parts = packed(a_.unsqueeze(1), parts)[:, :, 0] if parts else a_.unsqueeze(0)
+    a_parts = in_parts(a_, parts)
 
     def cut(config: Config) -> tuple[int, int]:
         return min(tile(rows.total), config.rows), min(tile(n), config.columns)
@@ -294,10 +309,10 @@ def trilinear(
             extra.stride(0),
             A_TASK=a_task, C_TASK=c_task, RAGGED=rows.ragged,
             HAS_U=b_weight is not None, HAS_S=a_weight is not None, HAS_BIAS=bias is not None,
-            **then.options(), SUM=launch.sums(c.dtype), PARTS=max(parts, 1),
+            **then.options(), **launch.arithmetic(c.dtype), PARTS=max(parts, 1),
             BM=block, BN=columns, BJ=along, BK=depth, BL=16 if parts else depth, G=group,
             FULL=not (n % group or applied % along or v.shape[3] % depth),
-            INDEX=launch.index(v[0]),
+            MASK=bool(applied % along) and kind not in LOSSY, INDEX=launch.index(v[0]),
             **config.options(y.device),
         )  # fmt: skip
 
@@ -317,13 +332,13 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
         a, b, y = b, a, y.transpose(0, 1)
     shape = y.shape
     (a_, a_task), (b_, b_task), (c_, c_task) = a, b, c
-    kind = launch.unit(y.dtype)  # to split pairs would take longer than products of TF32
+    kind = gpu.unit(y.dtype)  # to split pairs would take longer than products of TF32
     if kind == "fp32":
         kind = gpu.products(y.dtype, 2 * rows.total * y.numel(), c_.numel())
     if y.dtype == torch.float16:  # TF32 has its digits, and the exponents of fp32
         kind, c_ = "tf32", c_.float()
     parts = gpu.PARTS.get(kind, 0)
-    c_parts = packed(c_.unsqueeze(1), parts)[:, :, 0] if parts else c_.unsqueeze(0)
+    c_parts = in_parts(c_, parts)
     total_dtype = torch.promote_types(y.dtype, torch.float32)
 
     def cut(config: Config) -> tuple[int, int, int]:
@@ -356,8 +371,8 @@ def sum_outer(a: Operand, b: Operand, c: Operand, y: Tensor, rows: Rows) -> None
             a_, b_, c_parts, rows.keys, out, rows.total, rows.per_task, chunk, *shape,
             *a_.stride(), *b_.stride(), *c_parts.stride(), *out.stride(),
             A_TASK=a_task, B_TASK=b_task, C_TASK=c_task, RAGGED=rows.ragged,
-            SUM=launch.sums(y.dtype), PRECISION="tf32" if kind == "tf32" else "ieee",
-            PARTS=max(parts, 1), SPLIT=parts > 0, ROUNDED=y.dtype == torch.float16,
+            **launch.arithmetic(y.dtype) | {"PRECISION": "tf32" if kind == "tf32" else "ieee"},
+            PARTS=max(parts, 1), ROUNDED=y.dtype == torch.float16,
             BA=outer, BB=inner, BC=columns, BR=config.depth,
             **config.options(y.device),
         )  # fmt: skip

@@ -324,6 +324,20 @@ def test_nan_stays_with_its_network(whole, monkeypatch):
     assert not y[~others].isfinite().any()
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_infinity_past_which_tiles_are_filled_up(rows, monkeypatch):
+    """The zeros there, times infinity, are NaN: they do not count."""
+    choose(monkeypatch, True)
+    net = Network.parse("3 > 18 b relu, 9 relu, 2 b")
+    ids = torch.arange(3).repeat_interleave(rows)
+    x, weight = torch.rand(len(ids), 3) + 1, torch.rand(3, net.numel) + 1
+    x[ids == 1, 0] = torch.inf
+    y = torch.ops.hyperfast.task_mlp(x, weight, None, ids, net.text)
+    assert torch.equal(y.isinf().all(1), ids == 1)
+    assert y[ids != 1].isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_ids_of_networks_out_of_range(bad):
     sizes, net = (3, 4, 2), text((3, 4, 2), "relu")

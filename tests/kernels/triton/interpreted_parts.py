@@ -2,7 +2,7 @@
 are split whatever the work is. Parts are the numbers that a GPU would multiply, stored in fp32."""
 
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -149,6 +149,37 @@ def test_infinities_and_nan(name, way, monkeypatch):
         same(y, plain)
         if name == OPS[0]:  # derivatives may be contracted in other orders
             same(y, variant.expected(*args))
+
+
+@pytest.mark.parametrize("way", ["fp32", "bf16x6", "bf16x3"])
+@pytest.mark.parametrize("shape", [(5, 3, 7), (5, 7, 3)])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_infinity_in_layers_that_fill_no_tile(shape, way, monkeypatch):
+    """What is past the widths is 0, and infinity times 0 is NaN: it does not count."""
+    split(monkeypatch, way)
+    _, ins, features = shape
+    matrix = torch.rand(shape) + 1
+    x, h = torch.rand(4, 1, ins) + 1, torch.rand(4, features) + 1
+    x[1, 0, 0] = h[2, 0] = torch.inf
+    y = torch.ops.hyperfast.hyper_linear(x, h, matrix, None, None, None, None, "", "contract")
+    assert y[1:3].isinf().all()
+    same(y, reference.hyper_linear(x, h, matrix))
+
+
+@pytest.mark.parametrize("way", ["fp32", *gpu.PARTS])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_infinity_in_networks_that_fill_no_tile(way, monkeypatch, launched):
+    choose(monkeypatch, True)
+    split(monkeypatch, way)
+    sizes, h = (3, 5, 9, 2), torch.rand(4, 3) + 1
+    h[1, 0] = torch.inf
+    params = sum(o * (i + 1) for i, o in pairwise(sizes))
+    args = torch.rand(4, 1, 3) + 1, h, torch.rand(params, 3) + 1, torch.rand(params), None
+    net = text(sizes, "relu,relu,identity")
+    y, _ = torch.ops.hyperfast.hyper_mlp(*args, net, False)
+    assert launched["_hyper_mlp"]
+    assert y[1].isinf().all()
+    same(y, expected(*args, net))
 
 
 @ragged_or_not

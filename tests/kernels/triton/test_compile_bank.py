@@ -46,4 +46,4 @@ def test_what_a_bank_launches_fits(target, kind):
         binary = made_of(launch, target)
         assert binary.shared <= TARGETS[target].shared, launch
         # ptxas spills up to four registers rather than give up a program a multiprocessor.
-        assert binary.spilled <= 16, launch
+        assert max(binary.spilled, binary.spilled_beside) <= 16, launch

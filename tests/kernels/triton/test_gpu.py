@@ -280,11 +280,13 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert torch.equal(layer(x[shuffle], ids[shuffle]), layer(x, ids)[shuffle])
 
 
+@pytest.mark.parametrize("tasks", [1000, 10000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_precision_follows_pytorch(dtype):
-    """fp32 loses digits where PyTorch may, and only there: it keeps 24 bits, 16, or 8."""
+def test_precision_follows_pytorch(dtype, tasks):
+    """fp32 loses digits where PyTorch may, and only there: it keeps 24 bits, 16, or 8; of little
+    work those of TF32, 11."""
     variant = Variant("hyper_linear", False, plan="contract")
-    args = to(variant.random(Sizes(1000, 1, 128, 128, 64), dtype=dtype))
+    args = to(variant.random(Sizes(tasks, 1, 128, 128, 64), dtype=dtype))
     errors = {}
     exact = variant.expected(*to(args, dtype=torch.float64))
     try:
@@ -294,15 +296,21 @@ def test_precision_follows_pytorch(dtype):
     finally:
         torch.set_float32_matmul_precision("highest")
     highest, high, medium = errors.values()
-    if dtype == torch.float32:
+    if dtype == torch.float32 and tasks == 1000:
+        assert highest < 1e-6
+        assert 1e-5 < high == medium < 1e-2
+    elif dtype == torch.float32:
         assert highest < 1e-6 < high < 1e-4 < medium < 2e-2
     else:
         assert highest == high == medium
 
 
-@pytest.mark.parametrize("way", gpu.PARTS)
 @pytest.mark.parametrize(
-    "name", ["hyper_linear", "hyper_linear_grad_h", "hyper_linear_grad_weight"]
+    ("name", "way"),
+    [
+        *product(("hyper_linear", "hyper_linear_grad_h"), gpu.PARTS),
+        ("hyper_linear_grad_weight", "bf16x6"),  # the others are TF32
+    ],
 )
 def test_parts_of_what_is_not_finite(name, way, monkeypatch):
     """Infinite and NaN in the same places as in plain fp32."""

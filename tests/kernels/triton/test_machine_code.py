@@ -11,7 +11,7 @@ from tests.support.machine_code import RATE, assemble, assemblers, layers, loops
 
 pytestmark = pytest.mark.skipif(launching.INTERPRETED, reason="the kernels are interpreted")
 
-FEW = (4096, 1, 128, 128, 64, False), (64, 1, 8, 32, 64, False)
+FEW = (20000, 1, 128, 128, 64, False), (64, 1, 8, 32, 64, False)
 CHOSEN = [
     *(("sm_90", launch) for launch in layers("bf16", "sm_90", FEW, (NETWORKS[0], NETWORKS[3]))),
     *(("sm_80", launch) for launch in layers("bf16", "sm_80", FEW[:1], ())),
