@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import memory
 from hyperfast import HyperMLP, HyperNet, Sine, TargetNet, use_backend
@@ -221,10 +221,10 @@ def test_modules_are_left_alone(made):
     model = make(37)
     own = [*model.parameters()]
 
-    class Look(TorchFunctionMode):
+    class Look(TorchDispatchMode):
         calls = 0
 
-        def __torch_function__(self, fn, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
             self.calls += 1
             assert all(p is q for p, q in zip(model.parameters(), own, strict=True))
             return fn(*args, **kwargs or {})
@@ -234,9 +234,9 @@ def test_modules_are_left_alone(made):
         with Look() as look:
             y = model(draw(B, N, 7), draw(B, Z))
             forward = look.calls
-            y.sum().backward()
+            y.backward(y)
         assert made
-        assert look.calls > forward > 0  # it sees the backward pass
+        assert look.calls > 2 * forward  # it sees what is made again, too
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,12 @@ def test_what_is_made_again_is_the_model_of_the_call(made, change):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["heads.1", "offset", "scale", "embeddings", "trunk", "base"])
+@pytest.mark.parametrize("name", ["heads.1", "offset", "trunk", "base"])
 def test_some_parameters_are_frozen(made, name, size):
     """Those that train have no part in some of the blocks."""
-    model = make((4, 3), base="net" if name == "base" else None)
+    layers = nn.Linear(7, 13, bias=False), nn.Tanh(), nn.Linear(13, 5)
+    base = "net" if name == "base" else None
+    model = make((4, 3), nn.Sequential(*layers).double(), base=base)
     for other, p in model.named_parameters():
         p.requires_grad_(name in other)
     leaves, x, z = [p for p in model.parameters() if p.requires_grad], draw(B, N, 7), draw(B, Z)
