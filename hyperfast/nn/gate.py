@@ -19,9 +19,8 @@ from hyperfast.nn.target import TargetNet
 IDENTITY = "identity", 1.0
 
 # As they are now: a class that is patched later does something else.
-_KNOWN: Sequence[type[nn.Module]] = (
-    *(nn.Linear, nn.Sequential, nn.Unflatten, Chunked, HyperNet, TargetNet, *ELEMENTWISE),
-)
+_KNOWN: list[type[nn.Module]] = [nn.Linear, nn.Sequential, nn.Unflatten, *ELEMENTWISE]
+_KNOWN += Chunked, HyperNet, TargetNet
 FORWARD: dict[type[nn.Module], Callable] = {kind: kind.forward for kind in _KNOWN}
 
 
