@@ -117,10 +117,10 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_elementwise(module: nn.Module) -> bool:
-    """Whether it is an elementwise activation, or divides the last dimension, without tensors."""
+    """Whether it is an elementwise activation, or divides a dimension, without tensors."""
     kind, own = type(module), vars(module)
     return (
-        (kind in ELEMENTWISE or (kind is nn.Unflatten and own["dim"] == -1))
+        (kind in ELEMENTWISE or kind is nn.Unflatten)
         and _runs(module, kind)
         and not checks.is_hooked(module)
         and not (own["_parameters"] or own["_buffers"] or own["_modules"])

@@ -339,6 +339,11 @@ def random_base(model):
     parametrize.register_parametrization(model.hyper, "base", nn.Dropout())
 
 
+def sparse(model):
+    layer = model.hyper.generator.trunk[0]
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+
+
 def no_linear_head(model):
     model.hyper.generator.trunk[0] = nn.Linear(Z + C, 37).double()
     model.hyper.generator.heads[0] = nn.Identity()
@@ -360,9 +365,10 @@ def own_target(model):
 
 
 CHANGES = hook, rows_of_others, random, own_activation, trained_sine, free_tensor
-CHANGES += random_base, no_linear_head, own_transform, own_target
+CHANGES += random_base, sparse, no_linear_head, own_transform, own_target
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_what_is_not_plain_runs_whole(made, change):
     model = make(37)
