@@ -146,7 +146,7 @@ _FORWARD = {kind: kind.forward for kind in _NAMES}
 
 # Without parameters, elementwise and deterministic: these may see rows in any shape, and may stand
 # between the layers of a plain stack.
-ELEMENTWISE = (
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *_NAMES,
     *(nn.CELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LogSigmoid, nn.Mish),
     *(nn.ReLU6, nn.SELU, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold),

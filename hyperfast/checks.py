@@ -211,13 +211,17 @@ def check_rows_match(
         )
 
 
+def has_data(t: Tensor) -> bool:
+    """Whether it is neither on the meta device nor fake."""
+    return not t.is_meta and not isinstance(t, FakeTensor)
+
+
 def check_in_range_if_known(ids: Tensor, tasks: int, name: str) -> None:
     """:func:`check_in_range` where there are values to read: not while a graph is traced, not of
     tensors without data, and not under transforms of ``torch.func``."""
     if (
         not torch.compiler.is_compiling()
-        and not ids.is_meta
-        and not isinstance(ids, FakeTensor)
+        and has_data(ids)
         and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
     ):
         check_in_range(ids, tasks, name)

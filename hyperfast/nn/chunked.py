@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,16 @@ class Spread(NamedTuple):
     def zero(self) -> None:
         """It starts at zeros, exactly."""
         self.scale.zero_()
+
+
+class Inside(NamedTuple):
+    """What a :class:`Chunked` computes with: attributes of its own, or others in their place."""
+
+    embeddings: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    trunk: Callable[[Tensor], Tensor]
+    heads: Sequence[Callable[[Tensor], Tensor]]
 
 
 class Chunked(nn.Module):
@@ -77,41 +87,41 @@ class Chunked(nn.Module):
         total = sum(self.offsets)
         self.offset = nn.Parameter(torch.zeros(total, **kind)) if total else None
 
-    def forward(self, z: Tensor, part: tuple[int, int, int] | None = None) -> Tensor:
-        """The flat vectors ``(B, P)`` of latents ``(B, z_dim)``.
+    def forward(self, z: Tensor) -> Tensor:
+        """The flat vectors ``(B, P)`` of latents ``(B, z_dim)``."""
+        own = Inside(self.embeddings, self.scale, self.offset, self.trunk, [*self.heads])
+        return self.flat(z, own)
 
-        Args:
-            part: a parameter of rank one or two and its first and last outputs: these alone,
-                ``(B, outputs, ins)``.
-        """
-        if part is not None:
-            return self._part(z, *part)
-        parts = self._features(z, self.embeddings).split(self.layout.counts, 1)
-        flat = self.layout.join([head(h) for head, h in zip(self.heads, parts, strict=True)])
-        scales = zip(self.scale.split(1), self.numels, strict=True)
+    def flat(self, z: Tensor, own: Inside) -> Tensor:
+        """What :meth:`forward` returns, of ``own``."""
+        parts = self._features(z, own.embeddings, own).split(self.layout.counts, 1)
+        flat = self.layout.join([head(h) for head, h in zip(own.heads, parts, strict=True)])
+        scales = zip(own.scale.split(1), self.numels, strict=True)
         scale = torch.cat([scale.expand(n) for scale, n in scales])
-        if self.offset is None:
+        if own.offset is None:
             return flat * scale
-        offsets = zip(self.offset.split(self.offsets), self.numels, strict=True)
+        offsets = zip(own.offset.split(self.offsets), self.numels, strict=True)
         offset = torch.cat([o.expand(n) if len(o) else o.new_zeros(n) for o, n in offsets])
         return torch.addcmul(offset, flat, scale)
 
-    def _part(self, z: Tensor, n: int, first: int, last: int) -> Tensor:
+    def part(self, z: Tensor, n: int, first: int, last: int, own: Inside) -> Tensor:
+        """Outputs ``first`` to ``last`` of parameter ``n``, which is of rank one or two: ``(B,
+        outputs, ins)``."""
         head, chunks, join = self.layout.part(n, first, last)
-        embeddings = self.embeddings.split(self.layout.counts)[head][chunks]
-        made = join(self.heads[head](self._features(z, embeddings)))
-        scale = self.scale.split(1)[n]
+        embeddings = own.embeddings.split(self.layout.counts)[head][chunks]
+        made = join(own.heads[head](self._features(z, embeddings, own)))
+        scale = own.scale.split(1)[n]
         if not self.offsets[n]:
             return made * scale
-        assert self.offset is not None
-        offset = self.offset.split(self.offsets)[n].unsqueeze(1)
+        assert own.offset is not None
+        offset = own.offset.split(self.offsets)[n].unsqueeze(1)
         return torch.addcmul(offset if len(offset) == 1 else offset[first:last], made, scale)
 
-    def _features(self, z: Tensor, embeddings: Tensor) -> Tensor:
+    def _features(self, z: Tensor, embeddings: Tensor, own: Inside) -> Tensor:
         """``(B, chunks, K)``, the features of chunks with these embeddings."""
         tasks, count = z.shape[0], embeddings.shape[0]  # an export fixes what len() returns
         pairs = [z.unsqueeze(1).expand(-1, count, -1), embeddings.expand(tasks, -1, -1)]
-        return self.trunk(torch.cat(pairs, -1).flatten(0, 1)).unflatten(0, (tasks, count))
+        return own.trunk(torch.cat(pairs, -1).flatten(0, 1)).unflatten(0, (tasks, count))
 
     def chain(self) -> list[nn.Module]:
         """The trunk and the first layer behind it."""
@@ -129,12 +139,11 @@ class Chunked(nn.Module):
             total += 2 * count * first.out_features * per_output
         return total
 
-    @property
-    def numbers(self) -> tuple[int, ...]:
+    def numbers(self, z_dim: int) -> tuple[int, ...]:
         """Of every head, how many numbers one of its chunks takes while it is made in training:
         latent and embedding, what layers return, activated or not, and the chunk three times, as it
         is made, joined and scaled."""
-        entering: int = self.chain()[0].in_features  # type: ignore[assignment]
+        entering = z_dim + self.embeddings.shape[1]
         trunk = [m for m in self.trunk.modules() if isinstance(m, nn.Linear)]
         found = []
         for head in self.heads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from hyperfast import checks
@@ -18,10 +19,9 @@ from hyperfast.nn.target import TargetNet
 IDENTITY = "identity", 1.0
 
 # As they are now: a class that is patched later does something else.
-FORWARD: dict[type[nn.Module], Callable] = {
-    kind: kind.forward
-    for kind in (nn.Linear, nn.Sequential, nn.Unflatten, Chunked, HyperNet, TargetNet)
-}
+_KNOWN: list[type[nn.Module]] = [nn.Linear, nn.Sequential, nn.Unflatten, *ELEMENTWISE]
+_KNOWN += Chunked, HyperNet, TargetNet
+FORWARD: dict[type[nn.Module], Callable] = {kind: kind.forward for kind in _KNOWN}
 
 
 class Fused(NamedTuple):
@@ -88,29 +88,56 @@ def in_parts(hyper: HyperNet, target: nn.Module) -> bool:
     tasks, or some outputs of a layer, at a time, and again in the backward pass: no part of it sees
     rows of others, draws at random, or keeps anything from call to call.
     """
+    made: Any = hyper._modules["generator"]
     return (
-        type(hyper.generator) is Chunked
+        type(hyper) is HyperNet
+        and type(made) is Chunked
+        and type(target) is TargetNet
         and type(hyper.spec) is MLPSpec
-        and isinstance(target, TargetNet)
         and isinstance(target.weight_transform, str | None)
-        and _runs(hyper, HyperNet)
-        and _runs(target, TargetNet)
-        and not checks.is_hooked(hyper, target)
-        and not target.state_dict()
-        and all(type(p) in (nn.Parameter, Tensor) for p in hyper.parameters())
-        and all(map(_is_plain, hyper.generator.modules()))
-        and all(map(_is_plain, target.activations.modules()))
+        and all(_runs(module, type(module)) for module in (hyper, made, target))
+        and not checks.is_hooked(hyper, made, target)
+        and _owns(hyper, "base")
+        and _owns(made, "embeddings", "scale", "offset")
+        and all(map(_is_plain, (made.trunk, *made.heads)))
+        and all(any(type(m) is nn.Linear for m in head.modules()) for head in made.heads)
+        and all(map(_is_elementwise, target.activations))
     )
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a linear layer, an elementwise activation or a container, and no more."""
-    kind = type(module)
-    if kind is nn.Linear:
-        return is_plain_linear(module)
-    free = any(isinstance(value, Tensor) for value in vars(module).values())  # a w0 of Sine
-    known = (kind in ELEMENTWISE and not free) or (kind in FORWARD and _runs(module, kind))
-    return (known or kind is nn.ModuleList) and not checks.is_hooked(module)
+    """Whether it calls linear layers and elementwise activations one after the other, and no
+    more."""
+    if type(module) is nn.Sequential:
+        plain = _runs(module, nn.Sequential) and not checks.is_hooked(module)
+        return plain and all(map(_is_plain, module.children()))
+    if type(module) is nn.Linear:
+        return is_plain_linear(module) and _owns(module, "weight", "bias")
+    return _is_elementwise(module)
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """Whether it is an elementwise activation, or divides a dimension, without tensors."""
+    kind, own = type(module), vars(module)
+    return (
+        (kind in ELEMENTWISE or kind is nn.Unflatten)
+        and _runs(module, kind)
+        and not checks.is_hooked(module)
+        and not (own["_parameters"] or own["_buffers"] or own["_modules"])
+        and not any(isinstance(value, Tensor) for value in own.values())  # a w0 of Sine
+    )
+
+
+def _owns(module: nn.Module, *names: str) -> bool:
+    """Whether these are parameters of the module, dense and of PyTorch's own type, or ``None``; not
+    attributes and buffers, as replicas and what is learned in an inner loop have them."""
+    for name in names:
+        t = getattr(module, name)
+        if t is not module._parameters.get(name):
+            return False
+        if t is not None and (type(t) not in (nn.Parameter, Tensor) or t.layout != torch.strided):
+            return False
+    return True
 
 
 def trunk_and_head(module: nn.Module) -> tuple[list[Any], nn.Linear] | None:

@@ -174,9 +174,10 @@ class HyperNet(nn.Module):
         :func:`hyperfast.explain`. A plain stack runs a block of tasks at a time where there are
         many, or a block of a layer's outputs where it is large: weights are made, applied and
         forgotten, and made again in the backward pass, so that memory is that of a block, some 100
-        MiB in fp32 (not in compiled graphs and under transforms of ``torch.func``, nor with a trunk
-        of one's own of other than linear layers and elementwise activations). The weights of
-        other nets are formed. A small net may need fewer parameters without chunks.
+        MiB in fp32 (not in compiled graphs and under transforms of ``torch.func``, nor where the
+        trunk has anything but linear layers and elementwise activations, named or modules of
+        PyTorch's). The weights of other nets are formed. A small net may need fewer parameters
+        without chunks.
 
         Args:
             net: the module. It is left as it is.

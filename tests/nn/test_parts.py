@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import memory
 from hyperfast import HyperMLP, HyperNet, Sine, TargetNet, use_backend
@@ -213,6 +216,88 @@ def test_what_is_made_again_has_the_parameters_of_the_call(made):
         assert made
 
 
+def test_modules_are_left_alone(made):
+    """Not even for a moment: another thread may be at work in them."""
+    model = make(37)
+    own = [*model.parameters()]
+
+    class Look(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+            self.calls += 1
+            assert all(p is q for p, q in zip(model.parameters(), own, strict=True))
+            return fn(*args, **kwargs or {})
+
+    for size in SIZES:
+        made.limits(model, size)
+        with Look() as look:
+            y = model(draw(B, N, 7), draw(B, Z))
+            forward = look.calls
+            y.backward(y)
+        assert made
+        assert look.calls > 2 * forward  # it sees what is made again, too
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.target, "weight_transform", "abs"),
+        lambda model: setattr(model.target.activations[0], "negative_slope", 3.0),
+        lambda model: setattr(model.hyper.generator.trunk[1], "negative_slope", 3.0),
+        lambda model: model.hyper.generator.trunk.append(nn.ReLU()),
+    ],
+    ids=["transform", "activation", "activation of the trunk", "trunk"],
+)
+def test_what_is_made_again_is_the_model_of_the_call(made, change):
+    layers = nn.Linear(7, 13), nn.LeakyReLU(), nn.Linear(13, 5)
+    model = make((4, 3), nn.Sequential(*layers).double(), activation=nn.LeakyReLU())
+    leaves, (x, z) = [*model.parameters()], (draw(B, N, 7), draw(B, Z))
+    want = torch.autograd.grad(model(x, z).sin().sum(), leaves)
+    made.limits(model, "tasks")
+    by_tasks = model(x, z)
+    made.limits(model, "outputs")
+    by_outputs = model(x, z)
+    change(model)
+    for y in (by_tasks, by_outputs):
+        close(torch.autograd.grad(y.sin().sum(), leaves), want)
+    assert made
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["heads.1", "offset", "trunk", "base"])
+def test_some_parameters_are_frozen(made, name, size):
+    """Those that train have no part in some of the blocks."""
+    layers = nn.Linear(7, 13, bias=False), nn.Tanh(), nn.Linear(13, 5)
+    base = "net" if name == "base" else None
+    model = make((4, 3), nn.Sequential(*layers).double(), base=base)
+    for other, p in model.named_parameters():
+        p.requires_grad_(name in other)
+    leaves, x, z = [p for p in model.parameters() if p.requires_grad], draw(B, N, 7), draw(B, Z)
+    want = torch.autograd.grad(model(x, z).sin().sum(), leaves)
+    made.limits(model, size)
+    close(torch.autograd.grad(model(x, z).sin().sum(), leaves), want)
+    assert made
+
+
+def test_a_head_of_ones_own(made):
+    model = make(37)
+    model.hyper.generator.heads[0] = nn.Linear(6, 37).double()
+    x, z = draw(B, N, 7, grad=True), draw(B, Z, grad=True)
+    want = results(model, x, z)
+    for size in SIZES:
+        made.limits(model, size)
+        close(results(model, x, z), want)
+        assert made
+
+
+def test_hooks_of_state_dicts_are_not_called(made):
+    model, calls = make(37), []
+    model.target.register_state_dict_pre_hook(lambda *args: calls.append(args))
+    model(draw(B, N, 7), draw(B, Z))
+    assert not calls
+
+
 def test_a_static_network_of_linear_layers(made):
     model = moved(StaticHyperNet(net(), Z, chunks=(4, 3), params=None))
     x = draw(N, 7)
@@ -249,6 +334,21 @@ def free_tensor(model):
     model.hyper.generator.trunk[1] = Sine(torch.tensor(3.0).double().requires_grad_())
 
 
+def random_base(model):
+    model.hyper.base = nn.Parameter(draw(model.hyper.spec.numel))
+    parametrize.register_parametrization(model.hyper, "base", nn.Dropout())
+
+
+def sparse(model):
+    layer = model.hyper.generator.trunk[0]
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+
+
+def no_linear_head(model):
+    model.hyper.generator.trunk[0] = nn.Linear(Z + C, 37).double()
+    model.hyper.generator.heads[0] = nn.Identity()
+
+
 def own_transform(model):
     model.target.weight_transform = lambda w: w / w.norm()
 
@@ -265,9 +365,10 @@ def own_target(model):
 
 
 CHANGES = hook, rows_of_others, random, own_activation, trained_sine, free_tensor
-CHANGES += own_transform, own_target
+CHANGES += random_base, sparse, no_linear_head, own_transform, own_target
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_what_is_not_plain_runs_whole(made, change):
     model = make(37)
@@ -278,6 +379,86 @@ def test_what_is_not_plain_runs_whole(made, change):
     want = model.target(x, model.hyper(z))
     torch.manual_seed(0)
     close(model(x, z), want)
+    assert not made
+
+
+def test_a_patched_activation_runs_whole(made, monkeypatch):
+    model, (x, z) = make(37), (draw(B, N, 7), draw(B, Z))
+    before = model(x, z)
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: x - x.mean(0))
+    made.limits(model, "task")
+    close(model(x, z), model.target(x, model.hyper(z)))
+    assert (model(x, z) - before).abs().max() > 1e-3
+    assert not made
+
+
+def attribute(module, name, t):
+    delattr(module, name)
+    setattr(module, name, t)
+
+
+def buffer(module, name, t):
+    delattr(module, name)
+    module.register_buffer(name, t)
+
+
+@pytest.mark.parametrize("place", [attribute, buffer])
+@pytest.mark.parametrize(
+    ("at", "name"),
+    [
+        ("generator.trunk.0", "weight"),
+        ("generator.heads.0.0", "bias"),
+        ("generator", "embeddings"),
+        ("generator", "offset"),
+        ("", "base"),
+    ],
+)
+def test_tensors_in_place_of_parameters_run_whole(made, place, at, name):
+    """As in meta-learning. Their gradient is not lost."""
+    model = make(37, base="net" if name == "base" else None)
+    module, (x, z) = model.hyper.get_submodule(at), (draw(B, N, 7), draw(B, Z))
+    own = getattr(module, name)
+    (want,) = torch.autograd.grad(model(x, z).sin().sum(), own)
+    start = own.detach().clone().requires_grad_()
+    place(module, name, 1 * start)
+    made.limits(model, "task")
+    close(torch.autograd.grad(model(x, z).sin().sum(), start), [want])
+    assert not made
+
+
+def replica(module):
+    """What nn.DataParallel runs on each device (torch.nn.parallel.replicate)."""
+    copy = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        copy._modules[name] = replica(child)
+    for name, p in module._parameters.items():
+        if p is not None:
+            setattr(copy, name, p.view_as(p))
+    return copy
+
+
+@TWO_FORMS
+def test_a_replica_runs_whole(made, chunks):
+    model, (x, z) = make(chunks), (draw(B, N, 7), draw(B, Z))
+    want = results(model, x.requires_grad_(), z.requires_grad_())
+    made.limits(model, "task")
+    y = replica(model)(x, z)
+    grads = torch.autograd.grad(y.sin().sum(), [x, z, *model.parameters()])
+    close([y, *grads], want)
+    assert not made
+
+
+def test_tensors_without_data_run_whole(made):
+    model, ids = make(37), torch.tensor([4, 4, 1])
+    x, z = draw(B, N, 7), draw(B, Z)
+    made.limits(model, "task")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (x, x[:3, 0], z, ids)]
+        shapes = [model(fake[0], fake[2]).shape, model(fake[1], fake[2], fake[3]).shape]
+    model.to("meta")
+    x, rows, z, ids = (t.to("meta") for t in (x, x[:3, 0], z, ids))
+    shapes += [model(x, z).shape, model(rows, z, ids).shape]
+    assert shapes == 2 * [(B, N, 5), (3, 5)]
     assert not made
 
 
@@ -324,6 +505,13 @@ def test_a_bad_x_of_one_latent(made):
     for x in (draw(N, 6), draw()):
         with pytest.raises(ValueError, match="x must have 7 features in its last dimension, got"):
             model(x, draw(Z))
+    assert not made
+
+
+def test_ids_of_one_latent(made):
+    made.limits(model := make(37), "outputs")
+    with pytest.raises(ValueError, match=r"z must have shape \(B, 4\) when task_ids is given, got"):
+        model(draw(3, 7), draw(Z), torch.tensor([0, 0, 0]))
     assert not made
 
 
