@@ -490,7 +490,7 @@ def test_graphs_and_transforms(dynamo, made, chunks):
         (IndexError, r"task_ids must be in \[0, 6\), got 6", draw(1, 7), torch.tensor([6])),
         (TypeError, "task_ids must have dtype torch.int64", draw(1, 7), torch.tensor([0.0])),
     ],
-    ids=str,
+    ids=["rows", "width", "dtype", "no tensor", "range", "type of ids"],
 )
 def test_bad_arguments(made, error, message, x, ids):
     model = make(37)
