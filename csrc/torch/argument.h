@@ -94,6 +94,15 @@ class Arg {
            type_text());
   }
 
+  // The tensor, contiguous, if it has the dtype of another and this shape, which `what` says.
+  torch::stable::Tensor shaped(const std::vector<Index>& shape, const Arg& other,
+                               const char* what) const {
+    same_dtype(other);
+    rank(Index(shape.size()), hyperfast::shape_text(shape).c_str());
+    for (std::size_t i = 0; i < shape.size(); ++i) size(Index(i), shape[i], what);
+    return torch::stable::contiguous(tensor_);
+  }
+
   // All sizes but the last agree.
   void same_rows(const Arg& other) const {
     bool same = dim() == other.dim() && dim() > 0;

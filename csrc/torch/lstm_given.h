@@ -76,12 +76,7 @@ class LstmGiven {
 
   // t, of this shape and of the dtype of x, contiguous.
   Tensor take(const std::string& name, const Tensor& t, const Shape& shape) const {
-    const Arg given(name.c_str(), t);
-    given.same_dtype(Arg("x", x_));
-    given.rank(Index(shape.size()), shape_text(shape).c_str());
-    for (std::size_t i = 0; i < shape.size(); ++i)
-      given.size(Index(i), shape[i], "by x, start and weights[4]");
-    return torch::stable::contiguous(t);
+    return Arg(name.c_str(), t).shaped(shape, Arg("x", x_), "by x, start and weights[4]");
   }
 
   Tensor empty(const Shape& shape) const { return new_tensor(x_, shape); }

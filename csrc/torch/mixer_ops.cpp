@@ -56,12 +56,7 @@ class MixerGiven {
 
   // t, of this shape and of the dtype of q, contiguous.
   Tensor take(const std::string& name, const Tensor& t, const Shape& shape) const {
-    const Arg given(name.c_str(), t);
-    given.same_dtype(Arg("q", q_));
-    given.rank(Index(shape.size()), shape_text(shape).c_str());
-    for (std::size_t i = 0; i < shape.size(); ++i)
-      given.size(Index(i), shape[i], "by q, s, weights[0] and weights[12]");
-    return torch::stable::contiguous(t);
+    return Arg(name.c_str(), t).shaped(shape, Arg("q", q_), "by q, s, weights[0] and weights[12]");
   }
 
   template <class C>

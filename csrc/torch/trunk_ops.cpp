@@ -82,12 +82,8 @@ class Trunk {
   void take(const Tensors& parameters, std::size_t at, const std::vector<Index>& shape) {
     if (at >= parameters.size()) fail("trunk must hold more than ", parameters.size(), " tensors");
     const std::string name = "trunk[" + std::to_string(at) + "]";
-    const Arg given(name.c_str(), parameters[at]);
-    given.same_dtype(z_);
-    given.rank(Index(shape.size()), shape_text(shape).c_str());
-    for (std::size_t i = 0; i < shape.size(); ++i)
-      given.size(Index(i), shape[i], "by the text of the trunk");
-    parameters_.push_back(torch::stable::contiguous(parameters[at]));
+    parameters_.push_back(
+        Arg(name.c_str(), parameters[at]).shaped(shape, z_, "by the text of the trunk"));
   }
 
   // Threads share latents by so many: fewer than rows of a large task, as there are fewer.
