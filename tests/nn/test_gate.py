@@ -13,6 +13,7 @@ import hyperfast
 from hyperfast import HyperMLP, HyperNet, TaskBank
 from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from tests.support.cases import close
+from tests.support.replaced import as_attribute, as_buffer
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Z = (torch.randn(6, n, generator=GENERATOR, dtype=torch.float64) for n in (4, 5))
@@ -81,16 +82,6 @@ def own_forward(model):
     generator = model.hyper.generator
     forward = generator.forward
     generator.forward = lambda z: 2 * forward(z)
-
-
-def as_attribute(layer, name, t):
-    delattr(layer, name)
-    setattr(layer, name, t)
-
-
-def as_buffer(layer, name, t):
-    delattr(layer, name)
-    layer.register_buffer(name, t)
 
 
 def own_weight(model):

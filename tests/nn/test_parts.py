@@ -20,6 +20,7 @@ from hyperfast.nets import StaticHyperNet
 from hyperfast.nn import parts
 from tests.support.budget import assert_as_good, close
 from tests.support.draw import draw
+from tests.support.replaced import as_attribute, as_buffer
 
 B, N, Z, C = 6, 3, 4, 5
 ROOT = Path(__file__).parents[2]
@@ -102,17 +103,22 @@ def test_values_and_gradients(made, chunks, base, size, rows):
     assert len(made) >= 3 * blocks if size == "outputs" else len(made) == blocks
 
 
-@TWO_FORMS
-@pytest.mark.parametrize("transform", ["abs", "softplus"])
-def test_transforms_of_weights(made, chunks, transform):
-    model = make(chunks)
-    model.target.weight_transform = transform
+def check_all_sizes(made, model):
+    """Blocks of every size give what the whole does."""
     x, z = draw(B, N, 7, grad=True), draw(B, Z, grad=True)
     want = results(model, x, z)
     for size in SIZES:
         made.limits(model, size)
         close(results(model, x, z), want)
         assert made
+
+
+@TWO_FORMS
+@pytest.mark.parametrize("transform", ["abs", "softplus"])
+def test_transforms_of_weights(made, chunks, transform):
+    model = make(chunks)
+    model.target.weight_transform = transform
+    check_all_sizes(made, model)
 
 
 @TWO_FORMS
@@ -283,12 +289,7 @@ def test_some_parameters_are_frozen(made, name, size):
 def test_a_head_of_ones_own(made):
     model = make(37)
     model.hyper.generator.heads[0] = nn.Linear(6, 37).double()
-    x, z = draw(B, N, 7, grad=True), draw(B, Z, grad=True)
-    want = results(model, x, z)
-    for size in SIZES:
-        made.limits(model, size)
-        close(results(model, x, z), want)
-        assert made
+    check_all_sizes(made, model)
 
 
 def test_hooks_of_state_dicts_are_not_called(made):
@@ -392,17 +393,7 @@ def test_a_patched_activation_runs_whole(made, monkeypatch):
     assert not made
 
 
-def attribute(module, name, t):
-    delattr(module, name)
-    setattr(module, name, t)
-
-
-def buffer(module, name, t):
-    delattr(module, name)
-    module.register_buffer(name, t)
-
-
-@pytest.mark.parametrize("place", [attribute, buffer])
+@pytest.mark.parametrize("place", [as_attribute, as_buffer])
 @pytest.mark.parametrize(
     ("at", "name"),
     [
