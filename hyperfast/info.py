@@ -119,6 +119,12 @@ def _backends() -> list[str]:
 
 
 def _detail(backend: str) -> str:
+    if backend == "triton":
+        from hyperfast.kernels.triton import direct
+
+        if direct.WHY_NOT:
+            return f", launches by Triton's own way: {direct.WHY_NOT}"
+        return ", launches what it has compiled directly"
     if backend != "cpp" or EXTENSION is None:
         return ""
     reason = _cannot_run()

@@ -117,7 +117,10 @@ def sort_time() -> float:
 
 
 def launch_times() -> dict[str, float]:
-    """Seconds of the host a call, for 8 tasks: a fused layer, one by two products, a network."""
+    """Seconds of the host a call, for 8 tasks: a fused layer, what was compiled for it called
+    directly and launched by Triton; one by two products, a network."""
+    from hyperfast.kernels.triton import direct
+
     x, h = torch.randn(8, 1, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
     weight = torch.randn(16 * 17, 16, device=DEVICE)
     two = torch.randn(2 * 16 * 17, 16, device=DEVICE)
@@ -127,8 +130,19 @@ def launch_times() -> dict[str, float]:
         w, b = flat[:, :256].view(8, 16, 16), flat[:, 256:]
         return (torch.baddbmm(b.unsqueeze(1), x, w.mT),)
 
+    def layer() -> tuple[Any, ...]:
+        return (hyper_linear(x, h, weight, None, plan="contract"),)
+
+    def by_triton() -> tuple[Any, ...]:
+        why, direct.WHY_NOT = direct.WHY_NOT, "to compare"
+        try:
+            return layer()
+        finally:
+            direct.WHY_NOT = why
+
     calls: dict[str, Call] = {
-        "hyper_linear": lambda: (hyper_linear(x, h, weight, None, plan="contract"),),
+        "hyper_linear": layer,
+        "hyper_linear launched by Triton": by_triton,
         "linear and baddbmm": library,
         "hyper_mlp": lambda: hyper_mlp(x, h, two, None, None, "16 > 16 b relu, 16 b", False),
     }

@@ -1,6 +1,8 @@
 """What the Triton launchers would launch for arguments of many sizes, recorded on CPU tensors and
 compiled for devices that need not be there."""
 
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -127,41 +129,51 @@ def recorded(kind, target, work):
     found = {}
 
     def record(kernel, programs, *args, **named):
-        if kernel is launching._keys:  # read by what is not replaced
-            args[1].zero_()
         found[Launch.of(kernel, args, named)] = None
 
+    with instead(record, kind, target):
+        work()
+    return list(found)
+
+
+@contextmanager
+def instead(start, kind, target):
+    """Launches for a device are handed to ``start``."""
+
+    def handed(kernel, programs, *args, **named):
+        if kernel is launching._keys:  # read by what is not replaced
+            args[1].zero_()
+        start(kernel, programs, *args, **named)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launching, "start", record)
+        patch.setattr(launching, "start", handed)
         patch.setattr(launching, "multiprocessors", lambda _: TARGETS[target].multiprocessors)
         patch.setattr(launching, "hopper", lambda _: target == "sm_90")
         patch.setattr(launching.gpu, "arithmetic", lambda dtype: RUNS_AS.get(kind, kind))
-        work()
-    return list(found)
+        yield
 
 
 def launches(kind, target):
     """What the ops would launch: in bf16 on a Hopper for arguments of every size, else the tiles of
     many rows, batched and mixed, of each layer and of a network."""
-    every = (kind, target) == ("bf16", "sm_90")
+    return recorded(kind, target, partial(run_kind, kind, (kind, target) == ("bf16", "sm_90")))
 
-    def work():
-        few = kind in ("fp16", "medium")  # whose other kernels are those of another kind
-        for size in SIZES if every else SIZES[: 1 if few else 2]:
-            run_all(KINDS[kind], *size)
-        if kind == "fp16":
-            return
-        for network in NETWORKS if every else NETWORKS[1:2]:
-            run_network(KINDS[kind], *network)
-        if few:
-            return
-        for size in TRANSFORMED if every else TRANSFORMED[-1:]:
-            run_transformed(KINDS[kind], *size, "softplus")
-        for transform in TRANSFORMS if every else ():
-            run_transformed(KINDS[kind], *TRANSFORMED[-1], transform)
-        run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
 
-    return recorded(kind, target, work)
+def run_kind(kind, every):
+    few = kind in ("fp16", "medium")  # whose other kernels are those of another kind
+    for size in SIZES if every else SIZES[: 1 if few else 2]:
+        run_all(KINDS[kind], *size)
+    if kind == "fp16":
+        return
+    for network in NETWORKS if every else NETWORKS[1:2]:
+        run_network(KINDS[kind], *network)
+    if few:
+        return
+    for size in TRANSFORMED if every else TRANSFORMED[-1:]:
+        run_transformed(KINDS[kind], *size, "softplus")
+    for transform in TRANSFORMS if every else ():
+        run_transformed(KINDS[kind], *TRANSFORMED[-1], transform)
+    run_stored(KINDS[kind], 20000, TRANSFORMED_NETWORK)
 
 
 def run_all(dtype, tasks, n, ins, out, features, ragged):

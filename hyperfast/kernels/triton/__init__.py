@@ -9,13 +9,14 @@
 ``look_up``    the slots of a bank's tasks
 ``activation`` what follows a layer, and the transforms of weights, inside a kernel
 ``launch``     tiles, rows and tasks, the choice of a configuration
+``direct``     compiled kernels, launched without Triton's look-up of them
 
 Rows of mixed tasks are never moved: they are read, and written, as they lie where they are few, or
 through the order that a stable sort of their task ids gives. Offsets that can pass 2^31 elements
 are 64-bit. No kernel adds floats atomically: the same arguments give the same bits.
 
 ``HYPERFAST_AUTOTUNE=1`` times the configurations of a kernel at the first call of a size, and keeps
-the fastest.
+the fastest. With ``HYPERFAST_DIRECT_LAUNCH=0`` every launch is Triton's own.
 """
 
 from hyperfast.kernels.triton.layers import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperfast import checks
+from hyperfast.kernels.triton import direct
 from hyperfast.plans import gpu
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = direct.INTERPRETED
 
 
 class Config(NamedTuple):
@@ -205,8 +205,7 @@ def milliseconds(call: Callable[[], None], repeats: int = 5) -> float:
 def start(kernel: Any, programs: int, first: Tensor, *args: Any, **options: Any) -> None:
     """Launches a kernel, unless it has nothing to do."""
     if programs:
-        with nullcontext() if INTERPRETED else torch.cuda.device(first.device):
-            kernel[(programs,)](first, *args, **options)
+        direct.launch(kernel, programs, (first, *args), options)
 
 
 @lru_cache
