@@ -129,12 +129,12 @@ def rows_of(
 
 def agree(**tensors: Tensor | None) -> None:
     """One dtype, one device: a kernel trusts both."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    name, first = next(iter(given.items()))
-    for other, t in given.items():
-        if t.dtype != first.dtype or t.device != first.device:
+    name, first = next((name, t) for name, t in tensors.items() if t is not None)
+    dtype, device = first.dtype, first.device
+    for other, t in tensors.items():
+        if t is not None and (t.dtype != dtype or t.device != device):
             raise TypeError(
-                f"{other} must be of {name}'s dtype and device, {first.dtype} on {first.device}, "
+                f"{other} must be of {name}'s dtype and device, {dtype} on {device}, "
                 f"got {t.dtype} on {t.device}"
             )
 
@@ -236,6 +236,7 @@ def tile(n: int) -> int:
     return max(power(n), 16)
 
 
+@lru_cache(maxsize=4096)
 def deep(n: int, most: int) -> int:
     """The depth of one product for a sum of ``n`` terms: the least padding, where one product
     costs its depth and 16 more."""

@@ -13,6 +13,8 @@ memory, or what a kernel has formed itself is the right operand, which lies in s
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -238,6 +240,7 @@ PACK = 256
 Operand = tuple[Tensor, bool]
 
 
+@lru_cache(maxsize=4096)
 def groups(outputs: int, applied: int, columns: int, width: int) -> tuple[int, int]:
     """Outputs a step, and what is applied to each: a product's width in all, 16 at least."""
     block = min(power(applied), WIDEST)
