@@ -58,7 +58,7 @@ def _layer(
         )
         total = generate(
             total, h1, h2, h3, v, made + BEGIN * step, made_step, 0, k0, I, FILLED, O, I * step,
-            step, made_k, PARTS, PRECISION, BI, BK, FULL, I < BI, INDEX,
+            step, made_k, PARTS, PRECISION, BI, BK, FULL, I < BI, False, INDEX,
         )  # fmt: skip
     total = tl.reshape(total, (BM, BO))
     step = tl.cast(w_p, tl.int64)

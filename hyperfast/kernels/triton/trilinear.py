@@ -28,14 +28,30 @@ from hyperfast.plans import gpu
 
 
 @triton.jit
+def again(j, J, BJ: tl.constexpr):
+    """``j``, or past the last of ``J`` one that comes twice: a tile of ``BJ`` before it, or where
+    there is but one tile, ``J`` before it. A 0 there would meet infinities, and make them NaN; to
+    mask sums takes a quarter to a half as many instructions again. ``BJ`` is below twice ``J``."""
+    return tl.where(j < J, j, j - tl.minimum(J, BJ))
+
+
+@triton.jit
+def share(j, J, BJ: tl.constexpr):
+    """What it counts: half where it comes twice, which rounds nothing."""
+    other = j + tl.minimum(J, BJ)
+    twice = (j >= J) | ((other >= J) & (other < tl.cdiv(J, BJ) * BJ))
+    return tl.where(twice, 0.5, 1.0)
+
+
+@triton.jit
 def generate(
     total, a, a2, a3, c_tile, v, step, j0, k0, J, K, N, v_n, v_j, v_k,
     PARTS: tl.constexpr, PRECISION: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
-    FULL: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
+    FULL: tl.constexpr, MASK: tl.constexpr, TWICE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Adds ``sum_jk v[n,j,k] c[r,j] a[r,k]`` over a block of ``j`` and of ``k`` to ``total``, a
     column each for the first outputs ``n``, in groups. ``a`` may come in parts, and ``v`` with it,
-    which are ``step`` elements apart.
+    which are ``step`` elements apart. With ``TWICE``, some ``j`` come :func:`again`.
 
     A turn generates the weights of one group of outputs for every row, ``sum_k v[n,j,k] a[r,k]``,
     and applies them where they are, in the sums of the product: nothing is rounded in between, and
@@ -45,6 +61,8 @@ def generate(
     G: tl.constexpr = total.shape[2]
     q = tl.arange(0, G * BJ)
     n, j, k = q // BJ, j0 + q % BJ, k0 + tl.arange(0, BK)
+    if TWICE:
+        j = again(j, J, BJ)
     at = (n.to(INDEX) * v_n + j.to(INDEX) * v_j)[None, :] + k.to(INDEX)[:, None] * v_k
     turn = tl.arange(0, TURNS)
     # K is not below 0, which the compiler does not know: it would unroll a few turns.
@@ -90,7 +108,7 @@ def _contract(
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
-    G: tl.constexpr, FULL: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, FULL: tl.constexpr, TWICE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """``y[r,n] = sum_jk v[n,j,k] c[r,j] a[r,k] + u[n,:] a[r,:] + s[n,:] c[r,:] + bias[n]``,
     and what follows. ``v``, and ``a`` where it is multiplied with ``v``, come in parts. Rows of
@@ -112,12 +130,15 @@ def _contract(
         a1, a2, a3 = load(part_row + at, a_step, mask, PARTS, False)
         for j0 in range(0, J, BJ):
             j = j0 + tl.arange(0, BJ)
+            i = again(j, J, BJ) if TWICE else j
             c_tile = tl.load(
-                c_row + j[None, :].to(tl.int64) * c_j, live[:, None] & (j < J)[None, :], 0.0
+                c_row + i[None, :].to(tl.int64) * c_j, live[:, None] & (i < J)[None, :], 0.0
             )
+            if TWICE:
+                c_tile = c_tile.to(SUM) * share(j, J, BJ)[None, :]
             total = generate(
                 total, a1, a2, a3, c_tile, v + n0.to(tl.int64) * v_n, v_step, j0, k0, J, FILLED,
-                N - n0, v_n, v_j, v_k, PARTS, PRECISION, BJ, BK, FULL, MASK, INDEX,
+                N - n0, v_n, v_j, v_k, PARTS, PRECISION, BJ, BK, FULL, False, TWICE, INDEX,
             )  # fmt: skip
     y_tile = tl.reshape(total, (BM, BN))
     if HAS_U:
@@ -227,10 +248,6 @@ OUTER = {
     "fp64": (Config(32, 32, 16, 4, 2),),
 }
 
-# Where an infinity that is multiplied may come out as NaN, if what is applied is not as wide as its
-# tiles: to mask the sums of these products takes half as many instructions again (bf16: 190 to 282
-# a turn of 256 clocks), and registers that are not there.
-LOSSY = "half", "tf32", "bf16x1"
 # Pieces of the rows that are summed apart: bounds the memory of their sums.
 MOST_PIECES = 16
 # Rows from which a copy of the head pays whose rows are contiguous and begin at multiples of 16.
@@ -314,8 +331,8 @@ def trilinear(
             HAS_U=b_weight is not None, HAS_S=a_weight is not None, HAS_BIAS=bias is not None,
             **then.options(), **launch.arithmetic(c.dtype), PARTS=max(parts, 1),
             BM=block, BN=columns, BJ=along, BK=depth, BL=16 if parts else depth, G=group,
-            FULL=not (n % group or applied % along or v.shape[3] % depth),
-            MASK=bool(applied % along) and kind not in LOSSY, INDEX=launch.index(v[0]),
+            FULL=not (n % group or v.shape[3] % depth), TWICE=bool(applied % along),
+            INDEX=launch.index(v[0]),
             **config.options(y.device),
         )  # fmt: skip
 
