@@ -37,6 +37,8 @@ from tests.support.networks import (
 )
 
 pytest.importorskip("triton")
+from hyperfast.kernels.triton import direct
+
 # Deterministic algorithms, which the poison needs, ask this of the library of matrix products.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytestmark = [
@@ -329,6 +331,35 @@ def test_parts_of_what_is_not_finite(name, way, monkeypatch):
     assert torch.equal(y.isnan(), plain.isnan())
     assert torch.equal(y.isinf(), plain.isinf())
     assert torch.equal(y[y.isinf()], plain[plain.isinf()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ins", [10, 100])
+def test_an_infinity_in_a_layer_that_fills_no_tile(ins, dtype):
+    shapes = (300, 1, ins), (300, 20), (30, ins, 20)
+    x, h, matrix = (torch.rand(s, dtype=dtype, device="cuda") + 1 for s in shapes)
+    x[1, 0, 0] = x[2, 0, -1] = h[3, 0] = torch.inf
+    y = torch.ops.hyperfast.hyper_linear(x, h, matrix, None, None, None, None, "", "contract")
+    assert y[1:4].isinf().all()
+    assert y[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_launches_past_triton(dtype, monkeypatch):
+    """The same bits as by Triton; on a stream of its own, too, and on every device."""
+    if direct.WHY_NOT:
+        pytest.skip(direct.WHY_NOT)
+    variant = Variant("hyper_linear", True, plan="contract")
+    for device in range(torch.cuda.device_count()):
+        args = to(variant.random(Sizes(50, 3, 17, 30, 16), dtype=dtype), f"cuda:{device}")
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            first, again = variant.op(*args), variant.op(*args)
+            with monkeypatch.context() as patch:
+                patch.setattr(direct, "WHY_NOT", "to compare")
+                by_triton = variant.op(*args)
+        torch.cuda.synchronize(device)
+        assert torch.equal(first, by_triton)
+        assert torch.equal(again, by_triton)
 
 
 @pytest.mark.parametrize("scales", [(1e-37, 1e30), (1e-42, 1e34), (1e34, 1e-40)])
