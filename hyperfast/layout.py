@@ -573,6 +573,22 @@ def one_each(name: str, value: Any, count: int) -> tuple:
     return entries
 
 
+def boolean(name: str, value: bool) -> bool:
+    """``value`` if it is a bool; raises TypeError naming ``name``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def widths(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """One width or several as a tuple; raises as :func:`positive`."""
+    # An array of rank 0 is one int.
+    one = isinstance(value, str) or not isinstance(value, Iterable)
+    if one or getattr(value, "ndim", None) == 0:
+        return (positive(name, value),)  # type: ignore[arg-type]
+    return tuple(positive(name, w) for w in value)  # type: ignore[union-attr]
+
+
 def positive(name: str, value: int) -> int:
     """``value`` as an int, of at least 1; raises TypeError or ValueError naming ``name``."""
     return at_least(name, value, 1)
