@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -44,6 +45,7 @@ class QMixer(nn.Module):
         embed_dim: width of the mixing network.
         hypernet_layers: 1 or 2, of the networks that make ``W1`` and ``W2``.
         hypernet_embed: width of these, where they have two.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError: a size that is not an int.
@@ -63,16 +65,20 @@ class QMixer(nn.Module):
         *,
         hypernet_layers: int = 2,
         hypernet_embed: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        if hypernet_layers not in (1, 2):
+        if positive("hypernet_layers", hypernet_layers) > 2:
             raise ValueError(f"hypernet_layers must be 1 or 2, got {hypernet_layers!r}")
         super().__init__()
         self.n_agents = positive("n_agents", n_agents)
         self.state_dim = positive("state_dim", state_dim)
         self.embed_dim = positive("embed_dim", embed_dim)
 
+        linear = partial(nn.Linear, device=device, dtype=dtype)
+
         def net(*widths: int) -> nn.Module:
-            *first, last = map(nn.Linear, (self.state_dim, *widths), widths)
+            *first, last = map(linear, (self.state_dim, *widths), widths)
             return nn.Sequential(*first, nn.ReLU(), last) if first else last
 
         through = [positive("hypernet_embed", hypernet_embed)] * (hypernet_layers - 1)
@@ -132,7 +138,7 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
     """The layers that read the state are one product; ``W1``, the largest of what is generated,
     need not be stored."""
     (*before, head), *others = nets
-    checks.check_same_kind(**{"states": s, "the mixer's weight": head[0]})
+    checks.check_like_weight(head[0], "the mixer", states=s)
     reading = [*before, *(net[0] for net in others)]
     for w, _ in reading:
         if w.shape[1:] != s.shape[1:]:

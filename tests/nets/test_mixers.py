@@ -295,6 +295,12 @@ def test_vmap_over_an_ensemble():
     equal(torch.vmap(run)(stacked), torch.stack([m(q, s) for m in mixers]))
 
 
+@every_depth
+def test_dtype_and_device(layers):
+    mixer = QMixer(3, 4, hypernet_layers=layers, device="meta", dtype=torch.float64)
+    assert {(p.dtype, p.device.type) for p in mixer.parameters()} == {(torch.float64, "meta")}
+
+
 def test_copies():
     mixer, given = make(), inputs(4)
     for again in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
@@ -324,8 +330,13 @@ class TestBadInput:
 
     def test_dtypes(self):
         q, s = inputs(4)
-        for args in ((q.float(), s), (q, s.long()), (q.float(), s.float()), (q, None)):
-            with pytest.raises(TypeError, match="must"):
+        for args, message in (
+            ((q.float(), s), "states must have the dtype of agent_qs"),
+            ((q, s.long()), "states must be a floating-point tensor"),
+            ((q.float(), s.float()), "states must have the dtype of the mixer's weight, .*64"),
+            ((q, None), "states must be a Tensor, got NoneType"),
+        ):
+            with pytest.raises(TypeError, match=message):
                 make()(*args)
 
     @pytest.mark.parametrize("name", ["n_agents", "state_dim", "embed_dim", "hypernet_embed"])
@@ -339,3 +350,6 @@ class TestBadInput:
     def test_layers(self):
         with pytest.raises(ValueError, match="hypernet_layers must be 1 or 2, got 3"):
             QMixer(3, 4, hypernet_layers=3)
+        for layers in (2.0, True):
+            with pytest.raises(TypeError, match="hypernet_layers must be an int"):
+                QMixer(3, 4, hypernet_layers=layers)
