@@ -31,7 +31,8 @@ def unroll(
     """
     given = x, keep, *start, *w.tensors()
     with _no_autocast(x):
-        if torch.compiler.is_compiling() or checks.is_transformed():
+        graph = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+        if graph or checks.is_transformed():
             return run(x, keep, start, sizes, w)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             h, *ends = Unrolled.apply(sizes, *given)

@@ -346,9 +346,13 @@ class HyperNet(nn.Module):
         """The last module of the generator, ``h -> flat weights``.
 
         Raises:
-            TypeError: the generator is no ``nn.Sequential`` any more.
+            AttributeError: the generator is no ``nn.Sequential``, and has no one head: there are
+                chunks, or a generator for every tensor.
         """
-        return modules_of(self.generator)[-1]  # type: ignore[return-value]
+        try:
+            return modules_of(self.generator)[-1]  # type: ignore[return-value]
+        except TypeError as error:  # hasattr, and so torch.jit.trace, knows no other
+            raise AttributeError(str(error)) from None
 
     @property
     def dtype(self) -> torch.dtype:
