@@ -36,8 +36,7 @@ class QMixer(nn.Module):
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
 
     On the CPU, in float32 and float64, a mixer of two-layer hypernetworks is one C++ op, and its
-    derivative another, unless the states need a gradient or no weight does. Elsewhere its layers
-    are ops.
+    derivative another. Elsewhere its layers are ops.
 
     Args:
         n_agents: how many values are mixed.
@@ -158,20 +157,14 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
 
 
 def _one_op_takes(q: Tensor, s: Tensor, weights: list[Tensor]) -> bool:
-    """Whether the C++ kernels run all of it: they make no gradient of the states, and those of all
-    weights, which would be for nothing where a frozen mixer passes one on to ``q``."""
+    """Whether the C++ kernels run all of it."""
     return (
         not (torch.compiler.is_compiling() or checks.is_transformed())
         and not torch._C._get_tracing_state()
-        and not (torch.is_grad_enabled() and (s.requires_grad or _only_q(q, weights)))
         and backends.forced in (None, "cpp")
         and EXTENSION is not None
         and backends.fit_for_cpu([q, s, *weights])
     )
-
-
-def _only_q(q: Tensor, weights: list[Tensor]) -> bool:
-    return q.requires_grad and not any(w.requires_grad for w in weights)
 
 
 class _Mixer(torch.autograd.Function):
@@ -188,8 +181,11 @@ class _Mixer(torch.autograd.Function):
         q, s, *weights, kept = ctx.saved_tensors
         if wanted_by_autograd([grad]):
             return tuple(gradients(_by_layers, (q, s, *weights), [grad]))
-        of_q, *of_weights = mixer_backward(grad, q, s, weights, kept)
-        return of_q, None, *of_weights
+        of_q, of_s, *some = ctx.needs_input_grad
+        mask = of_q, of_s, any(some)
+        made = mixer_backward(grad, q, s, weights, kept, mask)
+        found = [t if wanted else None for t, wanted in zip(made, mask[:2], strict=False)]
+        return *found, *(made[2:] or [None] * len(weights))
 
 
 def _by_layers(q: Tensor, s: Tensor, *weights: Tensor) -> list[Tensor]:
