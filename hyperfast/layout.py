@@ -45,7 +45,7 @@ class ParamSpec:
         Raises:
             ValueError: the last dimension of ``flat`` is not ``P``.
         """
-        if flat.ndim == 0 or flat.shape[-1] != self.numel:
+        if checks.check_tensor("flat", flat).ndim == 0 or flat.shape[-1] != self.numel:
             raise ValueError(
                 f"flat must have {self.numel} elements in its last dimension, "
                 f"got shape {tuple(flat.shape)}"

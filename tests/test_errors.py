@@ -280,6 +280,7 @@ SPECS = [
     bad("bool", TypeError, "sizes must be an int, got True", lambda: MLPSpec((3, True))),
     bad("split", ValueError, r"flat must have 8 elements in its last dimension, got shape \(2, 7\)",
         lambda: MLPSpec((3, 2)).split(torch.zeros(2, 7))),
+    bad("split None", TypeError, "flat must be a Tensor", lambda: MLPSpec((3, 2)).split(None)),
     bad("split scalar", ValueError, r"got shape \(\)",
         lambda: MLPSpec((3, 2)).split(torch.tensor(0.0))),
     bad("flatten count", ValueError, "weights must hold 2 tensors, one a parameter, got 1",
@@ -297,6 +298,8 @@ EXPLAIN = [
     bad("chunked", TypeError, "one that forms them, as its weights are chunked: HyperMLP",
         lambda: hyperfast.explain(
             HyperMLP(*HyperNet.for_module(nn.Linear(4, 5), 6, chunks=8)), (2, 3, 4), (2, 6))),
+    bad("dim_size", ValueError, "dim_size must be at least 0, got -1",
+        lambda: hyperfast.explain(hyperfast.HyperLinear(4, 5, 6), (2, 4), (2, 6), dim_size=-1)),
     bad("tensors", TypeError, "x_shape must be a shape, as x.shape is, got Tensor",
         lambda: hyperfast.explain(MODEL, X, Z)),
     bad("negative", ValueError, "z_shape must be at least 0, got -2",

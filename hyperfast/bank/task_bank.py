@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from hyperfast import checks
 from hyperfast.bank import report, snapshot
 from hyperfast.bank.contents import Contents, Ids, Weights, check_request, to_flat, to_ids
 from hyperfast.bank.export import BankModule
@@ -110,7 +111,7 @@ class TaskBank:
         target = TargetNet(hyper.target_activation) if target is None else target
         dtype = hyper.dtype if dtype is None else dtype
         bank = cls(Contents.of_target(hyper.spec, target, dtype, hyper.device, hyper, max_bytes))
-        bank.add(z, keys=keys)
+        bank.add(checks.check_tensor("z", z), keys=keys)
         return bank
 
     @classmethod

@@ -351,8 +351,8 @@ class HyperNet(nn.Module):
         """
         try:
             return modules_of(self.generator)[-1]  # type: ignore[return-value]
-        except TypeError as error:  # hasattr, and so torch.jit.trace, knows no other
-            raise AttributeError(str(error)) from None
+        except TypeError:
+            raise AttributeError("head") from None  # hasattr, as torch.jit asks, knows no other
 
     @property
     def dtype(self) -> torch.dtype:

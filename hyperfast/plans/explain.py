@@ -94,6 +94,8 @@ def explain(
     x_shape, z_shape = _shape("x_shape", x_shape), _shape("z_shape", z_shape)
     if len(z_shape) != 2 or z_shape[1] != z_dim:
         raise ValueError(f"z_shape must be (B, {z_dim}), got {z_shape}")
+    if dim_size is not None:
+        at_least("dim_size", dim_size, 0)
     (tasks, _), ins = z_shape, heads[0].in_features
     shared = not ragged and len(x_shape) == 3 and x_shape[0] == 1 != tasks
     fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == tasks

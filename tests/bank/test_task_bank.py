@@ -351,6 +351,7 @@ def test_bad_input():
         (ValueError, "shape", lambda: bank(x[:, :4], ids)),
         (ValueError, "shape", lambda: bank(x, ids[:7])),
         (ValueError, "device", lambda: bank(x.to("meta"), ids)),
+        (TypeError, "z must be a Tensor", lambda: TaskBank.from_latents(hyper, None)),
         (TypeError, "one of z and weights", lambda: bank.add()),
         (TypeError, "one of z and weights", lambda: bank.add(z, weights=hyper(z))),
         (ValueError, r"z must have shape \(n, 4\)", lambda: bank.add(z[0])),
