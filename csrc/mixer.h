@@ -38,8 +38,12 @@ template <class C>
 struct MixerBackward {
   Mixer<C> forward;  // without y
   const C* grad;     // (rows)
-  C* q;
+  // Null where they are not wanted; of the weights, all or none.
+  C *q, *s;
   MixerWeights<C> w;
+
+  bool of_weights() const { return w.v.bias; }
+  bool of_hidden() const { return s || of_weights(); }
 };
 
 }  // namespace hyperfast

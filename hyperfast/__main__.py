@@ -1,4 +1,4 @@
-"""``python -m hyperfast {demo,info,bench}``."""
+"""``python -m hyperfast {demo,recipes,info,bench}``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hyperfast", description=__doc__)
     parser.add_argument(
         "command",
-        choices=("demo", "info", "bench"),
-        help="demo: learn 1,797 digits and draw them at once; info: what is built and what is "
-        "chosen; bench: time hyperfast beside its rivals",
+        choices=("demo", "recipes", "info", "bench"),
+        help="demo: learn 1,797 digits and draw them at once; recipes: list whole programs; info: "
+        "what is built and what is chosen; bench: time hyperfast beside its rivals",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of the command; try --help")
     args = parser.parse_args(argv)
@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import hyperfast.recipes.digits as digits
 
         return digits.main(args.rest)
+    if args.command == "recipes":
+        import hyperfast.recipes.__main__ as recipes
+
+        return recipes.main(args.rest)
     return _bench(args.rest)
 
 

@@ -30,6 +30,8 @@ class Sine(nn.Module):
 
     def __init__(self, w0: float | Tensor = 1.0):
         super().__init__()
+        if not isinstance(w0, Real | Tensor):
+            raise TypeError(f"w0 must be a number or a Tensor, got {w0!r}")
         self.w0 = float(w0) if isinstance(w0, Real) else w0
 
     def forward(self, x: Tensor) -> Tensor:

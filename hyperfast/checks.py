@@ -38,7 +38,8 @@ def check_tensors(name: str, values: Weights) -> Sequence[Tensor]:
     elif isinstance(values, Iterable) and not isinstance(values, Tensor | str):
         found = list(values)
     else:
-        raise ValueError(f"{name} must be a non-empty sequence of tensors, got {values!r}")
+        came = f"one of shape {shape(values)}" if isinstance(values, Tensor) else repr(values)
+        raise ValueError(f"{name} must be a non-empty sequence of tensors, got {came}")
     if not found:
         raise ValueError(f"{name} must be a non-empty sequence of tensors, got {values!r}")
     for n, value in enumerate(found):
@@ -50,10 +51,10 @@ def check_dense(**tensors: Tensor | None) -> None:
     """Each has strides: it is neither nested nor sparse."""
     for name, t in tensors.items():
         if t is not None and (t.is_nested or t.layout != torch.strided):
-            raise TypeError(
-                f"{name} must be a dense tensor, got layout {t.layout}; "
-                "a TargetNet and a HyperMLP take jagged x"
-            )
+            came = "a NestedTensor" if t.is_nested else f"layout {t.layout}"
+            jagged = t.is_nested and name == "x"
+            advice = "; give its rows, x.values(), and the task_ids of these" if jagged else ""
+            raise TypeError(f"{name} must be a dense tensor, got {came}{advice}")
 
 
 def check_same_kind(**tensors: Tensor | None) -> torch.dtype | None:
@@ -87,12 +88,13 @@ def check_same_kind(**tensors: Tensor | None) -> torch.dtype | None:
     return wanted
 
 
-def check_like_weight(weight: Tensor, **tensors: Tensor) -> None:
-    """:func:`check_same_kind` of a hypernetwork's weight and each tensor, quick where they are."""
+def check_like_weight(weight: Tensor, owner: str = "the hypernetwork", **tensors: Tensor) -> None:
+    """:func:`check_same_kind` of the weight of a module and of each tensor, quick where they are:
+    the message names the tensor, which the user gave."""
     for name, t in tensors.items():
         same = check_tensor(name, t).dtype is weight.dtype
         if not same or not ((t.is_cpu and weight.is_cpu) or t.device == weight.device):
-            check_same_kind(**{"the hypernetwork's weight": weight, name: t})
+            check_same_kind(**{f"{owner}'s weight": weight, name: t})
 
 
 def is_plain(first: object, *others: object) -> bool:
@@ -216,14 +218,19 @@ def has_data(t: Tensor) -> bool:
     return not t.is_meta and not isinstance(t, FakeTensor)
 
 
-def check_in_range_if_known(ids: Tensor, tasks: int, name: str) -> None:
-    """:func:`check_in_range` where there are values to read: not while a graph is traced, not of
-    tensors without data, and not under transforms of ``torch.func``."""
-    if (
+def is_known(t: Tensor) -> bool:
+    """Whether there are values to read: not while a graph is traced, not of tensors without data,
+    and not under transforms of ``torch.func``."""
+    return (
         not torch.compiler.is_compiling()
-        and has_data(ids)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
-    ):
+        and has_data(t)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def check_in_range_if_known(ids: Tensor, tasks: int, name: str) -> None:
+    """:func:`check_in_range` where there are values to read."""
+    if is_known(ids):
         check_in_range(ids, tasks, name)
 
 

@@ -31,6 +31,7 @@ from hyperfast.plans import cpu, orders
 from hyperfast.plans.sizes import PLANS, Sizes
 
 REDUCTIONS = ("sum", "mean")
+ADDRESSES = 1 << 48  # of a process, at most: no memory holds more rows
 
 __all__ = ["hyper_linear", "hyper_mlp", "task_linear"]
 
@@ -271,6 +272,8 @@ def destinations(
     flat = index.reshape(-1)
     if dim_size is None:
         dim_size = max(int(flat.max()) + 1, 0) if flat.numel() else 0
+        if dim_size > ADDRESSES:
+            raise IndexError(f"{name} must be in [0, 2**48), got {dim_size - 1}")
     count = at_least("dim_size", dim_size, 0)
     checks.check_in_range_if_known(flat, count, name)
     return Destinations(flat, count, reduce == "mean")
@@ -338,7 +341,7 @@ def generated_mlp(
 ) -> Tensor:
     """:func:`hyper_mlp`; ``source`` names the argument that says how many tasks there are."""
     wanted = None
-    if not checks.is_plain(x, h, weight, bias):
+    if h is None or weight is None or not checks.is_plain(x, h, weight, bias):
         wanted = checks.check_operands(x=x, h=h, weight=weight, bias=bias)
     if h.ndim != 2:
         raise ValueError(f"h must have shape (B, H), got {checks.shape(h)}")

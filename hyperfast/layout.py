@@ -45,7 +45,7 @@ class ParamSpec:
         Raises:
             ValueError: the last dimension of ``flat`` is not ``P``.
         """
-        if flat.ndim == 0 or flat.shape[-1] != self.numel:
+        if checks.check_tensor("flat", flat).ndim == 0 or flat.shape[-1] != self.numel:
             raise ValueError(
                 f"flat must have {self.numel} elements in its last dimension, "
                 f"got shape {tuple(flat.shape)}"
@@ -571,6 +571,22 @@ def one_each(name: str, value: Any, count: int) -> tuple:
     if len(entries) != count:
         raise ValueError(f"{name} must hold {count} entries, one a layer, got {len(entries)}")
     return entries
+
+
+def boolean(name: str, value: bool) -> bool:
+    """``value`` if it is a bool; raises TypeError naming ``name``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def widths(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """One width or several as a tuple; raises as :func:`positive`."""
+    # An array of rank 0 is one int.
+    one = isinstance(value, str) or not isinstance(value, Iterable)
+    if one or getattr(value, "ndim", None) == 0:
+        return (positive(name, value),)  # type: ignore[arg-type]
+    return tuple(positive(name, w) for w in value)  # type: ignore[union-attr]
 
 
 def positive(name: str, value: int) -> int:

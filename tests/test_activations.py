@@ -17,6 +17,11 @@ def points():
     return torch.cat([torch.linspace(-12, 12, 999, dtype=torch.float64), special])
 
 
+def test_a_sine_of_no_number():
+    with pytest.raises(TypeError, match="w0 must be a number or a Tensor, got '30'"):
+        Sine("30")
+
+
 @every
 def test_value_and_slope(name):
     known = KNOWN[name]

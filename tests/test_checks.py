@@ -1,6 +1,7 @@
 """Checks by themselves: what they let through, and that what they refuse is told by its name.
 What users meet of them is in ``test_errors.py``."""
 
+import re
 from itertools import product
 
 import pytest
@@ -59,9 +60,12 @@ def test_tensors_in_any_container():
     ):
         found = checks.check_tensors("weights", container)
         assert all(map(torch.equal, found, ones))
-    for bad in ([], {}, "weights", torch.ones(2), None, 3):
-        with pytest.raises(ValueError, match="weights must be a non-empty sequence of tensors"):
+    for bad in ([], {}, "weights", None, 3):
+        message = f"weights must be a non-empty sequence of tensors, got {re.escape(repr(bad))}"
+        with pytest.raises(ValueError, match=message):
             checks.check_tensors("weights", bad)
+    with pytest.raises(ValueError, match=r"sequence of tensors, got one of shape \(2,\)"):
+        checks.check_tensors("weights", torch.ones(2))
     with pytest.raises(TypeError, match=r"weights\[1\] must be a Tensor, got int"):
         checks.check_tensors("weights", [ones[0], 1])
 
@@ -89,6 +93,23 @@ def test_what_is_plain_passes_every_check(first, second):
     elif first != "meta" or second not in ("meta", "none"):
         with pytest.raises((TypeError, ValueError), match=r"^(x|bias) must"):
             checks.check_operands(x=x, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        (
+            "x",
+            "jagged",
+            r"got a NestedTensor; give its rows, x.values\(\), and the task_ids",
+        ),
+        ("agent_qs", "jagged", "got a NestedTensor$"),
+        ("x", "sparse", "got layout torch.sparse_coo$"),
+    ],
+)
+def test_what_is_not_dense(name, kind, message):
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor, {message}"):
+        checks.check_dense(**{name: KINDS[kind]})
 
 
 def test_autocast_casts_all_but_fp64():

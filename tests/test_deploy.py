@@ -80,8 +80,24 @@ def test_module_refuses_ids_that_the_bank_does(bad):
     x, ids = rows_of(bank, 5)
     ids[3] = bad
     for refused in (bank, bank.module()):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"no task of the bank has the id {bad}$"):
             refused(x, ids)
+
+
+def test_module_checks_what_it_is_given():
+    module = make_bank().module()
+    x, ids = rows_of(make_bank(), 5)
+    for args, error, message in (
+        ((x.numpy(), ids), TypeError, "x must be a Tensor, got ndarray"),
+        ((x.long(), ids), TypeError, "x must be a floating-point tensor"),
+        ((x[:, 1:], ids), ValueError, r"x must have shape \(R, "),
+        ((x, ids.int()), TypeError, "task_ids must have dtype torch.int64"),
+        ((x, ids[1:]), ValueError, r"task_ids must have shape \(5,\)"),
+        ((x, ids.tolist()), TypeError, "task_ids must be a Tensor, got list"),
+        ((x.to("meta"), ids), ValueError, "x must be on the device of the bank, cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            module(*args)
 
 
 def test_module_of_an_empty_bank():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hyperfast
-from hyperfast import HyperMLP, HyperNet, MLPSpec, TargetNet
+from hyperfast import HyperMLP, HyperNet, MLPSpec, TargetNet, functional
 from hyperfast.functional import hyper_linear, task_linear
 from hyperfast.layout import Generated
 from hyperfast.plans.sizes import PLANS
@@ -90,6 +90,8 @@ TASK_LINEAR = [
         lambda: task_linear(ROWS[:, 1:], W, B, IDS)),
     bad("sparse", TypeError, "x must be a dense tensor, got layout torch.sparse_coo",
         lambda: task_linear(ROWS.to_sparse(), W, B, IDS)),
+    bad("memory", RuntimeError, r"no memory for a tensor of shape \(2, 17592186044416, 5\)|can't "
+        "allocate memory", lambda: task_linear(X[:, :1].expand(2, 2**44, 4), W, B)),
     *bad_ids("task_linear", 6, lambda ids: task_linear(ROWS, W, B, ids)),
 ]  # fmt: skip
 
@@ -261,6 +263,13 @@ MODELS = [
     *bad_ids("HyperMLP", 6, lambda ids: MODEL(ROWS, Z, ids)),
 ]  # fmt: skip
 
+SPEC, MLP = MLPSpec((4, 5)), functional.hyper_mlp
+HYPER_MLP = [
+    bad("x", TypeError, "x must be a Ten", lambda: MLP(None, H, HEAD, HEAD_B, SPEC, [None])),
+    bad("h", TypeError, "h must be a Ten", lambda: MLP(X, None, HEAD, HEAD_B, SPEC, [None])),
+    bad("weight", TypeError, "weight must be a", lambda: MLP(X, H, None, HEAD_B, SPEC, [None])),
+]
+
 SPECS = [
     bad("int", TypeError, "sizes must be a sequence of ints, got 3", lambda: MLPSpec(3)),
     bad("one", ValueError, r"at least an input and an output width, got \(3,\)",
@@ -271,6 +280,7 @@ SPECS = [
     bad("bool", TypeError, "sizes must be an int, got True", lambda: MLPSpec((3, True))),
     bad("split", ValueError, r"flat must have 8 elements in its last dimension, got shape \(2, 7\)",
         lambda: MLPSpec((3, 2)).split(torch.zeros(2, 7))),
+    bad("split None", TypeError, "flat must be a Tensor", lambda: MLPSpec((3, 2)).split(None)),
     bad("split scalar", ValueError, r"got shape \(\)",
         lambda: MLPSpec((3, 2)).split(torch.tensor(0.0))),
     bad("flatten count", ValueError, "weights must hold 2 tensors, one a parameter, got 1",
@@ -285,6 +295,15 @@ EXPLAIN = [
     bad("model", TypeError, "model must be a HyperMLP", lambda: hyperfast.explain(HYPER, 1, 2)),
     bad("transform", TypeError, "does not form the weights", lambda: hyperfast.explain(
         HyperMLP(HYPER, TargetNet(weight_transform=torch.abs)), (2, 3, 4), (2, 6))),
+    bad("chunked", TypeError, "one that forms them, as its weights are chunked: HyperMLP",
+        lambda: hyperfast.explain(
+            HyperMLP(*HyperNet.for_module(nn.Linear(4, 5), 6, chunks=8)), (2, 3, 4), (2, 6))),
+    bad("dim_size", ValueError, "dim_size must be at least 0, got -1",
+        lambda: hyperfast.explain(hyperfast.HyperLinear(4, 5, 6), (2, 4), (2, 6), dim_size=-1)),
+    bad("tensors", TypeError, "x_shape must be a shape, as x.shape is, got Tensor",
+        lambda: hyperfast.explain(MODEL, X, Z)),
+    bad("negative", ValueError, "z_shape must be at least 0, got -2",
+        lambda: hyperfast.explain(MODEL, (2, 3, 4), (-2, 6))),
     bad("z", ValueError, r"z_shape must be \(B, 6\), got \(2, 5\)",
         lambda: hyperfast.explain(MODEL, (2, 3, 4), (2, 5))),
     bad("z rank", ValueError, r"z_shape must be \(B, 6\), got \(6,\)",
@@ -303,6 +322,7 @@ TABLES = {
     "HyperNet": NET,
     "TargetNet": TARGETS,
     "HyperMLP": MODELS,
+    "hyper_mlp": HYPER_MLP,
     "MLPSpec": SPECS,
     "explain": EXPLAIN,
 }

@@ -34,9 +34,9 @@ inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like,
   std::int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(std::int64_t(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  if (aoti_torch_empty_strided(std::int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                               aoti_torch_device_type_cpu(), 0, &made))
+    throw std::runtime_error("no memory for a tensor of shape " + shape_text(sizes));
   const torch::stable::Tensor t(made);
   prepare(t.data_ptr(), std::size_t(t.numel()) * std::size_t(t.element_size()));
   return t;

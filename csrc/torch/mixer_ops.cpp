@@ -109,14 +109,20 @@ Tensors mixer(const Tensor& q, const Tensor& s, const Tensors& weights, bool kee
 }
 
 Tensors mixer_backward(const Tensor& grad, const Tensor& q, const Tensor& s, const Tensors& weights,
-                       const Tensor& kept) {
+                       const Tensor& kept, const std::vector<bool>& output_mask) {
   const MixerGiven g(q, s, weights);
-  Tensors made = {g.empty({g.rows, g.agents})};
+  if (output_mask.size() != 3) fail("output_mask must have 3 entries, got ", output_mask.size());
+  const bool of_q = output_mask[0], of_s = output_mask[1], wanted = output_mask[2];
+  Tensors made = {g.empty(of_q ? Shape{g.rows, g.agents} : Shape{0}),
+                  g.empty(of_s ? Shape{g.rows, g.state} : Shape{0})};
   Tensors of_weights;
-  for (std::size_t i = 0; i < weights.size(); ++i) of_weights.push_back(g.empty(g.shape(i)));
+  for (std::size_t i = 0; wanted && i < weights.size(); ++i)
+    of_weights.push_back(g.empty(g.shape(i)));
   with_dtype(g, [&](auto zero) {
     using C = decltype(zero);
-    MixerBackward<C> b{g.view<C>(), nullptr, g.data<C>(made[0]), g.layers<C>(of_weights)};
+    MixerBackward<C> b{g.view<C>(), nullptr, of_q ? g.data<C>(made[0]) : nullptr,
+                       of_s ? g.data<C>(made[1]) : nullptr,
+                       wanted ? g.layers<C>(of_weights) : MixerWeights<C>{}};
     const Tensor of_y = g.take("grad", grad, {g.rows, 1});
     const Tensor states = g.take("kept", kept, {g.rows, b.forward.kept_width()});
     b.grad = g.data<C>(of_y);

@@ -95,10 +95,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
     preactivations.size(0, g.rows * g.network.kept(),
                         "rows times the widths of what is kept, or 0");
   if (output_mask.size() != 4) fail("output_mask must have 4 entries, got ", output_mask.size());
-  const Tensor own = g.network.changes_output()
-                         ? torch::stable::contiguous(torch::stable::clone(grad_))
-                         : torch::stable::contiguous(grad_);
-  const Tensor kept = torch::stable::contiguous(preactivations_);
 
   const Index features = g.h.size(1), params = g.network.params();
   const auto wanted = [&](int i, std::initializer_list<Index> shape) {
@@ -107,9 +103,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   Tensor grad_x = output_mask[0] ? g.x.like_rows(g.network.in()) : g.x.empty({0});
   Tensor grad_h = wanted(1, {g.h.size(0), features});
   Tensor grad_weight = wanted(2, {params, features}), grad_bias = wanted(3, {params});
+  if (output_mask == std::vector<bool>(4)) return {grad_x, grad_h, grad_weight, grad_bias};
   const auto data = [&](int i, Tensor& t) {
     return output_mask[i] ? t.mutable_data_ptr() : nullptr;
   };
+  const Tensor own = g.network.changes_output()
+                         ? torch::stable::contiguous(torch::stable::clone(grad_))
+                         : torch::stable::contiguous(grad_);
+  const Tensor kept = torch::stable::contiguous(preactivations_);
   const Tensor rows = readable(g.x, task_ids, true);
   kernels().hyper_mlp_backward(
       {g.view(rows, {}, preactivations.size(0) ? kept.data_ptr() : nullptr),

@@ -237,8 +237,9 @@ class Contents:
             known, mine = self.table.keys, set[Key]()
             for _, name in named:
                 if name in known or name in mine:
+                    came = "comes twice" if name in mine else "is taken"
                     raise ValueError(
-                        f"keys must be new, and different from each other: {name!r} is taken"
+                        f"keys must be new, and different from each other: {name!r} {came}"
                     )
                 mine.add(name)
             with self._changing("add", ids, given, named):
@@ -428,9 +429,27 @@ def to_ids(ids: Ids, device: torch.device, distinct: bool = False) -> Tensor:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if ids.ndim != 1:
         raise ValueError(f"ids must have shape (n,), got {checks.shape(ids)}")
-    if distinct and len(ids.unique()) < len(ids):
-        raise ValueError("ids must be different from each other")
+    if distinct:
+        check_distinct("ids", ids)
     return ids.to(device)
+
+
+def check_distinct(name: str, ids: Tensor) -> None:
+    """Raises ValueError where an id comes twice."""
+    values, counts = ids.unique(return_counts=True)
+    if len(values) < len(ids):
+        twice = int(values[counts > 1][0])
+        raise ValueError(f"{name} must be different from each other: {twice} comes twice")
+
+
+def check_request(x: Tensor, task_ids: Tensor, spec: MLPSpec, device: torch.device) -> None:
+    """Rows and their ids fit networks that are there; whether these have such ids is not asked."""
+    checks.check_dense(x=checks.check_tensor("x", x))
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"x must be on the device of the bank, {device}, got {x.device}")
+    checks.check_rows(x, spec.sizes[0], 0, checks.check_tensor("task_ids", task_ids), "")
 
 
 def to_flat(spec: MLPSpec, weights: Weights) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hyperfast.bank.contents import Contents, own_activations
+from hyperfast import checks
+from hyperfast.bank.contents import Contents, check_request, own_activations
 from hyperfast.bank.formats import Floats
-from hyperfast.bank.table import PLACE, code_of
+from hyperfast.bank.table import PLACE, check_known, code_of
 
 
 class BankModule(nn.Module):
@@ -45,10 +46,13 @@ class BankModule(nn.Module):
 
         Raises:
             ValueError, TypeError: shapes or dtypes that disagree.
-            IndexError: an id that was not in the bank.
+            IndexError: an id that was not in the bank; an exported program names another number.
         """
+        check_request(x, task_ids, self.spec, self.weights.device)
         places = (task_ids & PLACE).clamp(max=len(self.codes) - 1)
         index = self.codes.index_select(0, places) ^ task_ids
+        if checks.is_known(index):
+            check_known(task_ids, (index >= 0) & (index < len(self.weights)))
         format = Floats(self.spec, self.transform, self.weights.dtype)
         y = format.apply(self.activations, (self.weights,), x.to(self.weights.dtype), index)
         return y.to(x.dtype)

@@ -68,6 +68,13 @@ def to_key(key: object) -> Key:
     return integer("keys must be str or int", key)
 
 
+def several(keys: Iterable[Key]) -> Iterable[Key]:
+    """``keys``; raises TypeError for a single one: text is iterable, too."""
+    if isinstance(keys, str | bytes) or not isinstance(keys, Iterable):
+        raise TypeError(f"keys must hold keys, got the single key {keys!r}")
+    return keys
+
+
 class Change(NamedTuple):
     """New content of tasks, ready to be published."""
 
@@ -191,8 +198,7 @@ class Table:
             IndexError: there is no such task.
         """
         entries, known = self.look_up(ids)
-        if not bool(known.all()):
-            raise IndexError(f"no task of the bank has the id {int(ids[~known][0])}")
+        check_known(ids, known)
         return entries
 
     def visit(
@@ -478,6 +484,12 @@ class Table:
         self._unread = keys
         free = ~held & (entries[:, ID] < LAST)
         self._free = free.nonzero().squeeze(1).tolist()
+
+
+def check_known(ids: Tensor, known: Tensor) -> None:
+    """Raises IndexError naming the first id that is not known."""
+    if not bool(known.all()):
+        raise IndexError(f"no task of the bank has the id {int(ids[~known][0])}")
 
 
 def alive(entries: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hyperfast import checks
 from hyperfast.bank import report, snapshot
-from hyperfast.bank.contents import Contents, Ids, Weights, to_flat, to_ids
+from hyperfast.bank.contents import Contents, Ids, Weights, check_request, to_flat, to_ids
 from hyperfast.bank.export import BankModule
-from hyperfast.bank.table import Key, integer, to_key
+from hyperfast.bank.table import Key, integer, several, to_key
 from hyperfast.layout import MLPSpec, positive
 from hyperfast.nn.hypernet import HyperNet
 from hyperfast.nn.target import TargetNet
@@ -111,7 +111,7 @@ class TaskBank:
         target = TargetNet(hyper.target_activation) if target is None else target
         dtype = hyper.dtype if dtype is None else dtype
         bank = cls(Contents.of_target(hyper.spec, target, dtype, hyper.device, hyper, max_bytes))
-        bank.add(z, keys=keys)
+        bank.add(checks.check_tensor("z", z), keys=keys)
         return bank
 
     @classmethod
@@ -179,10 +179,7 @@ class TaskBank:
             KeyError: no task has the key.
             TypeError: one key instead of several, or one that is neither str nor int.
         """
-        # Text is iterable, too.
-        if keys is not None and (isinstance(keys, str | bytes) or not isinstance(keys, Iterable)):
-            raise TypeError(f"keys must hold keys, got the single key {keys!r}")
-        return self.contents.table.ids(keys)
+        return self.contents.table.ids(None if keys is None else several(keys))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -212,14 +209,7 @@ class TaskBank:
             IndexError: an id that is not, or no longer, in the bank; on a GPU, of an earlier call.
             BankFileError: weights that were mapped from a file are damaged.
         """
-        checks.check_dense(x=checks.check_tensor("x", x))
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-        if x.device != self.device:
-            raise ValueError(f"x must be on the device of the bank, {self.device}, got {x.device}")
-        checks.check_rows(
-            x, self.spec.sizes[0], len(self), checks.check_tensor("task_ids", task_ids), ""
-        )
+        check_request(x, task_ids, self.spec, self.device)
         if not len(x):
             return x.new_empty(0, self.spec.sizes[-1])
         return self.contents.run(x.to(self.contents.format.compute), task_ids).to(x.dtype)
@@ -322,9 +312,7 @@ class TaskBank:
             TypeError: dtypes that disagree.
             OSError: the log could not be written, or is that of another process.
         """
-        if isinstance(keys, str | bytes):  # text is iterable, too
-            raise TypeError(f"keys must hold a key for each task, got the single key {keys!r}")
-        names = None if keys is None else [to_key(key) for key in keys]
+        names = None if keys is None else [to_key(key) for key in several(keys)]
         with self.contents.adding(self.contents.given(z, weights), names) as ids:
             pass
         return ids

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyperfast import checks
 from hyperfast.bank import TaskBank, report, snapshot
-from hyperfast.bank.contents import Given, Weights, to_flat
+from hyperfast.bank.contents import Given, Weights, check_distinct, to_flat
 from hyperfast.bank.file import BankFileError
 from hyperfast.bank.table import Key, integer
 from hyperfast.distributed.folder import Manifest, load, model, writing
@@ -352,7 +352,8 @@ class ShardedTaskBank:
         counts, sent, _ = self._route(lambda: (self.ids(ids),))
         (owned,) = self._ranks.exchange(counts, sent)
         with self._ranks.agreed():
-            tasks = self._find(_distinct(owned))
+            check_distinct("keys", owned)
+            tasks = self._find(owned)
         self.local.remove(tasks)
         self._count -= int(counts.sum())
 
@@ -399,7 +400,7 @@ class ShardedTaskBank:
         owned, *columns = self._ranks.exchange(counts, sent)
         with ExitStack() as stack, self._ranks.agreed():
             # The stack publishes the change when all ranks have agreed, or undoes it.
-            _distinct(owned)
+            check_distinct("keys", owned)
             mine = Given(len(owned), None, [tuple(columns)])
             if given.z is not None:
                 mine = contents.given(columns[0], None)
@@ -545,10 +546,3 @@ def _id(key: Key) -> int:
     if not 0 <= number < 2 * NAMED:
         raise ValueError(f"keys must be in [0, 2**63), got {number}")
     return number
-
-
-def _distinct(ids: Tensor) -> Tensor:
-    values, counts = ids.unique(return_counts=True)
-    if len(values) < len(ids):
-        raise ValueError(f"keys must be different, and {int(values[counts > 1][0])} comes twice")
-    return ids

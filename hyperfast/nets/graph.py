@@ -10,7 +10,7 @@ from torch.nn import Linear, Module, Parameter, init
 
 from hyperfast import checks
 from hyperfast.functional import Destinations, destinations, generated_linear, task_linear
-from hyperfast.layout import Generated, positive
+from hyperfast.layout import Generated, boolean, positive
 from hyperfast.nn.gate import is_plain_linear, trunk_and_head
 
 AGGREGATIONS = {"add": "sum", "sum": "sum", "mean": "mean"}
@@ -31,10 +31,12 @@ class NNConv(Module):
         aggr: ``"add"`` or ``"sum"``; or ``"mean"``, which is 0 for a node without edges.
         root_weight: whether a node's own features, times ``lin.weight``, are added.
         bias: whether there is one.
+        device, dtype: of ``lin`` and of the bias.
 
     Raises:
         ValueError: a size below one, an unknown aggregation.
-        TypeError: a size that is not an int.
+        TypeError: a size that is not an int, an option that is not a bool, an ``nn`` that cannot be
+            called.
 
     Example:
         >>> edges = hyperfast.HyperNet(5, 7, (), 4, bias=False).generator  # trunk and head
@@ -51,17 +53,25 @@ class NNConv(Module):
         aggr: str = "add",
         root_weight: bool = True,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        if aggr not in AGGREGATIONS:
+        if aggr not in [*AGGREGATIONS]:
             raise ValueError(f"aggr must be one of {list(AGGREGATIONS)}, got {aggr!r}")
+        if not callable(nn):
+            raise TypeError(f"nn must be a module, got {type(nn).__name__}")
         pair = in_channels if isinstance(in_channels, tuple) else (in_channels, in_channels)
+        if len(pair) != 2:
+            raise ValueError(f"in_channels must be an int or a pair of them, got {in_channels}")
         ins, own = (positive("in_channels", n) for n in pair)
         out = positive("out_channels", out_channels)
         super().__init__()
         self.in_channels, self.own_channels, self.out_channels = ins, own, out
         self.nn, self.aggr = nn, aggr
-        self.lin = Linear(own, out, bias=False) if root_weight else None
-        self.bias = Parameter(torch.zeros(out)) if bias else None
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        has_root, has_bias = boolean("root_weight", root_weight), boolean("bias", bias)
+        self.lin = Linear(own, out, bias=False, **kind) if has_root else None
+        self.bias = Parameter(torch.zeros(out, **kind)) if has_bias else None
 
     def reset_parameters(self) -> None:
         """Initialises all layers anew, those of ``nn`` too; the bias is zero."""
@@ -88,12 +98,18 @@ class NNConv(Module):
             raise ValueError(f"x must be a Tensor or a pair of them, got {len(pair)} of them")
         source, own = pair
         nodes = (source, self.in_channels), (source if own is None else own, self.own_channels)
+        weight = getattr(self.lin, "weight", self.bias)
         for t, width in nodes[: 1 if own is None else 2]:
+            if isinstance(weight, Tensor):
+                checks.check_like_weight(weight, "the layer", x=t)
             if checks.check_tensor("x", t).ndim != 2 or t.shape[1] != width:
                 raise ValueError(f"x must have shape (V, {width}), got {checks.shape(t)}")
         if checks.check_tensor("edge_index", edge_index).ndim != 2 or len(edge_index) != 2:
             raise ValueError(f"edge_index must have shape (2, E), got {checks.shape(edge_index)}")
-        edges = checks.check_tensor("edge_attr", edge_attr).shape[:1]
+        checks.check_dense(edge_attr=checks.check_tensor("edge_attr", edge_attr))
+        if edge_attr.shape[:1] != (edges := edge_index.shape[1:]):
+            wanted = f"must have {edges[0]} rows, one an edge"
+            raise ValueError(f"edge_attr {wanted}, got shape {checks.shape(edge_attr)}")
         given = edge_index[1], nodes[1][0].shape[0], AGGREGATIONS[self.aggr], source, edges
         by = destinations(*given, "edge_index[1]")
         checks.check_in_range_if_known(edge_index[0], source.shape[0], "edge_index[0]")
@@ -105,11 +121,17 @@ class NNConv(Module):
     def _convolve(self, x: Tensor, h: Tensor, by: Destinations) -> Tensor:
         """``x (E, in)`` of sources, times the matrices of edges, added up."""
         trunk, head = trunk_and_head(self.nn) or ([], self.nn)
+        if is_plain_linear(first := trunk[0] if trunk else head):
+            checks.check_like_weight(first.weight, "nn", edge_attr=h)
+            if h.shape[-1] != first.in_features:
+                wanted = f"(E, {first.in_features}), as nn reads it"
+                raise ValueError(f"edge_attr must have shape {wanted}, got {checks.shape(h)}")
         for module in trunk:
             h = module(h)
         E, numel = x.shape[0], self.in_channels * self.out_channels
         if is_plain_linear(head) and (*h.shape, head.out_features) == (E, head.in_features, numel):
-            x, h, w, b = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
+            given = {"nn's weight": head.weight, "x": x, "what nn's trunk returns": h}
+            w, x, h, b = checks.check_and_cast(**given, bias=head.bias)
             made = Generated.of_head(w, b, self.in_channels, False, "io")
             return generated_linear(x, h, made, by=by)
         weight = head(h)

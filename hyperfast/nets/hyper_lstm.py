@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hyperfast import checks
-from hyperfast.layout import positive
+from hyperfast.layout import boolean, positive
 from hyperfast.nets.hyper_lstm_cell import HyperLSTMCell, share
 from hyperfast.nets.hyper_lstm_steps import State
+from hyperfast.nets.hyper_lstm_unroll import each_step
 
 
 class HyperLSTM(nn.Module):
@@ -26,7 +27,8 @@ class HyperLSTM(nn.Module):
     product, and so are, backwards, those that make the gradients of the large matrices. Both
     derivatives are written by hand; under ``torch.compile``, ``torch.func`` transforms, forward
     mode and for derivatives of higher order the steps run in plain PyTorch. Compiled or exported,
-    they are unrolled: their number is fixed, and a long loop takes minutes.
+    they are unrolled: their number is fixed, and a long loop takes minutes. A layer with hooks, as
+    pruning registers them, or with a forward of its own, is called at every step.
 
     Args:
         input_size: features of the input, I.
@@ -45,7 +47,8 @@ class HyperLSTM(nn.Module):
 
     Raises:
         ValueError: a size below one, a dropout outside [0, 1), ``bidirectional``.
-        TypeError: a size that is not an int, a dropout that is not a number.
+        TypeError: a size that is not an int, a dropout that is not a number, an option that is not
+            a bool.
 
     Example:
         >>> lstm = hyperfast.nets.HyperLSTM(10, 32, num_layers=2, hyper_size=8)
@@ -70,11 +73,11 @@ class HyperLSTM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if bidirectional:
+        if boolean("bidirectional", bidirectional):
             raise ValueError("bidirectional must be False: a HyperLSTM runs in one direction")
         super().__init__()
         self.num_layers = positive("num_layers", num_layers)
-        self.batch_first = batch_first
+        self.batch_first = boolean("batch_first", batch_first)
         self.dropout = share("dropout", dropout)
         if self.dropout and num_layers == 1:
             warnings.warn("dropout acts between layers, and num_layers is 1", stacklevel=2)
@@ -170,6 +173,10 @@ class HyperLSTM(nn.Module):
         for n, cell in enumerate(self.layers):
             if n:
                 rows = F.dropout(rows, self.dropout, self.training)
-            rows, end = cell.unroll(rows, start and State(*(t[n] for t in start)), sizes)
+            own = start and State(*(t[n] for t in start))
+            if cell.is_plain():
+                rows, end = cell.unroll(rows, own, sizes)
+            else:
+                rows, end = each_step(cell, rows, own, sizes)
             ends.append(end)
         return rows, State(*map(torch.stack, zip(*ends, strict=True)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter, init
 
 from hyperfast import checks
-from hyperfast.layout import positive
+from hyperfast.layout import boolean, positive
 from hyperfast.nets.hyper_lstm_steps import Norm, State, Weights
 from hyperfast.nets.hyper_lstm_unroll import unroll
 
@@ -47,7 +47,8 @@ class HyperLSTMCell(nn.Module):
 
     Raises:
         ValueError: a size below one, a dropout outside [0, 1).
-        TypeError: a size that is not an int, a dropout that is not a number.
+        TypeError: a size that is not an int, a dropout that is not a number, a ``layer_norm`` that
+            is not a bool.
 
     Example:
         >>> cell = hyperfast.nets.HyperLSTMCell(10, 32, hyper_size=8, n_z=4)
@@ -79,7 +80,7 @@ class HyperLSTMCell(nn.Module):
         default = max(H // 4, 1)
         self.hyper_size = E = positive("hyper_size", default if hyper_size is None else hyper_size)
         self.n_z = positive("n_z", n_z)
-        self.layer_norm = layer_norm
+        self.layer_norm = boolean("layer_norm", layer_norm)
         self.recurrent_dropout = share("recurrent_dropout", recurrent_dropout)
 
         def parameter(*shape: int) -> Parameter:
@@ -186,12 +187,21 @@ class HyperLSTMCell(nn.Module):
             keep = F.dropout(x.new_ones(rows.shape[0], H), self.recurrent_dropout)
         return unroll(x, keep, State(*checks.cast(wanted, *start)), sizes, w)
 
+    def is_plain(self) -> bool:
+        """Whether calls of it, step after step, are :meth:`unroll` and no more."""
+        cls = type(self)  # one of its own where weights are parametrised
+        return (cls.__call__, cls.forward, cls.unroll) == _PLAIN and not checks.is_hooked(self)
+
     def _weights(self) -> Weights:
         z_bias, bias = F.pad(self.bias_z, (0, 4 * self.n_z)), self.bias.view(4, 1, -1)
         given = self.weight_ih, self.weight_hh, self.hyper_weight_hh, self.hyper_bias
         scaling = self.weight_z, z_bias, self.weight_d, bias
         norm = _norm(self.norm_weight, self.norm_bias)
         return Weights(*given, *scaling, norm, _norm(self.hyper_norm_weight, self.hyper_norm_bias))
+
+
+# As they are now: a class that is patched later does something else.
+_PLAIN = nn.Module.__call__, HyperLSTMCell.forward, HyperLSTMCell.unroll
 
 
 def _norm(weight: Tensor | None, bias: Tensor | None) -> Norm | None:

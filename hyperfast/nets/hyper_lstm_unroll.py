@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -31,7 +31,8 @@ def unroll(
     """
     given = x, keep, *start, *w.tensors()
     with _no_autocast(x):
-        if torch.compiler.is_compiling() or checks.is_transformed():
+        graph = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+        if graph or checks.is_transformed():
             return run(x, keep, start, sizes, w)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             h, *ends = Unrolled.apply(sizes, *given)
@@ -57,17 +58,29 @@ def run(
     kept: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, State]:
     """:func:`unroll` in plain PyTorch; what :func:`backward` needs goes into ``kept``."""
-    outputs, ends = [], []
     of_x = of_input(x, w)
     if kept is not None:
         kept.append(of_x)
-    masks = [None] * len(sizes) if keep is None else keep.split(sizes)
-    laters = [*sizes[1:], None]
-    for b, rows, mask, later in zip(sizes, of_x.split(sizes), masks, laters, strict=True):
-        state, made = step(rows, mask, state.first(b), w)
-        outputs.append(state.h)
+    masks = iter([None] * len(sizes) if keep is None else keep.split(sizes))
+
+    def one(rows: Tensor, state: State) -> State:
+        state, made = step(rows, next(masks), state, w)
         if kept is not None:
-            kept += made.tensors()
+            kept.extend(made.tensors())
+        return state
+
+    return each_step(one, of_x, state, sizes)
+
+
+def each_step(
+    one: Callable[[Tensor, Any], Sequence[Tensor]], x: Tensor, state: Any, sizes: Sequence[int]
+) -> tuple[Tensor, State]:
+    """What :func:`unroll` returns, by a function of a step's rows and of the state before, which
+    may be ``None`` at first, that returns the state after."""
+    outputs, ends = [], []
+    for b, rows, later in zip(sizes, x.split(sizes), [*sizes[1:], None], strict=True):
+        state = State(*one(rows, state and state.first(b)))
+        outputs.append(state.h)
         if later != b:  # the first sequences are the longest
             ends.append([t[later:] for t in state])
     return torch.cat(outputs), State(*map(torch.cat, zip(*ends[::-1], strict=True)))

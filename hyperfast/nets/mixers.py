@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -35,8 +36,7 @@ class QMixer(nn.Module):
     Its state_dict is pymarl's, and torchrl's of one layer; that of pymarl2's ``nmix`` loads too.
 
     On the CPU, in float32 and float64, a mixer of two-layer hypernetworks is one C++ op, and its
-    derivative another, unless the states need a gradient or no weight does. Elsewhere its layers
-    are ops.
+    derivative another. Elsewhere its layers are ops.
 
     Args:
         n_agents: how many values are mixed.
@@ -44,6 +44,7 @@ class QMixer(nn.Module):
         embed_dim: width of the mixing network.
         hypernet_layers: 1 or 2, of the networks that make ``W1`` and ``W2``.
         hypernet_embed: width of these, where they have two.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError: a size that is not an int.
@@ -63,16 +64,20 @@ class QMixer(nn.Module):
         *,
         hypernet_layers: int = 2,
         hypernet_embed: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        if hypernet_layers not in (1, 2):
+        if positive("hypernet_layers", hypernet_layers) > 2:
             raise ValueError(f"hypernet_layers must be 1 or 2, got {hypernet_layers!r}")
         super().__init__()
         self.n_agents = positive("n_agents", n_agents)
         self.state_dim = positive("state_dim", state_dim)
         self.embed_dim = positive("embed_dim", embed_dim)
 
+        linear = partial(nn.Linear, device=device, dtype=dtype)
+
         def net(*widths: int) -> nn.Module:
-            *first, last = map(nn.Linear, (self.state_dim, *widths), widths)
+            *first, last = map(linear, (self.state_dim, *widths), widths)
             return nn.Sequential(*first, nn.ReLU(), last) if first else last
 
         through = [positive("hypernet_embed", hypernet_embed)] * (hypernet_layers - 1)
@@ -132,7 +137,7 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
     """The layers that read the state are one product; ``W1``, the largest of what is generated,
     need not be stored."""
     (*before, head), *others = nets
-    checks.check_same_kind(**{"states": s, "the mixer's weight": head[0]})
+    checks.check_like_weight(head[0], "the mixer", states=s)
     reading = [*before, *(net[0] for net in others)]
     for w, _ in reading:
         if w.shape[1:] != s.shape[1:]:
@@ -152,20 +157,14 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
 
 
 def _one_op_takes(q: Tensor, s: Tensor, weights: list[Tensor]) -> bool:
-    """Whether the C++ kernels run all of it: they make no gradient of the states, and those of all
-    weights, which would be for nothing where a frozen mixer passes one on to ``q``."""
+    """Whether the C++ kernels run all of it."""
     return (
         not (torch.compiler.is_compiling() or checks.is_transformed())
         and not torch._C._get_tracing_state()
-        and not (torch.is_grad_enabled() and (s.requires_grad or _only_q(q, weights)))
         and backends.forced in (None, "cpp")
         and EXTENSION is not None
         and backends.fit_for_cpu([q, s, *weights])
     )
-
-
-def _only_q(q: Tensor, weights: list[Tensor]) -> bool:
-    return q.requires_grad and not any(w.requires_grad for w in weights)
 
 
 class _Mixer(torch.autograd.Function):
@@ -182,8 +181,11 @@ class _Mixer(torch.autograd.Function):
         q, s, *weights, kept = ctx.saved_tensors
         if wanted_by_autograd([grad]):
             return tuple(gradients(_by_layers, (q, s, *weights), [grad]))
-        of_q, *of_weights = mixer_backward(grad, q, s, weights, kept)
-        return of_q, None, *of_weights
+        of_q, of_s, *some = ctx.needs_input_grad
+        mask = of_q, of_s, any(some)
+        made = mixer_backward(grad, q, s, weights, kept, mask)
+        found = [t if wanted else None for t, wanted in zip(made, mask[:2], strict=False)]
+        return *found, *(made[2:] or [None] * len(weights))
 
 
 def _by_layers(q: Tensor, s: Tensor, *weights: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +22,8 @@ from hyperfast.layout import (
 )
 from hyperfast.plans.sizes import Sizes
 
-BIASES = ("generated", "shared", None)
+Bias: TypeAlias = bool | str | None
+BIASES = ("generated", "shared", None)  # True is the first, False the last
 
 
 class Rows(NamedTuple):
@@ -49,7 +50,7 @@ class LayerHead:
 
     in_features: int
     out_features: int
-    bias: str | None = "generated"
+    bias: Bias = "generated"
     transform: Transform | None = None
     rank: int | None = None
     layout: str = "oi"
@@ -58,6 +59,8 @@ class LayerHead:
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", *(() if self.rank is None else ("rank",))):
             object.__setattr__(self, name, positive(name, getattr(self, name)))
+        if isinstance(self.bias, bool):
+            object.__setattr__(self, "bias", "generated" if self.bias else None)
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {list(BIASES)}, got {self.bias!r}")
         if self.layout not in LAYOUTS:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from hyperfast import checks
 from hyperfast.activations import Activation, resolve, second_moment
-from hyperfast.layout import MLPSpec, ParamSpec, Transform, at_least, one_each, positive
+from hyperfast.layout import (
+    MLPSpec,
+    ParamSpec,
+    Transform,
+    at_least,
+    boolean,
+    one_each,
+    positive,
+    widths,
+)
 from hyperfast.nn.any_module import ModuleTarget, Params, as_mlp, select
 from hyperfast.nn.chunked import Chunked
 from hyperfast.nn.chunks import Chunks, check_chunks, layout_of
@@ -30,14 +39,12 @@ from hyperfast.nn.generator import (
     start_trunk,
     trunk_of,
 )
-from hyperfast.nn.heads import LayerHead, Rows, cut
+from hyperfast.nn.heads import Bias, LayerHead, Rows, cut
 from hyperfast.nn.init import HeadRows, Start, start_at, start_layers, starts
 from hyperfast.nn.target import TargetNet
 
 INITS = ("hyperfan_in", "hyperfan_out")
 BASES = (None, "net")
-Bias: TypeAlias = bool | str | None
-_KINDS = {True: "generated", False: None}
 
 
 class HyperNet(nn.Module):
@@ -117,21 +124,21 @@ class HyperNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        sizes = positive("target_in", target_in), *_widths("target_hidden", target_hidden)
+        sizes = positive("target_in", target_in), *widths("target_hidden", target_hidden)
         sizes = *sizes, positive("target_out", target_out)
-        kinds = [_KINDS.get(kind, kind) for kind in one_each("bias", bias, len(sizes) - 1)]
         layers = [
             LayerHead(i, o, kind, transform, rank)
-            for (i, o), kind in zip(pairwise(sizes), kinds, strict=True)
+            for (i, o), kind in zip(
+                pairwise(sizes), one_each("bias", bias, len(sizes) - 1), strict=True
+            )
         ]
-        if not isinstance(base, bool | None):
-            raise TypeError(f"base must be a bool, got {base!r}")
+        base = base is not None and boolean("base", base)
         super().__init__()
-        self._describe(MLPSpec(sizes, [kind is not None for kind in kinds]), init, layers)
+        self._describe(MLPSpec(sizes, [v.bias is not None for v in layers]), init, layers)
         if base:
             layers[0].check_base()
         self._build(
-            *(z_dim, hidden, activation, target_activation, trunk, separate, bool(base)),
+            *(z_dim, hidden, activation, target_activation, trunk, separate, base),
             device=device,
             dtype=dtype,
         )
@@ -293,9 +300,9 @@ class HyperNet(nn.Module):
         self.z_dim = at_least("z_dim", z_dim, 1 if chunks is None else 0)
         self.chunk_dim = chunk_dim
         self.given_trunk = trunk is not None
-        numels = self.generated.numels if separate else (self.generated.numel,)
-        widths = self.z_dim + chunk_dim, *_widths("hidden", hidden)
-        depth = 0 if trunk is not None else len(widths) - 1
+        numels = self.generated.numels if boolean("separate", separate) else (self.generated.numel,)
+        sizes = self.z_dim + chunk_dim, *widths("hidden", hidden)
+        depth = 0 if trunk is not None else len(sizes) - 1
         *activations, of_target = apart(
             [
                 *(resolve(activation) for _ in range(depth * len(numels))),
@@ -305,13 +312,13 @@ class HyperNet(nn.Module):
         given = isinstance(target_activation, nn.Module)
         self.target_activation = of_target if given else target_activation
         if trunk is None:
-            features = widths[-1]
+            features = sizes[-1]
             trunks = [
-                trunk_of(widths, activations[n * depth : (n + 1) * depth], **kind)
+                trunk_of(sizes, activations[n * depth : (n + 1) * depth], **kind)
                 for n in range(len(numels))
             ]
         else:
-            features = features_of(trunk, widths[0])
+            features = features_of(trunk, sizes[0])
             trunks = [[trunk], *([anew(trunk)] for _ in numels[1:])]
         self.generator: Any
         if chunks is not None:
@@ -339,9 +346,13 @@ class HyperNet(nn.Module):
         """The last module of the generator, ``h -> flat weights``.
 
         Raises:
-            TypeError: the generator is no ``nn.Sequential`` any more.
+            AttributeError: the generator is no ``nn.Sequential``, and has no one head: there are
+                chunks, or a generator for every tensor.
         """
-        return modules_of(self.generator)[-1]  # type: ignore[return-value]
+        try:
+            return modules_of(self.generator)[-1]  # type: ignore[return-value]
+        except TypeError:
+            raise AttributeError("head") from None  # hasattr, as torch.jit asks, knows no other
 
     @property
     def dtype(self) -> torch.dtype:
@@ -548,11 +559,3 @@ class HyperNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"spec={self.spec}, init={self.init!r}"
-
-
-def _widths(name: str, widths: int | Sequence[int]) -> tuple[int, ...]:
-    # An array of rank 0 is one int.
-    one = isinstance(widths, str) or not isinstance(widths, Iterable)
-    if one or getattr(widths, "ndim", None) == 0:
-        return (positive(name, widths),)  # type: ignore[arg-type]
-    return tuple(positive(name, w) for w in widths)  # type: ignore[union-attr]

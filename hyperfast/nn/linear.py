@@ -15,9 +15,9 @@ from hyperfast.functional import (
     hyper_linear,
     task_linear,
 )
-from hyperfast.layout import Transform, positive
+from hyperfast.layout import Transform, boolean, positive
 from hyperfast.nn.gate import is_plain_linear
-from hyperfast.nn.heads import LayerHead, cut
+from hyperfast.nn.heads import Bias, LayerHead, cut
 from hyperfast.nn.init import HeadRows, start_layer
 
 
@@ -28,7 +28,8 @@ class HyperLinear(nn.Module):
     Args:
         in_features, out_features: of the layer.
         hyper_features: size ``K`` of ``h``.
-        bias: ``"generated"``; ``"shared"``, one parameter for all tasks; or ``None``.
+        bias: ``"generated"`` or ``True``; ``"shared"``, one parameter for all tasks; ``None`` or
+            ``False``.
         transform: of the generated matrix before it is used: ``"abs"``, ``"softplus"``, ``"exp"``,
             ``"square"``, or a function.
         rank: ``W(h) = B(h) A(h)``, with this many columns of ``B``.
@@ -63,7 +64,7 @@ class HyperLinear(nn.Module):
         out_features: int,
         hyper_features: int,
         *,
-        bias: str | None = "generated",
+        bias: Bias = "generated",
         transform: Transform | None = None,
         rank: int | None = None,
         base: bool | nn.Linear | None = None,
@@ -76,9 +77,10 @@ class HyperLinear(nn.Module):
         features = positive("hyper_features", hyper_features)
         super().__init__()
         self.layer = made
-        self.head = nn.Linear(features, made.spec.numel, head_bias, device=device, dtype=dtype)
+        has_bias = boolean("head_bias", head_bias)
+        self.head = nn.Linear(features, made.spec.numel, has_bias, device=device, dtype=dtype)
         shared = torch.empty(made.out_features, device=device, dtype=dtype)
-        self.bias = nn.Parameter(shared) if bias == "shared" else None
+        self.bias = nn.Parameter(shared) if made.bias == "shared" else None
         self.base = as_base(base, made.in_features, made.out_features, device, dtype)
         self.own_base = base is True
         if self.base is not None:
@@ -110,7 +112,14 @@ class HyperLinear(nn.Module):
 
     def weights(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Matrix ``(..., out, in)`` and bias ``(..., out)`` of features ``h (..., K)``, the base
-        included; a bias that is not generated is ``(out,)``, or ``None``."""
+        included; a bias that is not generated is ``(out,)``, or ``None``.
+
+        Raises:
+            ValueError: ``h`` has another shape, or lies elsewhere.
+            TypeError: it is of another dtype.
+        """
+        checks.check_like_weight(self.head.weight, "the head", h=h)
+        self._check_features(h)
         w, b = self.layer.weights(self.head(h))
         for shared in (self.bias, None if self.base is None else self.base.bias):
             if shared is not None:
@@ -148,13 +157,9 @@ class HyperLinear(nn.Module):
             TypeError: dtypes that disagree, ids that are not int64.
             IndexError: a task or a destination out of range.
         """
-        weight = self.head.weight
-        checks.check_same_kind(x=x, h=h, **{"the head's weight": weight})
-        checks.check_dense(x=x, h=h)
-        if h.ndim == 0 or h.shape[-1] != self.hyper_features:
-            raise ValueError(
-                f"h must have shape (..., {self.hyper_features}), got {checks.shape(h)}"
-            )
+        checks.check_like_weight(self.head.weight, "the head", x=x, h=h)
+        checks.check_dense(x=x)
+        self._check_features(h)
         lead, ins = h.shape[:-1], self.in_features
         flat = h.reshape(math.prod(lead), self.hyper_features)
         rows = rows_of_tasks(x, lead, ins, task_ids)
@@ -173,6 +178,13 @@ class HyperLinear(nn.Module):
             return y
         return y.reshape(*lead, *y.shape[1:])
 
+    def _check_features(self, h: Tensor) -> None:
+        checks.check_dense(h=h)
+        if h.ndim == 0 or h.shape[-1] != self.hyper_features:
+            raise ValueError(
+                f"h must have shape (..., {self.hyper_features}), got {checks.shape(h)}"
+            )
+
     def _generated(
         self, x: Tensor, h: Tensor, task_ids: Tensor | None, by: Destinations | None
     ) -> Tensor:
@@ -183,13 +195,11 @@ class HyperLinear(nn.Module):
             b = self.bias.expand(w.shape[0], -1) if self.bias is not None else b
             y = task_linear(x, w, b, task_ids)
             return y if by is None else by.reduce(y)
-        given = checks.check_and_cast(x=x, h=h, weight=head.weight, bias=head.bias)
-        x, h, weight, bias = given
+        given = x, h, head.weight, head.bias
         if made.network is not None and by is None:
             has_bias = made.bias is not None
-            return hyper_linear(
-                *(x, h, weight, bias, task_ids), target_bias=has_bias, transform=made.transform
-            )
+            return hyper_linear(*given, task_ids, target_bias=has_bias, transform=made.transform)
+        x, h, weight, bias = checks.cast(checks.autocast_dtype(x.device.type), *given)
         shared = None if self.bias is None else self.bias.to(h.dtype)
         return made.apply(x, cut(h, weight, bias, made.spec), shared, task_ids, by)
 
@@ -249,8 +259,6 @@ class TaskLinear(nn.Module):
         self.rank = self_rank
         self.base = as_base(base, self.in_features, self.out_features, device, dtype)
         self.own_base = base is True
-        if not isinstance(bias, bool):
-            raise TypeError(f"bias must be a bool, got {bias!r}")
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(self.tasks, *shape, device=device, dtype=dtype))
@@ -260,7 +268,7 @@ class TaskLinear(nn.Module):
         else:
             self.weight_a = new(self.rank, self.in_features)
             self.weight_b = new(self.out_features, self.rank)
-        self.bias = new(self.out_features) if bias else None
+        self.bias = new(self.out_features) if boolean("bias", bias) else None
         self._fill()
 
     @property
@@ -306,6 +314,7 @@ class TaskLinear(nn.Module):
             IndexError: a task out of range.
         """
         *first, last = self.matrices
+        checks.check_like_weight(last, "the layer", x=x)
         y = x
         for matrix in first:
             y = task_linear(y, matrix, None, task_ids)

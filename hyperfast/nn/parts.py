@@ -37,7 +37,11 @@ def run(
     """``target(x, hyper(z), task_ids)``; a block at a time where weights are chunked, layers linear
     and there is much of them. Compiled graphs, transforms of ``torch.func`` and tensors without
     data see the whole."""
-    if torch.compiler.is_compiling() or not in_parts(hyper, target):
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
+        or not in_parts(hyper, target)
+    ):
         return target(x, hyper(z), task_ids)
     hyper.check_latents(z)
     checks.check_like_weight(hyper.generator.embeddings, x=x)

@@ -166,7 +166,8 @@ def _flat(layers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """The flat vectors ``(B, P)`` that the weights are consecutive pieces of, as a HyperNet makes
     them and a bank keeps them; ``None`` where they are not, or where a gradient or a transform
     must see each of them."""
-    if torch.compiler.is_compiling() or backends.forced == "reference":
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+    if traced or backends.forced == "reference":
         return None
     first = layers[0][0]
     if type(first) is not Tensor or checks.is_transformed():

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperfast import checks
 from hyperfast.activations import Activation
 from hyperfast.functional import stored_mlp
-from hyperfast.layout import MLPSpec, positive
+from hyperfast.layout import MLPSpec, positive, widths
 from hyperfast.nn.any_module import as_mlp
 from hyperfast.nn.copies import clone
 from hyperfast.nn.target import TargetNet
@@ -61,8 +62,8 @@ class TaskMLP(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        widths = tuple(hidden) if isinstance(hidden, Iterable) else (hidden,)
-        spec = MLPSpec((in_features, *widths, out_features), bias)
+        sizes = positive("in_features", in_features), *widths("hidden", hidden)
+        spec = MLPSpec((*sizes, positive("out_features", out_features)), bias)
         self._build(positive("tasks", tasks), spec, TargetNet(activation), device, dtype)
         self.reset_parameters()
 
@@ -88,9 +89,11 @@ class TaskMLP(nn.Module):
                 ``nn.Sequential``; all alike.
 
         Raises:
-            TypeError: one is not such a module.
+            TypeError: one is not such a module, or they are not several.
             ValueError: there is none, or one differs from the first; the message names it.
         """
+        if not isinstance(modules, Iterable):
+            raise TypeError(f"modules must be several networks, got {type(modules).__name__}")
         nets = list(modules)
         if not nets:
             raise ValueError("modules must hold at least one network, got none")
@@ -158,6 +161,7 @@ class TaskMLP(nn.Module):
             TypeError: dtypes that disagree, ids that are not int64.
             IndexError: a task out of range.
         """
+        checks.check_like_weight(self.weight, "the module", x=x)
         activations = self.target.layer_activations(len(self.spec.layers))
         return stored_mlp(x, self.weight, self.spec, activations, task_ids)
 

@@ -20,14 +20,18 @@ def _fake(q, s, weights, keep):
     return [q.new_empty(rows, 1), q.new_empty(rows if keep else 0, 2 * (hyper + embed))]
 
 
-def _backward_fake(grad, q, s, weights, kept):
-    """Gradients of ``q`` and of ``weights``."""
-    return [q.new_empty(q.shape), *(w.new_empty(w.shape) for w in weights)]
+def _backward_fake(grad, q, s, weights, kept, output_mask):
+    """Gradients of ``q``, of ``s``, and of ``weights``, all or none."""
+    of_q, of_s, of_weights = output_mask
+    made = (t.new_empty(t.shape if wanted else (0,)) for t, wanted in ((q, of_q), (s, of_s)))
+    return [*made, *(w.new_empty(w.shape) for w in weights if of_weights)]
 
 
 mixer = define_for_cpu("mixer", f"({GIVEN}, bool keep) -> Tensor[]", _fake)
 mixer_backward = define_for_cpu(
-    "mixer_backward", f"(Tensor grad, {GIVEN}, Tensor kept) -> Tensor[]", _backward_fake
+    "mixer_backward",
+    f"(Tensor grad, {GIVEN}, Tensor kept, bool[3] output_mask) -> Tensor[]",
+    _backward_fake,
 )
 
 
@@ -35,11 +39,13 @@ def _flops(q, s, weights, keep):
     return len(q) * (sum(w.numel() for w in weights[::2]) + weights[2].shape[0])
 
 
-def _backward_flops(grad, q, s, weights, kept):
-    """As autograd does it: each matrix for what it multiplied, but for the states, and for
-    itself."""
+def _backward_flops(grad, q, s, weights, kept, output_mask):
+    """As autograd does it: each matrix for what it multiplied, and for itself."""
+    of_q, of_s, of_weights = output_mask
     reading = sum(weights[n].numel() for n in (0, 4, 8, 12))
-    return 2 * _flops(q, s, weights, True) - len(q) * reading
+    heads, mixing = sum(weights[n].numel() for n in (2, 6, 10)), weights[2].shape[0]
+    hidden = (mixing + heads) * (of_s or of_weights)
+    return len(q) * (of_q * mixing + hidden + of_s * reading + of_weights * (heads + reading))
 
 
 count_flops(mixer, _flops)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hyperfast.layout import at_least
 from hyperfast.plans import cpu, gpu, orders
 from hyperfast.plans.choose import choose, costs, device_key
 from hyperfast.plans.sizes import Cost, Sizes
@@ -65,7 +66,7 @@ def explain(
 
     Raises:
         TypeError: the model is not one whose layers are generated and applied without forming the
-            weights.
+            weights, or a shape is none.
         ValueError: shapes that do not fit the model or each other.
 
     Example:
@@ -83,13 +84,18 @@ def explain(
         heads, linear, transform = [layer], model.head, layer.transform
         z_dim = linear.in_features
     else:
+        came = type(model).__name__
+        if (hyper := getattr(model, "hyper", None)) is not None:
+            why = "its weights are chunked" if hyper.chunk_dim else "a part of it is not plain"
+            came = f"one that forms them, as {why}: {came}"
         raise TypeError(
-            "model must be a HyperMLP that does not form the weights, or a HyperLinear, "
-            f"got {type(model).__name__}"
+            f"model must be a HyperMLP that does not form the weights, or a HyperLinear, got {came}"
         )
-    x_shape, z_shape = tuple(x_shape), tuple(z_shape)
+    x_shape, z_shape = _shape("x_shape", x_shape), _shape("z_shape", z_shape)
     if len(z_shape) != 2 or z_shape[1] != z_dim:
         raise ValueError(f"z_shape must be (B, {z_dim}), got {z_shape}")
+    if dim_size is not None:
+        at_least("dim_size", dim_size, 0)
     (tasks, _), ins = z_shape, heads[0].in_features
     shared = not ragged and len(x_shape) == 3 and x_shape[0] == 1 != tasks
     fits = len(x_shape) == 2 if ragged else len(x_shape) in (2, 3) and x_shape[0] == tasks
@@ -134,6 +140,13 @@ def explain(
         ways = {gpu.split(v, device) or "" for v in ([layers] if one_kernel else contracted)}
         title += "".join(f", {way}" for way in sorted(ways) if way)
     return Explanation(title, tuple(chosen), whole)
+
+
+def _shape(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """``value`` as a tuple; raises TypeError or ValueError naming ``name``."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a shape, as x.shape is, got {type(value).__name__}")
+    return tuple(at_least(name, n, 0) for n in value)
 
 
 def _whole(layer: Sizes, params: int, itemsize: int, cost: Cost) -> Cost:

@@ -1,6 +1,6 @@
-"""Offline inference on a cluster that is there already: Ray Data brings the rows to actors, each of
-which maps the file of one bank.
+"""Offline inference by Ray Data, on a cluster that is there already.
 
+Rows are brought to actors, each of which maps the file of one bank.
 ``python -m hyperfast.recipes.ray_batch`` does so on this machine, on random networks and rows, and
 compares with the bank itself. Needs the extra ``ray``.
 """

@@ -237,7 +237,7 @@ def test_keys():
     for taken in ("ann", 7):
         with pytest.raises(ValueError, match=f"keys must be new.*: {taken!r} is taken"):
             bank.add(z[:2], keys=["x", taken])
-    with pytest.raises(ValueError, match="different from each other: 'x' is taken"):
+    with pytest.raises(ValueError, match="different from each other: 'x' comes twice"):
         bank.add(z[:2], keys=["x", "x"])
     with pytest.raises(ValueError, match="hold 2 keys"):
         bank.add(z[:2], keys=["x"])
@@ -351,6 +351,7 @@ def test_bad_input():
         (ValueError, "shape", lambda: bank(x[:, :4], ids)),
         (ValueError, "shape", lambda: bank(x, ids[:7])),
         (ValueError, "device", lambda: bank(x.to("meta"), ids)),
+        (TypeError, "z must be a Tensor", lambda: TaskBank.from_latents(hyper, None)),
         (TypeError, "one of z and weights", lambda: bank.add()),
         (TypeError, "one of z and weights", lambda: bank.add(z, weights=hyper(z))),
         (ValueError, r"z must have shape \(n, 4\)", lambda: bank.add(z[0])),
@@ -358,7 +359,7 @@ def test_bad_input():
         (ValueError, "weights must have shape", lambda: bank.add(weights=z)),
         (TypeError, "floating-point", lambda: bank.add(weights=torch.ones(1, 66).int())),
         (ValueError, "ids must hold 9", lambda: bank.update([1], z)),
-        (ValueError, "different", lambda: bank.remove([1, 1])),
+        (ValueError, "different from each other: 1 comes twice", lambda: bank.remove([0, 1, 1])),
         (TypeError, "int64", lambda: bank.remove(torch.tensor([1.0]))),
         (ValueError, "shape", lambda: bank.remove(torch.tensor([[1]]))),
         (TypeError, "bank.keys", lambda: "ann" in bank),
@@ -479,7 +480,8 @@ def test_a_method_of_a_module_as_activation_is_the_banks_own():
 
 def test_one_key_for_many_tasks_is_refused():
     hyper = HyperNet(5, 3, 4, 2)
-    with pytest.raises(TypeError, match="keys must hold a key for each task"):
-        TaskBank.from_latents(hyper, torch.randn(3, 5), keys="abc")
+    for key in ("abc", 7):
+        with pytest.raises(TypeError, match=f"keys must hold keys, got the single key {key!r}"):
+            TaskBank.from_latents(hyper, torch.randn(3, 5), keys=key)
     with pytest.raises(TypeError, match="keys must hold keys, got the single key 5"):
         TaskBank.from_latents(hyper, torch.randn(3, 5)).ids(5)

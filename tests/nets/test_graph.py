@@ -251,6 +251,11 @@ def test_vmap_over_features_and_parameters():
     )
 
 
+def test_dtype_and_device():
+    conv = NNConv((INS, OWN), OUT, nn.Identity(), device="meta", dtype=torch.float64)
+    assert [(p.dtype, p.device.type) for p in conv.parameters()] == [(torch.float64, "meta")] * 2
+
+
 def test_reset_parameters():
     conv = make()
     before = copy.deepcopy(conv.state_dict())
@@ -280,7 +285,11 @@ class TestBadInput:
             (([x], index, e), "x must be a Tensor or a pair of them, got 1 of them"),
             ((x, index[0], e), r"edge_index must have shape \(2, E\), got \(40,\)"),
             ((x, index.T, e), r"edge_index must have shape \(2, E\), got \(40, 2\)"),
-            ((x, index[:, :9], e), r"edge_index\[1\] must have shape \(40,\)"),
+            ((x, index[:, :9], e), r"edge_attr must have 9 rows, one an edge.*\(40, 6\)"),
+            ((x, index, e[:, :5]), r"edge_attr must have shape \(E, 6\).*got \(40, 5\)"),
+            ((x, index, e[:, 0]), r"edge_attr must have shape \(E, 6\).*got \(40,\)"),
+            ((x, index, e.to("meta")), "edge_attr must be on the device of nn's weight"),
+            (((x, x.to("meta")), index, e), "x must be on the device of the layer's weight"),
         ):
             with pytest.raises(ValueError, match=name):
                 make()(*args)
@@ -290,12 +299,17 @@ class TestBadInput:
         for args, name in (
             ((x, index.int(), e), "edge_index"),
             ((x, [[0], [1]], e), "edge_index"),
-            ((x, index, None), "edge_attr"),
-            ((x.float(), index, e), "dtype"),
+            ((x, index, None), "edge_attr must be a Tensor, got NoneType"),
+            ((x, index, e.float()), "edge_attr must have the dtype of nn's weight"),
+            ((x, index, e.long()), "edge_attr must be a floating-point tensor, got torch.int64"),
+            ((x.float(), index, e), "x must have the dtype of the layer's weight"),
+            (((x, x.float()), index, e), "x must have the dtype of the layer's weight"),
             (((x, "no"), index, e), "x must be a Tensor"),
         ):
             with pytest.raises(TypeError, match=name):
-                make(root_weight=False)(*args)
+                make()(*args)
+        with pytest.raises(TypeError, match="x must have the dtype of nn's weight"):
+            make(root_weight=False, bias=False)(x.float(), index, e)
 
     @pytest.mark.parametrize("width", [INS * OUT - 1, 2 * INS * OUT, INS])
     @pytest.mark.parametrize("last", [nn.Identity, nn.Tanh])
@@ -314,8 +328,16 @@ class TestBadInput:
             NNConv(INS, OUT, Half()).double()(*graph())
 
     def test_options(self):
-        with pytest.raises(ValueError, match="aggr must be one of"):
-            NNConv(INS, OUT, nn.Identity(), "max")
+        for aggr in ("max", ["add"], None):
+            with pytest.raises(ValueError, match="aggr must be one of"):
+                NNConv(INS, OUT, nn.Identity(), aggr)
+        with pytest.raises(ValueError, match=r"in_channels must be .* a pair of them, got \(4,\)"):
+            NNConv((INS,), OUT, nn.Identity())
+        with pytest.raises(TypeError, match="nn must be a module, got NoneType"):
+            NNConv(INS, OUT, None)
+        for name in ("root_weight", "bias"):
+            with pytest.raises(TypeError, match=f"{name} must be a bool, got 'no'"):
+                NNConv(INS, OUT, nn.Identity(), **{name: "no"})
         with pytest.raises(ValueError, match="in_channels"):
             NNConv((INS, 0), OUT, nn.Identity())
         with pytest.raises(TypeError, match="out_channels"):

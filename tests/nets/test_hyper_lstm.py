@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfast import use_backend
 from hyperfast.nets import HyperLSTM, HyperLSTMCell, hyper_lstm_cpu
+from hyperfast.nets import hyper_lstm_cell as cell_file
 from hyperfast.nets import hyper_lstm_unroll as unroll_file
 from hyperfast.nets.hyper_lstm_unroll import Unrolled
 from hyperfast.plans.cpu import EXTENSION
@@ -247,6 +249,72 @@ def test_shapes_are_those_of_nn_lstm():
         assert (a.shape, h.shape, c.shape) == (b.shape, *(t.shape for t in state[:2]))
 
 
+def twice(tensors):
+    return tuple(2 * t for t in tensors)
+
+
+class Doubled(HyperLSTMCell):
+    """A cell with a forward of its own."""
+
+    def forward(self, *given):
+        return twice(super().forward(*given))
+
+
+def patch(cell):
+    own = cell.forward
+    cell.forward = lambda *given: twice(own(*given))
+
+
+CHANGES = {
+    "hook": lambda cell: cell.register_forward_hook(lambda _, given, made: twice(made)),
+    "class": lambda cell: setattr(cell, "__class__", Doubled),
+    "forward": patch,
+}
+
+
+@both_ways
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_layer_does_beside_happens_at_every_step(change):
+    lstm, sequences, hx = make(), ragged(grad=True), start(1, len(LENGTHS), grad=True)
+    CHANGES[change](lstm.layers[0])
+    packed, state = lstm(pack_sequence(sequences, enforce_sorted=False), hx)
+    padded, _ = pad_packed_sequence(packed)
+    ours, theirs = [], []
+    for n, x in enumerate(sequences):
+        own = tuple(t[0, n : n + 1] for t in hx)
+        for t, row in enumerate(x):
+            own = twice(by_equation(lstm.layers[0], row[None], own))
+            ours.append(padded[t, n : n + 1])
+            theirs.append(own[0])
+        ours += [t[0, n : n + 1] for t in state]
+        theirs += own
+    assert_same(ours, theirs, [*sequences, *hx, *lstm.parameters()])
+
+
+@both_ways
+def test_a_pruned_layer_learns():
+    """Pruning is a hook, which makes the weight anew."""
+    lstm, x = make(), draw(STEPS, BATCH, INS)
+    prune.l1_unstructured(lstm.layers[0], "weight_hh", 0.5)
+    weight, before = lstm.layers[0].weight_hh_orig, lstm(x)[0]
+    for _ in range(2):
+        (slope,) = torch.autograd.grad(lstm(x)[0].square().sum(), weight)
+        assert 0 < slope.count_nonzero() <= weight.numel() // 2
+        weight.data -= 0.1 * slope
+    assert not torch.allclose(lstm(x)[0], before)
+
+
+def test_a_parametrised_layer_runs_all_steps_at_once(monkeypatch):
+    lstm, x, calls = make(), draw(STEPS, BATCH, INS), []
+    parametrizations.weight_norm(lstm.layers[0], "weight_hh")
+    monkeypatch.setattr(cell_file, "unroll", lambda *a: calls.append(1) or unroll_file.unroll(*a))
+    y, _ = lstm(x)
+    assert len(calls) == 1
+    lstm.layers[0].register_forward_hook(lambda *_: None)
+    equal(lstm(x)[0], y)
+    assert len(calls) == 1 + STEPS
+
+
 @both_ways
 def test_recurrent_dropout_drops_candidates(monkeypatch):
     lstm = make(recurrent_dropout=0.4)
@@ -399,6 +467,14 @@ BAD = {
         "dropout must be a number",
         lambda _: HyperLSTM(5, 6, dropout="a"),
     ),
+    **{
+        name: (
+            TypeError,
+            f"{name} must be a bool, got 'yes'",
+            lambda _, name=name: HyperLSTM(5, 6, **{name: "yes"}),
+        )
+        for name in ("batch_first", "bidirectional", "layer_norm")
+    },
     "both ways": (ValueError, "one direction", lambda _: HyperLSTM(5, 6, bidirectional=True)),
 }
 

@@ -122,6 +122,7 @@ def test_separate_trunks_are_apart():
         z = draw(2, Z)
         pieces = [g(z) for g in hyper.generator]
         assert torch.equal(hyper.generator(z), torch.cat(pieces, 1))
+        assert not hasattr(hyper, "head")
         with pytest.raises(TypeError, match=r"must be an nn\.Sequential"):
             hyper.features(z)
 

@@ -81,6 +81,13 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize(("word", "same"), [(True, "generated"), (False, None)])
+def test_a_bias_in_the_words_of_a_linear_layer(word, same):
+    layer, other = (HyperLinear(INS, OUTS, K, bias=bias) for bias in (word, same))
+    assert layer.layer == other.layer
+    other.load_state_dict(layer.state_dict())
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_is_its_formula(options):
     layer = stir(HyperLinear(INS, OUTS, K, **options, **F64))
@@ -382,6 +389,7 @@ def test_autocast():
          lambda: TaskLinear(5, 3, 2, base=nn.Conv1d(3, 2, 1))),
         (ValueError, "rank must be at least 1", lambda: TaskLinear(5, 3, 2, rank=-1)),
         (TypeError, "bias must be a bool", lambda: TaskLinear(5, 3, 2, bias="shared")),
+        (TypeError, "head_bias must be a bool", lambda: HyperLinear(3, 2, 4, head_bias="no")),
         (TypeError, "base must have dtype torch.float32, got torch.float64",
          lambda: HyperLinear(3, 2, 4, base=nn.Linear(3, 2, dtype=torch.float64))),
         (ValueError, "tasks must be at least 1", lambda: TaskLinear(0, 3, 2)),
@@ -402,7 +410,18 @@ X, H, TO = torch.randn(5, 3), torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 2])
         (ValueError, r"h must have shape \(..., 4\), got \(5, 3\)", lambda: LAYER(X, X)),
         (ValueError, r"x must have shape \(5, N, 3\), \(5, 3\) or", lambda: LAYER(H, H)),
         (ValueError, "x must have shape", lambda: LAYER(X[:4], H)),
-        (TypeError, "h must have the dtype of x", lambda: LAYER(X, H.double())),
+        (TypeError, "h must have the dtype of the head's weight, torch.float32, got .*64",
+         lambda: LAYER(X, H.double())),
+        (TypeError, "x must have the dtype of the head's weight, torch.float32, got .*16",
+         lambda: LAYER(X.half(), H.half())),
+        (ValueError, "x must be on the device of the head's weight, cpu, got meta",
+         lambda: LAYER(X.to("meta"), H)),
+        (ValueError, r"h must have shape \(..., 4\), got \(5, 3\)", lambda: LAYER.weights(X)),
+        (ValueError, r"h must have shape \(..., 4\), got \(\)", lambda: LAYER.weights(X[0, 0])),
+        (TypeError, "h must be a Tensor, got list", lambda: LAYER.weights([1.0] * 4)),
+        (TypeError, "h must have the dtype of the head's", lambda: LAYER.weights(H.double())),
+        (IndexError, r"index must be in \[0, 2\*\*48\), got 9223372036854775807",
+         lambda: LAYER(X, H, index=TO * 0 + (2**63 - 1))),
         (TypeError, "x must be a Tensor", lambda: LAYER(None, H)),
         (TypeError, "index must have dtype torch.int64", lambda: LAYER(X, H, index=TO.int())),
         (ValueError, r"index must have shape \(5,\)", lambda: LAYER(X, H, index=TO[:4])),
@@ -473,6 +492,8 @@ class TestTaskLinear:
             layer(torch.randn(B + 1, INS))
         with pytest.raises(IndexError, match="task_ids must be in"):
             layer(torch.randn(1, INS), torch.tensor([B]))
+        with pytest.raises(TypeError, match="x must have the dtype of the layer's weight"):
+            layer(torch.randn(B, INS).half())
 
 
 def test_a_mixed_batch_of_adapters():

@@ -183,6 +183,7 @@ def stack(*widths, act=nn.ReLU, **kwargs):
     ("error", "message", "nets"),
     [
         (ValueError, "at least one network, got none", []),
+        (TypeError, "modules must be several networks, got Linear", nn.Linear(3, 2)),
         (ValueError, r"modules\[1\] must have the widths of modules\[0\], \(3, 4, 2\)",
          [stack(3, 4, 2), stack(3, 5, 2)]),
         (ValueError, r"modules\[2\] must have the biases",
@@ -209,7 +210,7 @@ def test_errors():
             net(x)
     with pytest.raises(IndexError, match="task_ids must be in"):
         net(draw(1, INS), torch.tensor([T]))
-    with pytest.raises(TypeError, match="dtype"):
+    with pytest.raises(TypeError, match="x must have the dtype of the module's weight"):
         net(torch.randn(T, INS))
     with pytest.raises(TypeError, match="x must be a Tensor, got list"):
         net([[1.0] * INS] * T)
@@ -217,5 +218,10 @@ def test_errors():
         TaskMLP(0, 3, 4, 2)
     with pytest.raises(TypeError, match="bias must be a bool"):
         TaskMLP(2, 3, 4, 2, bias="shared")
+    for hidden in (None, "4", [4, 2.5]):
+        with pytest.raises(TypeError, match="hidden must be an int"):
+            TaskMLP(2, 3, hidden, 2)
+    with pytest.raises(TypeError, match=r"in_features must be an int, got \(3, 3\)"):
+        TaskMLP(2, (3, 3), 4, 2)
     with pytest.raises(TypeError, match="tasks must be an int"):
         TaskMLP(2.0, 3, 4, 2)

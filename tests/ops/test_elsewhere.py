@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hyperfast
 from hyperfast.functional import hyper_linear, task_linear
+from hyperfast.nn import parts
 from hyperfast.ops.define import CPU_OPS, OPS
 from tests.support.budget import close
 from tests.support.draw import draw
@@ -30,14 +31,44 @@ LINEAR = {  # of a batch, of mixed rows: arguments of a layer alone
 }
 
 
+def chunked():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    return hyperfast.HyperMLP(*hyperfast.HyperNet.for_module(net.double(), 5, chunks=7))
+
+
+class OneOutput(torch.nn.Module):
+    """A HyperLSTM without its last states."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = hyperfast.nets.HyperLSTM(4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+TRACED = {
+    "model": (model, X, Z),
+    "separate": (lambda: model(separate=True), X, Z),
+    "chunked": (chunked, X, Z),
+    "chunked rows": (chunked, (6, 4), Z),
+    "HyperLSTM": (OneOutput, X),
+}
+
+
 @traces
-def test_a_trace_is_saved_and_differentiates():
-    ours, x, z = model(), draw(*X), draw(*Z)
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
+def test_a_trace_is_saved_and_differentiates(name, large, monkeypatch):
+    if large:  # chunked weights would be made in blocks
+        monkeypatch.setattr(parts, "WHOLE", 0)
+    make, *shapes = TRACED[name]
+    ours, args = make(), [draw(*s) for s in shapes]
     file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(ours, (x, z)), file)
+    torch.jit.save(torch.jit.trace(ours, tuple(args)), file)
     file.seek(0)
     loaded = torch.jit.load(file)
-    y, expected = loaded(x, z), ours(x, z)
+    y, expected = loaded(*args), ours(*args)
     close(y, expected)
     for one, other in zip(loaded.parameters(), ours.parameters(), strict=True):
         (a,), (b,) = (

@@ -9,22 +9,31 @@ namespace hyperfast::HF_ISA {
 
 template <class C>
 struct MixerBackwardPanels : MixerPanels<C> {
-  Lanes<C> from_w1, from_w2;  // what turns gradients of W1 and W2 into those of the hidden layers
+  // What turns gradients of W1 and W2 into those of the hidden layers, and these into the state's.
+  Lanes<C> from_w1, from_w2, from_reading;
 
-  MixerBackwardPanels(Arena<C>& space, const Mixer<C>& p)
-      : MixerPanels<C>(space, p),
-        from_w1(space, this->at.w1, this->at.H),
-        from_w2(space, this->at.w2, this->at.H) {}
-  void pack(const Mixer<C>& p) const {
+  MixerBackwardPanels(Arena<C>& space, const MixerBackward<C>& b)
+      : MixerPanels<C>(space, b.forward),
+        from_w1(space, b.of_hidden() ? this->at.w1 : 0, this->at.H),
+        from_w2(space, b.of_hidden() ? this->at.w2 : 0, this->at.H),
+        from_reading(space, b.s ? this->at.all : 0, this->at.state) {}
+  void pack(const MixerBackward<C>& b) const {
+    const Mixer<C>& p = b.forward;
     MixerPanels<C>::pack(p);
-    if (this->at.pads()) from_w1.clear(), from_w2.clear();
-    const auto rows = [&](const Lanes<C>& to, Index row, const C* from, Index n) {
-      HF_ISA::pack<C, C>(n, p.hyper, {from, p.hyper, 1}, to.data + row * to.row, to.row, p.hyper);
+    if (this->at.pads()) from_w1.clear(), from_w2.clear(), from_reading.clear();
+    const auto rows = [](const Lanes<C>& to, Index row, const C* from, Index n, Index ins) {
+      HF_ISA::pack<C, C>(n, ins, {from, ins, 1}, to.data + row * to.row, to.row, ins);
     };
-    this->at.each_run_of_w1([&](Index column, Index o, Index n) {
-      rows(from_w1, column, p.w.w1.weight + o * p.hyper, n);
-    });
-    rows(from_w2, 0, p.w.w2.weight, p.embed);
+    if (b.of_hidden()) {
+      this->at.each_run_of_w1([&](Index column, Index o, Index n) {
+        rows(from_w1, column, p.w.w1.weight + o * p.hyper, n, p.hyper);
+      });
+      rows(from_w2, 0, p.w.w2.weight, p.embed, p.hyper);
+    }
+    if (b.s)
+      this->at.each_reading(p.w, [&](Index column, Index n, Linear<const C> l) {
+        rows(from_reading, column, l.weight, n, p.state);
+      });
   }
 };
 
@@ -87,16 +96,18 @@ constexpr Index unmixed_rows = 96;
 
 template <class C>
 struct MixerBackwardSpace {
-  Index w1_row, row;
-  C *w1, *w2, *grads;  // gradients of W1, of W2 and of what is kept
-  C *of_v, *parts;     // shares in those of V's last weight, parts of those of q
+  Index w1_row, row, s_row;
+  C *w1, *w2, *grads, *s;  // gradients of W1, of W2, of what is kept, and of the state
+  C *of_v, *parts;         // shares in those of V's last weight, parts of those of q
 
-  MixerBackwardSpace(Arena<C>& space, const MixerColumns<C>& at)
+  MixerBackwardSpace(Arena<C>& space, const MixerColumns<C>& at, bool of_s)
       : w1_row(odd_lines<C>(at.w1)),
         row(odd_lines<C>(at.all)),
+        s_row(odd_lines<C>(at.state)),
         w1(space.take(unmixed_rows * w1_row)),
         w2(space.take(unmixed_rows * at.w2)),
         grads(space.take(unmixed_rows * row)),
+        s(space.take(of_s ? unmixed_rows * s_row : 0)),
         of_v(space.take(unmixed_rows * at.w2)),
         parts(space.take(unmixed_rows * at.agents * width<C>)) {}
 };
@@ -155,7 +166,7 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
   constexpr int w = width<C>;
   const Mixer<C>& p = b.forward;
   const MixerColumns<C>& at = panels.at;
-  const auto space = in_scratch<MixerBackwardSpace<C>, C>(Slot::block, at);
+  const auto space = in_scratch<MixerBackwardSpace<C>, C>(Slot::block, at, b.s != nullptr);
   const C* const made = p.kept + first * at.all;
   const C* const grad = b.grad + first;
 
@@ -173,6 +184,8 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
       store(w2 + i, only<C>(by_sign<C>(made_w2, grad[r] * e.value), lanes));
       store(space.of_v + r * at.w2 + i, grad[r] * v);
     });
+    for (Index i = at.w2; i < at.E; i += w)  // of no output, but read with the others
+      store(to + at.of_v + i, Vec<C>{}), store(to + at.of_b1 + i, Vec<C>{});
   }
 
   const View<const C> q{p.q + first * p.agents, p.agents, 1};
@@ -189,13 +202,21 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
                              v > 0,
                              only<C>(C(1) - Vec<C>{}, int(min(w, p.embed - v * w)))});
   }
-  row_sums<C>(m * p.agents, w, {space.parts, w, 1}, false, b.q + first * p.agents);
+  if (b.q) row_sums<C>(m * p.agents, w, {space.parts, w, 1}, false, b.q + first * p.agents);
+  if (!b.of_hidden()) return;
 
   panels.from_w1.multiply(m, {space.w1, space.w1_row, 1}, {space.grads, space.row, 1},
                           Gated<C>{{space.grads, space.row}, made, at.all});
   C* const of_w2 = space.grads + at.of_w2;
   panels.from_w2.multiply(m, {space.w2, at.w2, 1}, {of_w2, space.row, 1},
                           Gated<C>{{of_w2, space.row}, made + at.of_w2, at.all});
+  if (b.s) {
+    panels.from_reading.multiply(m, {space.grads, space.row, 1}, {space.s, space.s_row, 1},
+                                 Stored<C>{space.s, space.s_row});
+    for (Index r = 0; r < m; ++r)
+      std::memcpy(b.s + (first + r) * p.state, space.s + r * space.s_row, p.state * sizeof(C));
+  }
+  if (!b.of_weights()) return;
 
   sums.w1.add(m, space.w1, space.w1_row, made, at.all);
   sums.w2.add(m, space.w2, at.w2, made + at.of_w2, at.all);
@@ -219,20 +240,22 @@ static Index most_shares(Index numbers) {
 template <class C>
 static void mixer_backward(const MixerBackward<C>& b) {
   const Mixer<C>& p = b.forward;
-  const auto panels = in_scratch<MixerBackwardPanels<C>, C>(Slot::head, p);
-  panels.pack(p);
+  const auto panels = in_scratch<MixerBackwardPanels<C>, C>(Slot::head, b);
+  panels.pack(b);
   const MixerColumns<C>& at = panels.at;
-  const Index size = MixerSums<C>::size(at);
+  const bool sums_up = b.of_weights();
+  const Index size = sums_up ? MixerSums<C>::size(at) : 0;
   // As many for each of up to eight threads.
   const Index few = min(ceil_div(p.rows, 256), 8);
-  const Index shares = min(max(round_up(ceil_div(p.rows, share_rows), 8), 8), most_shares<C>(size));
+  const Index shares =
+      min(max(round_up(ceil_div(p.rows, share_rows), 8), 8), most_shares<C>(max(size, 1)));
   const Index count = max(few < 8 ? few : shares, 1), each = ceil_div(p.rows, count);
   const Index together = rows_together(each, unmixed_rows, 1);
   C* const all = scratch<C>(Slot::sums, count * size);
   const Index work = each * at.all * p.state;
   parallel(count, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
     for (Index k = begin; k < end; ++k) {
-      std::memset(all + k * size, 0, size * sizeof(C));
+      if (sums_up) std::memset(all + k * size, 0, size * sizeof(C));
       Arena<C> space{all + k * size};
       const MixerSums<C> sums(space, at);
       const Index stop = min((k + 1) * each, p.rows);
@@ -240,6 +263,7 @@ static void mixer_backward(const MixerBackward<C>& b) {
         unmix<C>(b, panels, sums, first, min(together, stop - first));
     }
   });
+  if (!sums_up) return;
   add_up<C>(count, size, all, all);
   Arena<C> space{all};
   MixerSums<C>(space, at).give(p, at, b.w);

@@ -71,7 +71,9 @@ CALLS = {
     "hyper_linear_grad_weight": lambda: op.hyper_linear_grad_weight(G, X, H, None, True, ""),
     "hyper_lstm": lambda: op.hyper_lstm(*LSTM, True),
     "mixer": lambda: op.mixer(*MIXER, True),
-    "mixer_backward": lambda: op.mixer_backward(Y[:, 0, :1], *MIXER, torch.zeros(4, 64)),
+    "mixer_backward": lambda: op.mixer_backward(
+        Y[:, 0, :1], *MIXER, torch.zeros(4, 64), [True] * 3
+    ),
     "hyper_lstm_backward": lambda: op.hyper_lstm_backward(None, STATE, *LSTM, KEPT, [True] * 9),
 }
 

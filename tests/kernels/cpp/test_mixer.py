@@ -1,5 +1,6 @@
 """The ops of QMIX's mixer, against its formula differentiated by autograd."""
 
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -67,15 +68,18 @@ def formula(q, s, weights):
 
 
 def specified(p):
-    """The values, and the gradients of q and of the weights."""
-    leaves = [t.clone().requires_grad_() for t in (p.q, *p.weights)]
-    y = formula(leaves[0], p.s, leaves[1:])
+    """The values, and the gradients of q, of s and of the weights."""
+    leaves = [t.clone().requires_grad_() for t in (p.q, p.s, *p.weights)]
+    y = formula(*leaves[:2], leaves[2:])
     return [y.detach(), *torch.autograd.grad(y, leaves, p.grad)]
 
 
-def by_ops(p):
+ALL = [True] * 3
+
+
+def by_ops(p, wanted=ALL):
     y, kept = mixer(*p.given, True)
-    return [y, *mixer_backward(p.grad, *p.given, kept)]
+    return [y, *mixer_backward(p.grad, *p.given, kept, wanted)]
 
 
 @every_case
@@ -83,6 +87,23 @@ def test_values_and_every_gradient(name):
     p = Problem.draw(CASES[name])
     for ours, theirs in zip(by_ops(p), specified(p), strict=True):
         close(ours, theirs, 1e-10)
+
+
+@every_case
+def test_gradients_that_are_not_wanted(name):
+    """They are not made, and the others are as they were. Scratch memory holds NaN before."""
+    p = Problem.draw(CASES[name])
+    _, of_q, of_s, *of_weights = by_ops(p)
+    for wanted in product([True, False], repeat=3):
+        by_ops(
+            Problem(p.q * torch.nan, p.s * torch.nan, [w * torch.nan for w in p.weights], p.grad)
+        )
+        _, *found = by_ops(p, wanted)
+        empty = torch.empty(0, dtype=p.q.dtype)
+        whole = [of_q if wanted[0] else empty, of_s if wanted[1] else empty]
+        whole += of_weights if wanted[2] else []
+        assert len(found) == len(whole)
+        assert all(map(torch.equal, found, whole))
 
 
 def in_float32(name):
@@ -143,9 +164,9 @@ def test_what_memory_held_before_does_not_matter(name):
 @pytest.mark.parametrize("name", ["nmix", "padded"])
 def test_a_row_that_is_infinite_is_alone(name):
     p = Problem.draw(CASES[name])
-    before = by_ops(p)[:2]
+    before = by_ops(p)[:3]
     p.q[1], p.s[3] = torch.inf, torch.inf
-    for old, new in zip(before, by_ops(p)[:2], strict=True):
+    for old, new in zip(before, by_ops(p)[:3], strict=True):
         others = torch.arange(len(p.q)).ne(1) & torch.arange(len(p.q)).ne(3)
         assert torch.equal(old[others], new[others])
         assert not torch.equal(old[1], new[1])
@@ -159,7 +180,7 @@ def test_what_is_not_a_number_shows_where_autograd_shows_it(name):
     for ours, theirs in zip(by_ops(p), specified(p), strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
     p.s[1, 0] = torch.inf
-    for pair in zip(by_ops(p)[:2], specified(p)[:2], strict=True):
+    for pair in zip(by_ops(p)[:3], specified(p)[:3], strict=True):
         torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
@@ -177,7 +198,9 @@ def test_fake_kernels_and_schemas():
     for keep in (True, False):
         torch.library.opcheck(mixer, (*p.given, keep), test_utils=checks)
     kept = mixer(*p.given, True)[1]
-    torch.library.opcheck(mixer_backward, (p.grad, *p.given, kept), test_utils=checks)
+    for wanted in product([True, False], repeat=3):
+        given = p.grad, *p.given, kept, wanted
+        torch.library.opcheck(mixer_backward, given, test_utils=checks)
 
 
 P = Problem.draw(CASES["padded"])
@@ -219,7 +242,7 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match=message):
         mixer(*p.given, True)
     with pytest.raises(ValueError, match=message):
-        mixer_backward(p.grad, *p.given, kept)
+        mixer_backward(p.grad, *p.given, kept, ALL)
 
 
 @pytest.mark.parametrize("at", [0, 1], ids=["grad", "kept"])
@@ -228,4 +251,4 @@ def test_bad_input_of_the_way_back(at):
     for bad in (good[at][1:], good[at][:, :0], good[at].float(), good[at][0]):
         grad, kept = [bad if n == at else t for n, t in enumerate(good)]
         with pytest.raises(ValueError, match="kept" if at else "grad"):
-            mixer_backward(grad, *P.given, kept)
+            mixer_backward(grad, *P.given, kept, ALL)
