@@ -67,9 +67,27 @@ static void run_part(const Mode& mode, const RowsOfNetworks& p, const Piece& q, 
   give_rows<T>(mode, p.y, p.groups, q, p.net.layers[p.net.count - 1].out, x);
 }
 
-// The rows of one piece through its network. `ahead`: from its weights to those that are next.
+// What one part of the rows writes, and the next one reads, if there is one.
+template <class T>
+static Ahead ahead_of(const RowsOfNetworks& p, const Piece& part, const Piece& next) {
+  Ahead ahead;
+  const T* kept = static_cast<const T*>(p.preactivations);
+  for (Index n = 0; kept && n < p.net.count; ++n) {
+    const Layer& l = p.net.layers[n];
+    if (!l.kept) continue;
+    ahead.add_rows<T>(dense_rows(const_cast<T*>(kept), p.groups, l.out), p.groups, part, l.out);
+    kept += total_rows(p.groups) * l.out;
+  }
+  ahead.add_rows<T>(p.y, p.groups, part, p.net.layers[p.net.count - 1].out);
+  ahead.add_rows<T>(p.x, p.groups, next, p.net.layers[0].in);
+  return ahead;
+}
+
+// The rows of one piece through its network. `next` is the piece that follows, or empty, and
+// `ahead` the distance to its weights, or 0.
 template <class T, class W>
-static void run_piece(const RowsOfNetworks& p, const Piece& q, Weights<W> weights, Index ahead) {
+static void run_piece(const RowsOfNetworks& p, const Piece& q, Weights<W> weights, Index ahead,
+                      const Piece& next) {
   using C = Acc<T>;
   const Index m = q.end - q.begin;
   if (m <= few_rows && !p.net.transforms) return run_part<T>(Few<W, C>{m}, p, q, weights, ahead);
@@ -78,7 +96,11 @@ static void run_piece(const RowsOfNetworks& p, const Piece& q, Weights<W> weight
   const Index chunk = chunk_rows<C>(p.net, 64 << 10);
   for (Index r = q.begin; r < q.end; r += chunk) {
     const Piece part{q.task, r, min(r + chunk, q.end)};
-    run_part<T>(Many<C>(part.end - part.begin), p, part, plain, 0);
+    const bool last = part.end == q.end;
+    const Piece then = last ? next : Piece{q.task, part.end, min(part.end + chunk, q.end)};
+    Ahead soon = ahead_of<T>(p, part, then);
+    if (last && ahead) soon.add(weights.data + ahead, p.net.params * Index(sizeof(W)));
+    run_part<T>(Many<C>(part.end - part.begin, soon), p, part, plain, 0);
   }
 }
 

@@ -22,14 +22,15 @@ struct Networks {
   explicit Networks(const Groups& g)
       : each(!g.ragged && g.per_task <= 64 ? g.per_task : 1), count(g.pieces / each) {}
 
-  // Networks at a time: whole tiles of them where as many fit (36 pieces of the largest do), and
+  // Networks at a time: whole strips of them where as many fit (36 pieces of the largest do), and
   // about as many each time.
   template <class C>
   Index together(Index params) const {
+    constexpr Index strip = networks_strip<C>;
     Index most = max(networks_elements<C> / params / each, 1);
-    if (most > tile_rows) most = most / tile_rows * tile_rows;
+    if (most > strip) most = most / strip * strip;
     const Index times = ceil_div(count, most);
-    return times > 1 ? min(round_up(ceil_div(count, times), tile_rows), most) : max(count, 1);
+    return times > 1 ? min(round_up(ceil_div(count, times), strip), most) : max(count, 1);
   }
 };
 
@@ -45,9 +46,12 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   for (Index u0 = 0; u0 < all.count; u0 += block) {
     const NetworkBlock<T> networks = network_block<T>(p, u0, min(block, all.count - u0), all.each);
     each_network<T>(networks, 0, w, rows_each, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i)
-        run_piece<T, C>(rows, piece(p.groups, u0 * all.each + i),
-                        {w + i / all.each * params, nullptr}, 0);
+      const auto of = [&](Index i) { return piece(p.groups, u0 * all.each + i); };
+      for (Index i = first; i < last; ++i) {
+        const bool more = i + 1 < last, other = more && (i + 1) % all.each == 0;
+        run_piece<T, C>(rows, of(i), {w + i / all.each * params, nullptr}, other ? params : 0,
+                        more ? of(i + 1) : Piece{});
+      }
     });
   }
 }

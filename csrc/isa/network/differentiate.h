@@ -84,7 +84,8 @@ static void differentiate_piece(const GradientsOfRows& p, const Piece& q, const 
     const Index chunk = chunk_rows<C>(p.net, 32 << 10);
     for (Index r = q.begin; r < q.end; r += chunk) {
       const Piece part{q.task, r, min(r + chunk, q.end)};
-      differentiate_part<T>(Many<C>(part.end - part.begin), p, part, plain, g, r > q.begin);
+      Ahead ahead;
+      differentiate_part<T>(Many<C>(part.end - part.begin, ahead), p, part, plain, g, r > q.begin);
     }
   }
   if (g) undo_transforms<C>(p.net, w, g);

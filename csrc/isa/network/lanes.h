@@ -3,6 +3,7 @@
 #pragma once
 
 #include "isa/network/activate.h"
+#include "isa/network/ahead.h"
 #include "isa/product/tile.h"
 
 namespace hyperfast::HF_ISA {
@@ -16,6 +17,7 @@ struct LaneProduct {
   Index x_row;  // elements from a row of x to the next one; whole vectors of them are there
   C* y;
   Index row;  // likewise of y
+  Ahead* ahead = nullptr;
 };
 
 template <class C, int M, int V>
@@ -116,7 +118,11 @@ static void lane_tile(const LaneProduct<C>& p, Index o, Index j, Index k, Index 
   const C* w[M];
   for (int m = 0; m < M; ++m) w[m] = p.w.at(o + m, k).data;
   const C* x = p.x + k * p.x_row + j;
+  const char* ahead = p.ahead ? p.ahead->take(depth) : nullptr;
+  const Index line = ahead ? 64 : 0;
+  if (!ahead) ahead = reinterpret_cast<const char*>(x);
   for (Index i = 0; i < depth; ++i, x += p.x_row) {
+    prefetch(ahead + i * line);
     Vec<C> xv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xv[v] = load(x + v * width<C>);

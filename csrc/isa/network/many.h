@@ -12,9 +12,10 @@ namespace hyperfast::HF_ISA {
 template <class C>
 struct Many {
   Index m;
-  Index row;  // elements from a column's values to the next one's
+  Index row;     // elements from a column's values to the next one's
+  Ahead* ahead;  // what products fetch on their way
 
-  explicit Many(Index m) : m(m), row(odd_lines<C>(m)) {}
+  Many(Index m, Ahead& ahead) : m(m), row(odd_lines<C>(m)), ahead(&ahead) {}
 
   Index size(Index columns) const { return row * columns; }
 
@@ -60,7 +61,7 @@ struct Many {
   // As Few has it; with `add`, g is what is added to.
   void differentiate(const Layer& l, const C* w, const C* grad, const C* x, C* g, C* next,
                      const C* slopes, bool add) const {
-    const LaneProduct<C> back{l.in, m, l.out, {w, 1, l.in}, nullptr, grad, row, next, row};
+    const LaneProduct<C> back{l.in, m, l.out, {w, 1, l.in}, nullptr, grad, row, next, row, ahead};
     if (next && slopes) multiply_lanes<C>(back, TimesSlopes<C>{{next, row}, slopes});
     if (next && !slopes) multiply_lanes<C>(back, Stored<C>{next, row});
     if (!g) return;
@@ -91,7 +92,7 @@ struct Many {
   }
 
   LaneProduct<C> product(const Layer& l, const LayerWeights<C, C>& p, const C* x, C* y) const {
-    return {l.out, m, l.in, {p.matrix, l.in, 1}, p.bias, x, row, y, row};
+    return {l.out, m, l.in, {p.matrix, l.in, 1}, p.bias, x, row, y, row, ahead};
   }
 
   template <Act kind>

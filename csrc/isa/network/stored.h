@@ -26,12 +26,12 @@ static void task_mlp_typed(const TaskMlp& p) {
                  const W* later = weights(piece(p.groups, i + distance).task);
                  for (Index k = 0; k < params; k += line) prefetch(later + k);
                }
-               const Index ahead = i + 1 < last ? weights(piece(p.groups, i + 1).task) - w : 0;
+               const Piece next = i + 1 < last ? piece(p.groups, i + 1) : Piece{q.task, 0, 0};
                const float* scales_and_biases =
                    p.scales_and_biases ? static_cast<const float*>(p.scales_and_biases) +
                                              q.task * p.scales_and_biases_task
                                        : nullptr;
-               run_piece<T, W>(rows, q, {w, scales_and_biases}, ahead);
+               run_piece<T, W>(rows, q, {w, scales_and_biases}, weights(next.task) - w, next);
              }
            });
 }

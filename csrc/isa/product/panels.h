@@ -47,7 +47,7 @@ struct Panels {
       C* const sum = data + j * depth + first * lanes<C>;
       (tail ? sweep<C, true>
             : sweep<C, false>)(count, int(ceil_div(nj, width<C>)), m, {a, 1, a_row}, b + j, b_row,
-                               tail, {sum, lanes<C>, 1}, {sum, lanes<C>, 1}, nj, nullptr);
+                               tail, {sum, lanes<C>, 1}, {sum, lanes<C>, 1}, nj, nullptr, 0);
     }
   }
   void add(Index m, const C* a, Index a_row, const C* b, Index b_row) const {

@@ -35,6 +35,7 @@ template <class C>
 using PairDot = std::conditional_t<has_pair_dot && std::is_same_v<C, float>, AddPairs, MultiplyAdd>;
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+static inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // What a tile computes: C = init + A B. In one struct, whose pointers move on from tile to tile: as
 // arguments the views would be written and read again for each, which waits for the stores.
@@ -150,17 +151,19 @@ constexpr Tile<C> pick(int vecs) {
 
 // Rows of A in steps of 6, then what is left in steps of 4, 2 and 1. Meanwhile a line of what
 // `ahead` points to is fetched at each step: by default, what follows the panel; of A, where its
-// columns lie lines apart, or where so narrow a panel makes A what is read most, its next six rows,
-// if they are as long as the panel is deep (65,536 x 256 from memory by 16 columns: 46 ms become
-// 32).
+// columns lie lines apart, or where so narrow a panel makes A what is read most, the rows so many
+// ahead, by default the next, if they are as long as the panel is deep (65,536 x 256 from memory by
+// 16 columns: 46 ms become 32).
 template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row,
-                  int tail, View<const C> init, View<C> c, int n, const C* ahead = nullptr) {
+                  int tail, View<const C> init, View<C> c, int n, const C* ahead = nullptr,
+                  Index rows_ahead = 0) {
   constexpr Index line = 64 / Index(sizeof(C));
   TileOf<C> t{depth, a, b, b_row, tail, init, c, n, ahead ? ahead : b + depth * b_row, line};
-  const bool apart = a.col > line, of_a = !ahead && (apart || (vecs == 1 && a.col == 1));
+  const bool apart = a.col > line, narrow = vecs == 1 || rows_ahead,
+             of_a = !ahead && (apart || (narrow && a.col == 1));
   if (of_a) {
-    t.ahead = apart ? a.at(0, 8).data : a.at(tile_rows, 0).data;
+    t.ahead = apart ? a.at(0, 8).data : a.at(rows_ahead ? rows_ahead : tile_rows, 0).data;
     t.ahead_step = apart ? a.col : tile_rows;
   }
   const auto steps = [&](int height, Tile<C> f) {
@@ -245,7 +248,7 @@ static void multiply(Index m, Index n, Index depth, View<const C> a, View<const 
         if (b.col == 1) {
           const int tail = nj % width<C>;
           (tail ? sweep<C, true> : sweep<C, false>)(m, vecs, dk, a.at(0, k), bk.data, b.row, tail,
-                                                    start, c.at(0, j), nj, nullptr);
+                                                    start, c.at(0, j), nj, nullptr, 0);
           start = {c.at(0, j).data, c.row, c.col};
           k += dk;
           continue;

@@ -106,6 +106,22 @@ def check_against_layers(args, net):
             within(*result)
 
 
+@pytest.mark.parametrize(
+    ("features", "row", "first"), [(8, 8, 0), (8, 10, 2), (8, 9, 0), (8, 8, 1), (9, 10, 0)]
+)
+@pytest.mark.parametrize("tasks", [7, 33, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_the_head_begin_anywhere(dtype, tasks, features, row, first):
+    """Those of bf16 are read in pairs where they can be; networks are made in strips of 32 by 48
+    parameters."""
+    net = text((5, 16, 3), "tanh")
+    args = random(net, tasks, 50, features, dtype, False, False)
+    storage = torch.full((first + args[2].shape[0] * row,), torch.nan, dtype=dtype)
+    head = storage[first:].view(-1, row)[:, :features]
+    args[2] = head.copy_(args[2])
+    check_against_layers(args, net)
+
+
 @pytest.mark.parametrize(("tasks", "rows"), [(47, 50), (19, 2050)])
 def test_more_networks_than_are_held_at_a_time(tasks, rows):
     """Of 54,450 parameters, in two blocks whose gradients add up; of more rows than a piece has,
