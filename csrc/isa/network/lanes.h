@@ -119,10 +119,8 @@ static void lane_tile(const LaneProduct<C>& p, Index o, Index j, Index k, Index 
   for (int m = 0; m < M; ++m) w[m] = p.w.at(o + m, k).data;
   const C* x = p.x + k * p.x_row + j;
   const char* ahead = p.ahead ? p.ahead->take(depth) : nullptr;
-  const Index line = ahead ? 64 : 0;
-  if (!ahead) ahead = reinterpret_cast<const char*>(x);
   for (Index i = 0; i < depth; ++i, x += p.x_row) {
-    prefetch(ahead + i * line);
+    if (ahead) prefetch(ahead + i * 64);
     Vec<C> xv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xv[v] = load(x + v * width<C>);
