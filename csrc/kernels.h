@@ -63,6 +63,32 @@ struct TaskLinear {
   Rows y;           // width out, col == 1
 };
 
+// A matrix of low rank a task, B_b A_b.
+struct LowRankCall {
+  Dtype dtype;  // f64 or f32
+  Groups groups;
+  Index out, in, rank;
+  TaskMatrix a, b;  // (rank, in), (out, rank)
+};
+
+// y[r] = init[r] + B_b A_b x[r] + bias_b.
+struct LowRank : LowRankCall {
+  Rows x;           // width in
+  TaskVector bias;  // width out
+  Rows init;        // width out, col == 1; data may be null (absent)
+  Rows y;           // width out, col == 1
+};
+
+// Its gradients; those that are null are not wanted. All are contiguous.
+struct LowRankGrad : LowRankCall {  // groups: with a piece for every task
+  Rows grad;                        // width out, col == 1
+  Rows x;                           // width in
+  Rows grad_x;                      // width in
+  void* grad_a;                     // (tasks, rank, in)
+  void* grad_b;                     // (tasks, out, rank)
+  void* grad_bias;                  // (tasks, out)
+};
+
 struct TaskLinearGradWeight {
   Dtype dtype;
   Groups groups;  // never cut: one piece a task, every task present
@@ -238,6 +264,8 @@ struct Kernels {
   bool matrix_unit, pairs;  // whether there is an instruction for pairs of bf16
   void (*task_linear)(const TaskLinear&);
   void (*task_linear_grad_weight)(const TaskLinearGradWeight&);
+  void (*low_rank)(const LowRank&);
+  void (*low_rank_grad)(const LowRankGrad&);
   void (*hyper_linear)(const HyperLinear&);
   void (*hyper_linear_grad)(const HyperLinearGrad&);
   void (*hyper_mlp)(const HyperMlp&);

@@ -129,6 +129,13 @@ PyObject* poison_memory(PyObject*, PyObject* on) {
   Py_RETURN_NONE;
 }
 
+PyObject* huge_pages(PyObject*, PyObject* args) {
+  unsigned long long address, bytes;
+  if (!PyArg_ParseTuple(args, "KK", &address, &bytes)) return nullptr;
+  ask_for_huge_pages(reinterpret_cast<void*>(std::uintptr_t(address)), bytes);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set whose kernels run in this process."},
     {"isas", isas, METH_NOARGS, "The instruction sets that can run on this machine, best first."},
@@ -142,6 +149,8 @@ PyMethodDef methods[] = {
     {"keeps", with_keywords(kept), METH_VARARGS | METH_KEYWORDS,
      "keeps(network, dtype, ragged, tasks, rows, features): whether a forward pass in training "
      "should keep its pre-activations."},
+    {"ask_for_huge_pages", huge_pages, METH_VARARGS,
+     "ask_for_huge_pages(address, bytes): for memory that nobody has touched yet."},
     {"poison_memory", poison_memory, METH_O,
      "poison_memory(on): for tests, whether results and scratch memory start as NaN."},
     {nullptr, nullptr, 0, nullptr},

@@ -10,6 +10,9 @@ namespace hyperfast {
 // piece.
 constexpr Index given_piece = 512, generated_piece = 2048, whole = INT64_MAX;
 
+// Rows of a task between the factors of a matrix of low rank, which stay in the second-level cache.
+constexpr Index low_rank_piece = 128;
+
 // Weights of networks that run whole are made for a block of tasks at a time: the head and its
 // gradient, which lie in memory, are read for many. With twice as many, their own way to and from
 // the caches takes longer.

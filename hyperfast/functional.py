@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +26,7 @@ from hyperfast.layout import (
 )
 from hyperfast.ops import backends, layer, network, sharding
 from hyperfast.ops import trunk as trunk_ops
+from hyperfast.ops.low_rank import run as run_low_rank
 from hyperfast.ops.orders import degrees, project, sum_by_destination, sum_rows
 from hyperfast.plans import cpu, orders
 from hyperfast.plans.sizes import PLANS, Sizes
@@ -72,6 +73,41 @@ def task_linear(
     x = _for_all(x, tasks, task_ids)
     checks.check_rows(x, ins, tasks, task_ids, "weight")
     return _run("task_linear", x, (weight, bias), task_ids)
+
+
+def low_rank_linear(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    task_ids: Tensor | None,
+    base: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """:func:`task_linear` by ``a (B, rank, in)``, then by ``b (B, out, rank)`` and ``bias``, plus
+    what the base makes of ``x`` for all tasks; in one op of the CPU where it takes them."""
+    if (
+        torch.compiler.is_compiling()
+        or checks.is_transformed()
+        or torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
+        or backends.forced not in (None, "cpp")
+        or cpu.EXTENSION is None
+        or not backends.fit_for_cpu((a, x, b, bias))
+    ):
+        y = task_linear(task_linear(x, a, None, task_ids), b, bias, task_ids)
+        return y if base is None else y + base(x)
+    tasks, _, ins = a.shape
+    rows = _for_all(x, tasks, task_ids)
+    checks.check_rows(rows, ins, tasks, task_ids, "weight")
+    shared = None if base is None else base(x)
+    init = None
+    if type(shared) is Tensor and checks.is_plain(shared, x):  # a base may return anything
+        wanted = torch.Size((*rows.shape[:-1], b.shape[1]))
+        init, shared = shared if shared.shape == wanted else shared.expand(wanted), None
+    if single := rows.ndim == 2 and task_ids is None:
+        rows, init = rows.unsqueeze(1), None if init is None else init.unsqueeze(1)
+    y = run_low_rank(rows, a, b, bias, init, task_ids)
+    y = y.squeeze(1) if single else y
+    return y if shared is None else y + shared
 
 
 def hyper_linear(

@@ -1,5 +1,6 @@
 // One build of the kernels. setup.py compiles this file once for every instruction set, each into
 // the namespace HF_ISA; dispatch.cpp chooses between the tables.
+#include "isa/layer/low_rank.h"
 #include "isa/layer/task.h"
 #include "isa/lstm/backward.h"
 #include "isa/lstm/forward.h"
@@ -20,6 +21,8 @@ const Kernels table = {
     has_pair_dot,
     task_linear,
     task_linear_grad_weight,
+    low_rank,
+    low_rank_grad,
     hyper_linear,
     hyper_linear_grad,
     hyper_mlp,

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from hyperfast.plans import cpu
+
 Columns: TypeAlias = tuple[Tensor, ...]
 
 # Below so many bytes in memory, growth copies all rows into one segment: a copy of 32 MB takes
@@ -158,7 +160,7 @@ class Store:
 
     def _empty(self, slots: int) -> Columns:
         return tuple(
-            torch.empty(slots, width, dtype=dtype, device=self.device)
+            cpu.in_huge_pages(torch.empty(slots, width, dtype=dtype, device=self.device))
             for width, dtype in self.columns
         )
 

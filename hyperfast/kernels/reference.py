@@ -31,6 +31,20 @@ def task_linear(
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
+def low_rank(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    init: Tensor | None = None,
+    task_ids: Tensor | None = None,
+) -> Tensor:
+    """``y[r] = init[r] + b[b(r)] @ a[b(r)] @ x[r] + bias[b(r)]``; ``a (B, K, I)``, ``b (B, O, K)``,
+    ``bias (B, O)``, and ``init`` shaped as ``y``."""
+    y = task_linear(task_linear(x, a, None, task_ids), b, bias, task_ids)
+    return y if init is None else init + y
+
+
 def task_linear_grad_weight(grad: Tensor, x: Tensor, task_ids: Tensor | None, tasks: int) -> Tensor:
     """``(B, O, I)``: the sum over the rows ``r`` of task ``b`` of ``grad[r, o] * x[r, i]``."""
     if task_ids is None:

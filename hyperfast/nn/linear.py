@@ -13,6 +13,7 @@ from hyperfast.functional import (
     check_reduction,
     destinations,
     hyper_linear,
+    low_rank_linear,
     task_linear,
 )
 from hyperfast.layout import Transform, boolean, positive
@@ -313,12 +314,12 @@ class TaskLinear(nn.Module):
             TypeError: dtypes that disagree, ids that are not int64.
             IndexError: a task out of range.
         """
-        *first, last = self.matrices
-        checks.check_like_weight(last, "the layer", x=x)
-        y = x
-        for matrix in first:
-            y = task_linear(y, matrix, None, task_ids)
-        y = task_linear(y, last, self.bias, task_ids)
+        if self.rank is not None:
+            a, b = self.weight_a, self.weight_b
+            checks.check_like_weight(b, "the layer", x=x)
+            return low_rank_linear(x, a, b, self.bias, task_ids, self.base)
+        checks.check_like_weight(self.weight, "the layer", x=x)
+        y = task_linear(x, self.weight, self.bias, task_ids)
         return y if self.base is None else y + self.base(x)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from hyperfast.ops.layer import (
     task_linear,
     task_linear_grad_weight,
 )
+from hyperfast.ops.low_rank import low_rank, low_rank_backward
 from hyperfast.ops.mixer import mixer, mixer_backward
 from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp, task_mlp_backward
 from hyperfast.ops.trunk import trunk_mlp, trunk_mlp_backward
@@ -23,6 +24,8 @@ __all__ = [
     "hyper_lstm_backward",
     "hyper_mlp",
     "hyper_mlp_backward",
+    "low_rank",
+    "low_rank_backward",
     "mixer",
     "mixer_backward",
     "task_linear",

@@ -29,10 +29,23 @@ template <class C, class T>
 static inline void turn_block(int rows, int columns, const T* src, Index src_row, C* dst,
                               Index dst_row) {
   constexpr int w = width<C>;
-  Vec<C> block[w] = {};
+  Vec<C> block[w];
   if constexpr (std::is_same_v<C, T>) {
+    if (2 * columns <= w && rows == w) {  // 32 shuffles instead of 64
+      Vec<C> half[w / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < w / 2; ++i)
+        half[i] = low_halves<C>(load_part(src + i * src_row, columns),
+                                load_part(src + (i + w / 2) * src_row, columns),
+                                std::make_integer_sequence<int, w>{});
+      transpose_halves<C>(half);
+      for (int i = 0; i < columns; ++i) store(dst + i * dst_row, half[i]);
+      return;
+    }
     if (rows < w || columns < w) {
-      for (int i = 0; i < rows; ++i) block[i] = load_part(src + i * src_row, columns);
+#pragma GCC unroll 16
+      for (int i = 0; i < w; ++i)
+        block[i] = i < rows ? load_part(src + i * src_row, columns) : Vec<C>{};
       transpose<C>(block);
       for (int i = 0; i < columns; ++i) store_part(dst + i * dst_row, block[i], rows);
       return;

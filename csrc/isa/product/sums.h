@@ -7,13 +7,14 @@
 
 namespace hyperfast::HF_ISA {
 
-// M rows of a by N of b, M N = width<C>, of which m and n are there: y [+]= a b^T.
-template <int N, class C>
-static void dot_tile(Index m, Index n, Index depth, View<const C> a, View<const C> b, bool add,
+// M rows of a by N of b, M N = width<C>, of which m and n are there: y [+]= a b^T. Rows of a begin
+// where row(i) says.
+template <int N, class C, class Row>
+static void dot_tile(Index m, Index n, Index depth, const Row& row, View<const C> b, bool add,
                      View<C> y) {
   constexpr int w = width<C>, M = w / N;
   const C *rows_a[M], *rows_b[N];
-  for (int i = 0; i < M; ++i) rows_a[i] = a.data + min(i, m - 1) * a.row;
+  for (int i = 0; i < M; ++i) rows_a[i] = row(min(i, m - 1));
   for (int j = 0; j < N; ++j) rows_b[j] = b.data + min(j, n - 1) * b.row;
   Vec<C> acc[w] = {};
   const auto step = [&](const auto& read) {
@@ -40,13 +41,15 @@ static void dot_tile(Index m, Index n, Index depth, View<const C> a, View<const 
 }
 
 // y (m, n) [+]= a b^T, along rows of a and b whose elements lie side by side.
-template <int N, class C>
-static void dot_tiles(Index m, Index n, Index depth, View<const C> a, View<const C> b, bool add,
+template <int N, class C, class Row>
+static void dot_tiles(Index m, Index n, Index depth, const Row& row, View<const C> b, bool add,
                       View<C> y) {
   constexpr Index M = width<C> / N;
   for (Index i = 0; i < m; i += M)
     for (Index j = 0; j < n; j += N)
-      dot_tile<N, C>(min(M, m - i), min(N, n - j), depth, a.at(i, 0), b.at(j, 0), add, y.at(i, j));
+      dot_tile<N, C>(
+          min(M, m - i), min(N, n - j), depth, [&](Index r) { return row(i + r); }, b.at(j, 0), add,
+          y.at(i, j));
 }
 
 // The fewest tiles that hold m x n sums, and of how many columns each is; of as many, the squarest.
@@ -75,12 +78,12 @@ struct DotShape {
   }
 };
 
-template <class C>
-static void dot_tiles(DotShape shape, Index m, Index n, Index depth, View<const C> a,
+template <class C, class Row>
+static void dot_tiles(DotShape shape, Index m, Index n, Index depth, const Row& row,
                       View<const C> b, bool add, View<C> y) {
   const auto with = [&](auto columns) {
     constexpr int N = decltype(columns)::value;
-    if constexpr (N <= width<C>) dot_tiles<N, C>(m, n, depth, a, b, add, y);
+    if constexpr (N <= width<C>) dot_tiles<N, C>(m, n, depth, row, b, add, y);
   };
   switch (shape.columns) {
     case 1: return with(std::integral_constant<int, 1>{});
@@ -89,6 +92,12 @@ static void dot_tiles(DotShape shape, Index m, Index n, Index depth, View<const 
     case 8: return with(std::integral_constant<int, 8>{});
     default: return with(std::integral_constant<int, 16>{});
   }
+}
+
+template <class C>
+static void dot_tiles(DotShape shape, Index m, Index n, Index depth, View<const C> a,
+                      View<const C> b, bool add, View<C> y) {
+  dot_tiles<C>(shape, m, n, depth, [&](Index i) { return a.data + i * a.row; }, b, add, y);
 }
 
 // y (n) [+]= the sums of n rows of a, each of `depth` elements side by side.

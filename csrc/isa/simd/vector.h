@@ -125,6 +125,24 @@ static inline void transpose(Vec<T> (&rows)[width<T>]) {
   }
 }
 
+// The first halves of a and b, side by side.
+template <class T, int... I>
+static inline Vec<T> low_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int w = width<T>;
+  return __builtin_shufflevector(a, b, (I < w / 2 ? I : I + w / 2)...);
+}
+// Both squares that lie side by side in half as many vectors as have lanes.
+template <class T, int Half = width<T> / 4>
+static inline void transpose_halves(Vec<T> (&rows)[width<T> / 2]) {
+  if constexpr (Half > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width<T> / 2; ++i)
+      if (!(i & Half))
+        exchange<Half, T>(rows[i], rows[i + Half], std::make_integer_sequence<int, width<T>>{});
+    transpose_halves<T, Half / 2>(rows);
+  }
+}
+
 // The sums of the lanes of each of `width` vectors, side by side: by halves, all at once, which
 // takes less than a third of one after another.
 template <class T, int Half = width<T> / 2>

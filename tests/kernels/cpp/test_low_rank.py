@@ -1,0 +1,225 @@
+"""Layers of low rank, one op each way, against the specification differentiated by autograd."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from hyperfast import TaskLinear
+from hyperfast.kernels import reference
+from hyperfast.ops import low_rank, low_rank_backward
+from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
+from tests.kernels.cpp.test_layers import mix, strided
+from tests.support.budget import assert_as_good, close, norm
+from tests.support.draw import draw
+
+pytestmark = [
+    pytest.mark.skipif(EXTENSION is None, reason=EXTENSION_ERROR or "built"),
+    pytest.mark.usefixtures("nan_poison"),
+]
+
+SIZES = [  # tasks, rows, in, out, rank
+    (1, 1, 1, 1, 1),
+    (3, 2, 17, 63, 1),
+    (5, 7, 129, 33, 3),
+    (4, 8, 64, 65, 8),
+    (6, 9, 100, 40, 9),
+    (2, 5, 65, 130, 63),
+    (3, 130, 31, 20, 8),  # pieces of one task, whose columns threads share
+    (2, 300, 200, 3, 4),
+    (0, 3, 4, 5, 2),
+    (3, 0, 4, 5, 2),
+    (3, 2, 0, 5, 2),
+    (3, 2, 4, 0, 2),
+]
+rand = partial(draw, seed=0)
+
+
+def problem(size, ragged, how="plain", dtype=torch.float64):
+    """grad, and x, a, b, bias, init, task_ids; the last task, of several, names no row."""
+    tasks, rows, ins, outs, rank = size
+    ids = mix(rows, tasks)[0].clamp(max=max(tasks - 2, 0)) if ragged else None
+    lead = (tasks * rows,) if ragged else (tasks, rows)
+    shapes = (*lead, outs), (*lead, ins), (tasks, rank, ins), (tasks, outs, rank), (tasks, outs)
+    made = [rand(*s, seed=n, dtype=dtype) for n, s in enumerate((*shapes, shapes[0]))]
+    grad, x, a, b, bias, init = (strided(t, how) for t in made)
+    return grad, (x, a, b, bias, init, ids)
+
+
+def specified(grad, args):
+    """The value, and the gradients of x, a, b and bias."""
+    leaves = [t.detach().requires_grad_() for t in args[:4]]
+    y = reference.low_rank(*leaves, *args[4:])
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def by_ops(grad, args):
+    x, a, b, _, _, ids = args
+    return [low_rank(*args), *low_rank_backward(grad, x, a, b, ids, [True] * 4)]
+
+
+@pytest.mark.parametrize("how", ["plain", "transposed", "gaps", "outer gaps"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_value_and_gradients(size, ragged, how):
+    grad, args = problem(size, ragged, how)
+    close(by_ops(grad, args), specified(grad, args))
+    x, a, b, _, init, ids = args
+    close(low_rank(x, a, b, None, init, ids), reference.low_rank(x, a, b, None, init, ids))
+    close(low_rank(x, a, b, None, None, ids), reference.low_rank(x, a, b, None, None, ids))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize("size", SIZES[:8], ids=str)
+def test_float32_is_as_good_as_pytorch(size, ragged):
+    grad, args = problem(size, ragged)
+    single = [None if t is None or t.dtype == torch.int64 else t.float() for t in args[:5]]
+    single = [*single, args[5]]
+    found, plain = by_ops(grad.float(), single), specified(grad.float(), single)
+    wide = [t if t is None or t.dtype == torch.int64 else t.double() for t in single]
+    for ours, theirs, true in zip(
+        found, plain, specified(grad.float().double(), wide), strict=True
+    ):
+        assert_as_good(ours, theirs, true)
+    assert norm(found[0].double()) > 0
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_what_is_not_wanted_is_empty(at):
+    grad, (x, a, b, _, _, ids) = problem(SIZES[6], True)
+    mask = [n == at for n in range(4)]
+    some = low_rank_backward(grad, x, a, b, ids, mask)
+    every = low_rank_backward(grad, x, a, b, ids, [True] * 4)
+    for part, whole, wanted in zip(some, every, mask, strict=True):
+        assert torch.equal(part, whole if wanted else x.new_empty(0))
+
+
+def test_rows_that_all_tasks_share_and_one_init_for_all():
+    grad, (x, a, b, bias, init, _) = problem(SIZES[3], False)
+    x, init = x[:1].expand_as(x), init[:1].expand_as(init)
+    close(by_ops(grad, (x, a, b, bias, init, None)), specified(grad, (x, a, b, bias, init, None)))
+
+
+def test_a_result_does_not_depend_on_the_number_of_threads():
+    grad, args = problem((7, 150, 70, 90, 5), True)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(by_ops(grad, args))
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_fake_kernels_and_schemas():
+    grad, args = problem(SIZES[3], True)
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(low_rank, args, test_utils=checks)
+    x, a, b, _, _, ids = args
+    for mask in ([True] * 4, [False, True, False, True]):
+        torch.library.opcheck(low_rank_backward, (grad, x, a, b, ids, mask), test_utils=checks)
+
+
+X, A, B = torch.randn(4, 5), torch.randn(3, 2, 5), torch.randn(3, 6, 2)
+IDS = torch.tensor([0, 2, 2, 1])
+BAD = {
+    "rank of a": (r"a must have shape \(B, rank, in\)", {"a": A[0]}),
+    "rank of b": (r"b must have shape \(B, out, rank\)", {"b": B[0]}),
+    "rank of x": (r"x must have shape \(R, columns\)", {"x": X[None]}),
+    "columns": (r"x.size\(-1\) must be 5 \(in", {"x": X[:, 1:]}),
+    "tasks": (r"b.size\(0\) must be 3 \(the tasks of a", {"b": B[1:]}),
+    "rank": (r"b.size\(2\) must be 2 \(the rank of a", {"b": B[..., 1:]}),
+    "dtype of a": ("a must have the dtype of x", {"a": A.double()}),
+    "half": ("x must have dtype float64 or float32, got float16", {"x": X.half()}),
+    "outputs of bias": (r"bias.size\(1\) must be 6", {"bias": torch.randn(3, 5)}),
+    "rows of init": ("init must have as many rows as x", {"init": torch.randn(3, 6)}),
+    "outputs of init": (r"init.size\(-1\) must be 6", {"init": torch.randn(4, 5)}),
+    "dtype of init": ("init must have the dtype of x", {"init": torch.randn(4, 6).double()}),
+    "ids": (r"task_ids.size\(0\) must be 4", {"ids": IDS[1:]}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    """No read beyond what was given is possible."""
+    message, changed = BAD[name]
+    given = {"x": X, "a": A, "b": B, "bias": None, "init": None, "ids": IDS} | changed
+    with pytest.raises(ValueError, match=message):
+        low_rank(*given.values())
+
+
+def test_bad_input_of_the_way_back():
+    grad = torch.randn(4, 6)
+    for bad in (grad[1:], grad[:, 1:], grad.double()):
+        with pytest.raises(ValueError, match="grad"):
+            low_rank_backward(bad, X, A, B, IDS, [True] * 4)
+    with pytest.raises(ValueError, match="output_mask must have 4 entries, got 3"):
+        low_rank_backward(grad, X, A, B, IDS, [True] * 3)
+    with pytest.raises(IndexError, match=r"task_ids must be in \[0, 3\), got 3"):
+        low_rank_backward(grad, X, A, B, IDS + 1, [True] * 4)
+
+
+class Doubled(nn.Linear):
+    """A base that is more than a product."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def layer_by_hand(layer, x, ids):
+    """The same from ops that know every transform."""
+    y = reference.low_rank(x, layer.weight_a, layer.weight_b, layer.bias, None, ids)
+    return y if layer.base is None else y + layer.base(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("base", [None, nn.Linear, Doubled])
+@pytest.mark.parametrize("shape", [(12, 7), (5, 7), (5, 3, 7), (1, 3, 7)], ids=str)
+def test_a_layer_and_its_second_derivatives(shape, base, frozen):
+    made = None if base is None else base(7, 6).double().requires_grad_(not frozen)
+    layer = TaskLinear(5, 7, 6, rank=3, base=made, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = draw(*shape, grad=True)
+    ids = torch.arange(12) % 4 if shape == (12, 7) else None
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def derivatives(f):
+        y = f()
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        total = sum(g.sin().sum() for g in first)
+        return [y, *first, *torch.autograd.grad(total, leaves)]
+
+    def by_hand():
+        rows = x.unsqueeze(1) if ids is None and x.ndim == 2 else x
+        y = layer_by_hand(layer, rows.expand(5, -1, -1) if ids is None else rows, ids)
+        return y.squeeze(1) if ids is None and x.ndim == 2 else y
+
+    close(derivatives(lambda: layer(x, ids)), derivatives(by_hand))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")
+def test_a_layer_under_transforms_and_autocast():
+    layer = TaskLinear(5, 7, 6, rank=3, base=True, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, ids = draw(12, 7), torch.arange(12) % 5
+    close(
+        torch.vmap(lambda x: layer(x, ids))(torch.stack([x, 2 * x])),
+        torch.stack([layer(x, ids), layer(2 * x, ids)]),
+    )
+    close(
+        torch.func.jvp(lambda x: layer(x, ids), (x,), (x,))[1],
+        torch.autograd.functional.jvp(lambda x: layer_by_hand(layer, x, ids), x, x)[1],
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer.float()(x.float(), ids)
+    assert y.dtype == torch.bfloat16
+
+
+def test_one_op_each_way():
+    layer = TaskLinear(5, 7, 6, rank=3, base=True)
+    with torch.profiler.profile() as profile:
+        layer(torch.randn(12, 7), torch.arange(12) % 5).sum().backward()
+    names = [e.name for e in profile.events() if e.name.startswith("hyperfast::")]
+    assert names == ["hyperfast::low_rank", "hyperfast::low_rank_backward"]
