@@ -118,7 +118,7 @@ static void generate(const Slices<C>& s, const Slice& c, Index tasks, const C* h
     (s.pairs ? sweep_deep<C, PairDot<C>>
              : sweep_deep<C, MultiplyAdd>)(tasks, vecs, s.depth, {h, s.depth, 1},
                                            packed + f * s.depth, {}, {weights + f, s.row, 1},
-                                           vecs * width<C>);
+                                           vecs * width<C>, nullptr);
   }
 }
 

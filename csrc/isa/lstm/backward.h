@@ -41,7 +41,7 @@ struct BackwardSpace {
         dmade(space.take(rows * wide)),
         d(space.take(scaled_rows * 8 * p.hidden)),
         y(space.take(scaled_rows * 4 * p.hidden)),
-        more(space.take(6 * max(p.hidden, p.hyper))),
+        more(space.take(5 * max(p.hidden, p.hyper))),
         main(space, p.hidden),
         hyper(space, p.hyper) {}
 };
@@ -105,7 +105,7 @@ struct BackwardChunk {
     row += i;
     const C* const made = p.made + row * wide;
     C *const z = s.z + i * 12 * n, *const dz = s.dz + i * 12 * n;
-    chunk.scale(m, made, z, s.d, s.y);
+    chunk.scale(m, made, z, s.d, s.y, made);
     s.main.clear();
     for (Index r = 0; r < m; ++r) {
       const Index at = (i + r) * H;

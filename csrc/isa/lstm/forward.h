@@ -39,14 +39,14 @@ struct ForwardPanels : ScalePanels<C> {
 
 template <class C>
 struct ForwardSpace {
-  C *z, *d, *y, *gates, *made;
+  C *z, *d, *y, *more, *made;
   C *c, *hyper_h, *hyper_c;
 
   ForwardSpace(Arena<C>& space, const HyperLstm<C>& p, Index rows)
       : z(space.take(rows * 12 * p.embedding)),
         d(space.take(scaled_rows * 8 * p.hidden)),
         y(space.take(scaled_rows * 4 * p.hidden)),
-        gates(space.take(4 * max(p.hidden, p.hyper))),
+        more(space.take(max(p.hidden, p.hyper))),
         made(space.take(p.made ? 0 : rows * p.made_width())),
         c(space.take(rows * p.hidden)),
         hyper_h(space.take(rows * p.hyper)),
@@ -76,7 +76,7 @@ static void run_chunk(const HyperLstm<C>& p, const ForwardPanels<C>& w, Index fi
     w.hyper_of_h.multiply(m, h, so_far, {hyper, wide, 1});
     w.hyper_hh.multiply(m, {before.hyper_h, E, 1}, so_far, {hyper, wide, 1});
     for (Index r = 0; r < m; ++r)
-      chunk.hyper().step(hyper + r * wide, nullptr, before.hyper_c + r * E, s.gates,
+      chunk.hyper().step(hyper + r * wide, nullptr, before.hyper_c + r * E, s.more,
                          after.hyper_c + r * E, after.hyper_h + r * E);
     chunk.embed(m, after.hyper_h, s.z);
     for (Index r = 0; r < m; ++r) {
@@ -84,7 +84,7 @@ static void run_chunk(const HyperLstm<C>& p, const ForwardPanels<C>& w, Index fi
       if (in_block == 0)
         chunk.scale(min(scaled_rows, m - r), made + r * wide, s.z + r * 12 * p.embedding, s.d, s.y);
       chunk.main().step(s.y + in_block * 4 * H, p.keep ? p.keep + (row + r) * H : nullptr,
-                        before.c + r * H, s.gates, after.c + r * H, after.h + r * H);
+                        before.c + r * H, s.more, after.c + r * H, after.h + r * H);
     }
     if (next < m)
       copy_state<C>(m - next, H, E, after.from(next, H, E), p.ends.from(first + next, H, E));

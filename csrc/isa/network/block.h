@@ -104,6 +104,7 @@ static void generate_in_lanes(const NetworkBlock<T>& b, Index q, Index count, co
   constexpr Index strip = networks_strip<C>, line = 64 / Index(sizeof(C));
   const Index depth = b.depth(), step = depth_block * lanes<C> / strip;
   const View<const C> head = head_rows(b, q, count);
+  const C* const next = head.at(parameters_strip, 0).data;
   C made[parameters_strip * strip];
   for (Index u = 0; u < b.n; u += strip, h += strip * depth) {
     const Index n = min(strip, b.n - u), row = round_up(n, width<C>);
@@ -113,8 +114,8 @@ static void generate_in_lanes(const NetworkBlock<T>& b, Index q, Index count, co
     Index k = 0;
     do {
       sweep<C, false, Step>(count, int(row / width<C>), min(step, depth - k), head.at(0, k),
-                            h + k * strip, strip, 0, init, {made, strip, 1}, int(row), nullptr,
-                            parameters_strip);
+                            h + k * strip, strip, 0, init, {made, strip, 1}, int(row),
+                            next + k * parameters_strip, tile_rows);
       init = {made, strip, 1};
       k += step;
     } while (k < depth);
@@ -157,14 +158,14 @@ template <class T, class F>
 static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index rows,
                          const F& body) {
   const Index work = max(rows * b.params, 1);
-  // A thread makes small ones itself, of so many that to pack the head for them takes little: the
-  // head of a network may have no more panels than there are threads, or 3 for two of them.
+  // A thread makes small ones itself, a strip of lanes at least.
+  constexpr Index strip = networks_strip<Acc<T>>;
   const Index share = ceil_div(b.n, thread_count());
-  if (!small_networks(b) || share < 4 * tile_rows) {
+  if (!small_networks(b) || share < strip) {
     generate_networks<T>(b, from, w);
     return parallel(b.n * b.each, max(parallel_work / work, 1), body);
   }
-  const Index some = round_up(share, tile_rows);
+  const Index some = round_up(share, strip);
   parallel(ceil_div(b.n, some), max(parallel_work / (some * (work + b.params * b.p.features)), 1),
            [&](Index begin, Index end) {
              const Index first = begin * some, last = min(end * some, b.n);

@@ -13,6 +13,9 @@ constexpr int tile_vecs = many_registers ? 4 : 2;
 template <class C>
 constexpr Index lanes = tile_vecs * width<C>;
 
+template <class C>
+constexpr Index line = 64 / Index(sizeof(C));
+
 // Depth of a panel of B that stays in the first-level cache: 160 * 64 lanes * 4 bytes = 40 of 48
 // KiB.
 constexpr Index depth_block = 160;
@@ -151,19 +154,17 @@ constexpr Tile<C> pick(int vecs) {
 
 // Rows of A in steps of 6, then what is left in steps of 4, 2 and 1. Meanwhile a line of what
 // `ahead` points to is fetched at each step: by default, what follows the panel; of A, where its
-// columns lie lines apart, or where so narrow a panel makes A what is read most, the rows so many
-// ahead, by default the next, if they are as long as the panel is deep (65,536 x 256 from memory by
-// 16 columns: 46 ms become 32).
+// columns lie lines apart, or where so narrow a panel makes A what is read most, its next six rows,
+// if they are as long as the panel is deep (65,536 x 256 from memory by 16 columns: 46 ms become
+// 32).
 template <class C, bool Tail, class Step = MultiplyAdd>
 static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, Index b_row,
                   int tail, View<const C> init, View<C> c, int n, const C* ahead = nullptr,
-                  Index rows_ahead = 0) {
-  constexpr Index line = 64 / Index(sizeof(C));
-  TileOf<C> t{depth, a, b, b_row, tail, init, c, n, ahead ? ahead : b + depth * b_row, line};
-  const bool apart = a.col > line, narrow = vecs == 1 || rows_ahead,
-             of_a = !ahead && (apart || (narrow && a.col == 1));
+                  Index ahead_step = line<C>) {
+  TileOf<C> t{depth, a, b, b_row, tail, init, c, n, ahead ? ahead : b + depth * b_row, ahead_step};
+  const bool apart = a.col > line<C>, of_a = !ahead && (apart || (vecs == 1 && a.col == 1));
   if (of_a) {
-    t.ahead = apart ? a.at(0, 8).data : a.at(rows_ahead ? rows_ahead : tile_rows, 0).data;
+    t.ahead = apart ? a.at(0, 8).data : a.at(tile_rows, 0).data;
     t.ahead_step = apart ? a.col : tile_rows;
   }
   const auto steps = [&](int height, Tile<C> f) {
@@ -172,7 +173,7 @@ static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, I
       t.a.data += height * a.row;
       if (init.data) t.init.data += height * init.row;
       t.c.data += height * c.row;
-      t.ahead += of_a ? height * a.row : depth * line;
+      t.ahead += of_a ? height * a.row : depth * ahead_step;
     }
   };
   steps(6, pick<C, Tail, Step, 6>(vecs));
@@ -185,11 +186,12 @@ static void sweep(Index m, int vecs, Index depth, View<const C> a, const C* b, I
 // The same where B is one packed panel, of any depth.
 template <class C, class Step = MultiplyAdd>
 static void sweep_deep(Index m, int vecs, Index depth, View<const C> a, const C* panel,
-                       View<const C> init, View<C> c, int n) {
+                       View<const C> init, View<C> c, int n, const C* ahead = nullptr) {
   Index k = 0;
   do {
     const Index dk = min(depth_block, depth - k);
-    sweep<C, false, Step>(m, vecs, dk, a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, init, c, n);
+    sweep<C, false, Step>(m, vecs, dk, a.at(0, k), panel + k * lanes<C>, lanes<C>, 0, init, c, n,
+                          ahead);
     init = {c.data, c.row, c.col};
     k += dk;
   } while (k < depth);
@@ -248,7 +250,7 @@ static void multiply(Index m, Index n, Index depth, View<const C> a, View<const 
         if (b.col == 1) {
           const int tail = nj % width<C>;
           (tail ? sweep<C, true> : sweep<C, false>)(m, vecs, dk, a.at(0, k), bk.data, b.row, tail,
-                                                    start, c.at(0, j), nj, nullptr, 0);
+                                                    start, c.at(0, j), nj, nullptr, line<C>);
           start = {c.at(0, j).data, c.row, c.col};
           k += dk;
           continue;

@@ -49,10 +49,17 @@ static inline Exact exactly(VecF x, const F& f) {
   return {bit_cast<VecF>(high), bit_cast<VecF>(low)};
 }
 
+#ifndef __AVX512F__
+// v times 2^n, n whole: in two steps, as 2^n alone may overflow or be subnormal.
+static inline VecF times_power(VecF v, VecF n) {
+  const VecI steps = __builtin_convertvector(n, VecI), half = steps >> 1;
+  return v * bits_to_float((half + 127) << 23) * bits_to_float((steps - half + 127) << 23);
+}
+#endif
+
 // e^x = 2^n (1 + tail) with |r| <= ln(2) / 2.
 struct Exponential {
-  VecI n;
-  VecF tail;
+  VecF n, tail;
 
   explicit Exponential(VecF x) : Exponential(x, [](VecF r) { return r; }) {}
   explicit Exponential(Exact x) : Exponential(x.high, [=](VecF r) { return r + x.low; }) {}
@@ -62,7 +69,7 @@ struct Exponential {
     x = select(x > 89.f, broadcast(89), x);  // beyond: infinity, and 0
     x = select(x < -104.f, broadcast(-104), x);
     const Rounded k(x * 1.44269504088896341f);
-    n = k.steps;
+    n = k.rounded;
     const VecF r = correct(x - k.rounded * 0.693359375f - k.rounded * -2.12194440e-4f);
     VecF p = 1.9875691500e-4f * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -72,11 +79,8 @@ struct Exponential {
     tail = p * r * r + r;
   }
 
-  VecF value() const {  // in two steps, as 2^n alone may overflow or be subnormal
-    const VecI half = n >> 1;
-    return (tail + 1.f) * bits_to_float((half + 127) << 23) * bits_to_float((n - half + 127) << 23);
-  }
-  VecF minus_one() const { return select(n == 0, tail, value() - 1.f); }
+  VecF value() const { return times_power(tail + 1.f, n); }
+  VecF minus_one() const { return select(n == 0.f, tail, value() - 1.f); }
 };
 
 // Sine and cosine, |x| <= 8192: pi in three parts, of which the products of the first two with the

@@ -18,6 +18,7 @@ static inline void each_vector(Index n, const F& body) {
 template <class T>
 static inline Vec<Acc<T>> get(const T* p, int count) {
   if (count == width<Acc<T>>) return load_wide(p);
+  if constexpr (std::is_same_v<T, Acc<T>>) return load_part(p, count);
   Vec<Acc<T>> v{};
   for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
   return v;
@@ -26,6 +27,7 @@ static inline Vec<Acc<T>> get(const T* p, int count) {
 template <class T>
 static inline void put(T* p, Vec<Acc<T>> v, int count) {
   if (count == width<Acc<T>>) return store_narrow(p, v);
+  if constexpr (std::is_same_v<T, Acc<T>>) return store_part(p, v, count);
   for (int i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
 }
 

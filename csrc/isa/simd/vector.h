@@ -52,7 +52,7 @@ static inline void store(T* p, Vec<T> v) {
 template <class T>
 static inline Vec<T> load_part(const T* p, int n) {
   T buffer[width<T>] = {};
-  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  for (int i = 0; i < n && i < width<T>; ++i) buffer[i] = p[i];  // the bound is for GCC's warnings
   return load(buffer);
 }
 template <class T>

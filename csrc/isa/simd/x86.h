@@ -60,6 +60,11 @@ inline void store_narrow<bf16>(bf16* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(all));
 }
 
+// v times 2^n, n whole.
+static inline Vec<float> times_power(Vec<float> v, Vec<float> n) {
+  return Vec<float>(_mm512_scalef_ps(__m512(v), __m512(n)));
+}
+
 static inline bool any(VecI mask) {
   return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
 }
