@@ -82,9 +82,11 @@ def low_rank_linear(
     bias: Tensor | None,
     task_ids: Tensor | None,
     base: Callable[[Tensor], Tensor] | None,
+    plain: bool,
 ) -> Tensor:
     """:func:`task_linear` by ``a (B, rank, in)``, then by ``b (B, out, rank)`` and ``bias``, plus
-    what the base makes of ``x`` for all tasks; in one op of the CPU where it takes them."""
+    what the base makes of ``x`` for all tasks; in one op of the CPU where it takes them. ``plain``:
+    the base is ``F.linear``, and nobody else sees what it returns."""
     if (
         torch.compiler.is_compiling()
         or checks.is_transformed()
@@ -99,13 +101,14 @@ def low_rank_linear(
     rows = _for_all(x, tasks, task_ids)
     checks.check_rows(rows, ins, tasks, task_ids, "weight")
     shared = None if base is None else base(x)
-    init = None
+    init, spent = None, False
     if type(shared) is Tensor and checks.is_plain(shared, x):  # a base may return anything
         wanted = torch.Size((*rows.shape[:-1], b.shape[1]))
+        spent = plain and shared.shape == wanted
         init, shared = shared if shared.shape == wanted else shared.expand(wanted), None
     if single := rows.ndim == 2 and task_ids is None:
         rows, init = rows.unsqueeze(1), None if init is None else init.unsqueeze(1)
-    y = run_low_rank(rows, a, b, bias, init, task_ids)
+    y = run_low_rank(rows, a, b, bias, init, task_ids, spent)
     y = y.squeeze(1) if single else y
     return y if shared is None else y + shared
 

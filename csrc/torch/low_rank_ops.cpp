@@ -63,10 +63,9 @@ struct Factors {
   }
 };
 
-Tensor low_rank(const Tensor& x_, const Tensor& a_, const Tensor& b_, const OptionalTensor& bias_,
-                const OptionalTensor& init_, const OptionalTensor& task_ids) {
-  const Factors f(x_, a_, b_);
-  const Grouping groups = group_rows(f.x, task_ids, f.tasks, low_rank_piece);
+// y = init + B A x + bias; y may be init.
+void run(const Factors& f, const Grouping& groups, const OptionalTensor& bias_,
+         const OptionalTensor& init, const OptionalTensor& task_ids, const Tensor& y) {
   LowRank call = f.call<LowRank>(groups);
   if (bias_) {
     const Arg bias("bias", *bias_);
@@ -76,15 +75,32 @@ Tensor low_rank(const Tensor& x_, const Tensor& a_, const Tensor& b_, const Opti
     bias.same_dtype(f.x);
     call.bias = {bias.data(), bias.stride(0), bias.stride(1)};
   }
-  const OptionalTensor init =
-      init_ ? OptionalTensor(f.rows_of_outputs("init", *init_)) : OptionalTensor();
   if (init) call.init = Arg("init", *init).rows();
-  const Tensor rows = readable(f.x, task_ids, false), y = f.x.like_rows(f.out);
+  const Tensor rows = readable(f.x, task_ids, false);
   call.x = Arg("x", rows).rows();
   call.y = Arg("y", y).rows();
   kernels().low_rank(call);
   trim_scratch();
+}
+
+Tensor low_rank(const Tensor& x_, const Tensor& a_, const Tensor& b_, const OptionalTensor& bias,
+                const OptionalTensor& init_, const OptionalTensor& task_ids) {
+  const Factors f(x_, a_, b_);
+  const Grouping groups = group_rows(f.x, task_ids, f.tasks, low_rank_piece);
+  const OptionalTensor init =
+      init_ ? OptionalTensor(f.rows_of_outputs("init", *init_)) : OptionalTensor();
+  const Tensor y = f.x.like_rows(f.out);
+  run(f, groups, bias, init, task_ids, y);
   return y;
+}
+
+void add_low_rank(Tensor y, const Tensor& x_, const Tensor& a_, const Tensor& b_,
+                  const OptionalTensor& bias, const OptionalTensor& task_ids) {
+  const Factors f(x_, a_, b_);
+  const Grouping groups = group_rows(f.x, task_ids, f.tasks, low_rank_piece);
+  f.rows_of_outputs("y", y);
+  if (!y.is_contiguous()) fail("y must be contiguous");
+  run(f, groups, bias, y, task_ids, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_backward(const Tensor& grad_, const Tensor& x_,
@@ -117,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_backward(const Tensor& grad_
 
 STABLE_TORCH_LIBRARY_IMPL(hyperfast, CPU, m) {
   m.impl("low_rank", TORCH_BOX(&low_rank));
+  m.impl("add_low_rank_", TORCH_BOX(&add_low_rank));
   m.impl("low_rank_backward", TORCH_BOX(&low_rank_backward));
 }
 

@@ -317,7 +317,8 @@ class TaskLinear(nn.Module):
         if self.rank is not None:
             a, b = self.weight_a, self.weight_b
             checks.check_like_weight(b, "the layer", x=x)
-            return low_rank_linear(x, a, b, self.bias, task_ids, self.base)
+            plain = is_plain_linear(self.base)
+            return low_rank_linear(x, a, b, self.bias, task_ids, self.base, plain)
         checks.check_like_weight(self.weight, "the layer", x=x)
         y = task_linear(x, self.weight, self.bias, task_ids)
         return y if self.base is None else y + self.base(x)

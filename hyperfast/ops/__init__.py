@@ -10,12 +10,13 @@ from hyperfast.ops.layer import (
     task_linear,
     task_linear_grad_weight,
 )
-from hyperfast.ops.low_rank import low_rank, low_rank_backward
+from hyperfast.ops.low_rank import add_low_rank_, low_rank, low_rank_backward
 from hyperfast.ops.mixer import mixer, mixer_backward
 from hyperfast.ops.network import hyper_mlp, hyper_mlp_backward, task_mlp, task_mlp_backward
 from hyperfast.ops.trunk import trunk_mlp, trunk_mlp_backward
 
 __all__ = [
+    "add_low_rank_",
     "hyper_linear",
     "hyper_linear_backward",
     "hyper_linear_grad_h",

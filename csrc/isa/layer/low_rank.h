@@ -67,8 +67,8 @@ template <class C>
 static void widen_rows(const Rows& y, const Rows& init, const TaskVector& bias, const Groups& g,
                        const Piece& q, Index columns, Index depth, const C* low, View<const C> w) {
   constexpr Index both = 2 * width<C>;
-  // Some columns at a time (16 KiB of w), all of a few rows: y may lie behind init by a multiple of
-  // 4 KiB, and reads of init then wait for the stores to y a few rows before.
+  // Some columns at a time (16 KiB of w), all of a few rows: two vectors of all rows instead took
+  // up to 0.2 ms longer (512 rows of 512 columns).
   const Index block = max((16 << 10) / Index(sizeof(C)) / max(depth, 1) / both, 1) * both;
   C* const panels = scratch<C>(Slot::panel, (depth + 1) * min(block, round_up(columns, both)));
   for (Index begin = 0; begin < columns; begin += block) {

@@ -8,7 +8,7 @@ from torch import nn
 
 from hyperfast import TaskLinear
 from hyperfast.kernels import reference
-from hyperfast.ops import low_rank, low_rank_backward
+from hyperfast.ops import add_low_rank_, low_rank, low_rank_backward
 from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from tests.kernels.cpp.test_layers import mix, strided
 from tests.support.budget import assert_as_good, close, norm
@@ -68,6 +68,9 @@ def test_value_and_gradients(size, ragged, how):
     x, a, b, _, init, ids = args
     close(low_rank(x, a, b, None, init, ids), reference.low_rank(x, a, b, None, init, ids))
     close(low_rank(x, a, b, None, None, ids), reference.low_rank(x, a, b, None, None, ids))
+    y = init.clone(memory_format=torch.contiguous_format)
+    add_low_rank_(y, x, *args[1:4], ids)
+    assert torch.equal(y, low_rank(*args))
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
@@ -115,7 +118,8 @@ def test_fake_kernels_and_schemas():
     grad, args = problem(SIZES[3], True)
     checks = "test_schema", "test_faketensor"
     torch.library.opcheck(low_rank, args, test_utils=checks)
-    x, a, b, _, _, ids = args
+    x, a, b, bias, init, ids = args
+    torch.library.opcheck(add_low_rank_, (init, x, a, b, bias, ids), test_utils=checks)
     for mask in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(low_rank_backward, (grad, x, a, b, ids, mask), test_utils=checks)
 
@@ -146,6 +150,21 @@ def test_bad_input(name):
     given = {"x": X, "a": A, "b": B, "bias": None, "init": None, "ids": IDS} | changed
     with pytest.raises(ValueError, match=message):
         low_rank(*given.values())
+
+
+def test_bad_input_of_what_is_added_to():
+    y = torch.zeros(4, 6)
+    for bad, message in (
+        (y[1:], "y must have as many rows as x"),
+        (y[:, 1:], r"y.size\(-1\) must be 6"),
+        (y.double(), "y must have the dtype of x"),
+        (y[:1].expand(4, 6), "y must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_low_rank_(bad, X, A, B, None, IDS)
+    with pytest.raises(IndexError, match=r"task_ids must be in \[0, 3\), got 3"):
+        add_low_rank_(y, X, A, B, None, IDS + 1)
+    assert not y.any()
 
 
 def test_bad_input_of_the_way_back():
@@ -217,9 +236,45 @@ def test_a_layer_under_transforms_and_autocast():
     assert y.dtype == torch.bfloat16
 
 
+class Kept(nn.Linear):
+    """A base that returns the same tensor again and again."""
+
+    def forward(self, x):
+        if not hasattr(self, "kept"):
+            self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_only_what_nobody_holds_is_written_over(grad):
+    x, ids, seen = torch.randn(12, 7), torch.arange(12) % 5, []
+    bases = [Kept(7, 6), nn.Linear(7, 6)]
+    bases[1].register_forward_hook(lambda module, x, y: seen.append(y))
+    for base in bases:
+        layer = TaskLinear(5, 7, 6, rank=3, base=base)
+        with torch.set_grad_enabled(grad):
+            nn.init.normal_(layer.weight_b.data)
+            wanted = base(x) + reference.low_rank(
+                x, layer.weight_a, layer.weight_b, layer.bias, None, ids
+            )
+            for _ in range(2):
+                torch.testing.assert_close(layer(x, ids), wanted)
+    assert len(seen) == 3
+    assert torch.equal(seen[0], seen[2])
+
+
 def test_one_op_each_way():
     layer = TaskLinear(5, 7, 6, rank=3, base=True)
-    with torch.profiler.profile() as profile:
-        layer(torch.randn(12, 7), torch.arange(12) % 5).sum().backward()
-    names = [e.name for e in profile.events() if e.name.startswith("hyperfast::")]
-    assert names == ["hyperfast::low_rank", "hyperfast::low_rank_backward"]
+    x, ids = torch.randn(12, 7), torch.arange(12) % 5
+
+    def names(call):
+        with torch.profiler.profile() as profile:
+            call()
+        return [e.name for e in profile.events() if e.name.startswith("hyperfast::")]
+
+    added = "hyperfast::add_low_rank_"
+    with torch.no_grad():
+        assert names(lambda: layer(x, ids)) == [added]
+    assert names(lambda: layer(x, ids).sum().backward()) == [added, "hyperfast::low_rank_backward"]
+    # In a view it would be a node of autograd for all that it is a view of.
+    assert names(lambda: layer(x[:5])) == ["hyperfast::low_rank"]

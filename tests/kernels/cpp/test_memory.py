@@ -56,6 +56,7 @@ CALLS = {
     "task_linear": lambda: op.task_linear(X, W, W[:, :, 0], None),
     "task_linear_grad_weight": lambda: op.task_linear_grad_weight(G, X, None, 4),
     "low_rank": lambda: op.low_rank(X, W, W.mT, X[:, 0], X, None),
+    "add_low_rank_": lambda: op.add_low_rank_(X.clone(), X, W, W.mT, X[:, 0], None),
     "low_rank_backward": lambda: op.low_rank_backward(X, X, W, W.mT, None, [True] * 4),
     "hyper_linear": lambda: op.hyper_linear(X, H, *MADE, None, "exp", "tile"),
     "hyper_linear_grad_h": lambda: op.hyper_linear_grad_h(G, X, *OF_H, None, 4, ""),
