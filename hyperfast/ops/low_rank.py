@@ -62,15 +62,8 @@ def by_layers(
     return task_linear(task_linear(x, a, None, task_ids), b, bias, task_ids)
 
 
-def _make(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    init: Tensor | None,
-    task_ids: Tensor | None,
-    spent: bool,
-) -> Tensor:
+def _make(*args: Any) -> Tensor:
+    x, a, b, bias, init, task_ids, spent = args
     with torch._C._AutoDispatchBelowAutograd():  # its layer in Python takes 5 us to do nothing
         if init is None or not spent:
             return low_rank(x, a, b, bias, init, task_ids)
