@@ -184,8 +184,6 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
       store(w2 + i, only<C>(by_sign<C>(made_w2, grad[r] * e.value), lanes));
       store(space.of_v + r * at.w2 + i, grad[r] * v);
     });
-    for (Index i = at.w2; i < at.E; i += w)  // of no output, but read with the others
-      store(to + at.of_v + i, Vec<C>{}), store(to + at.of_b1 + i, Vec<C>{});
   }
 
   const View<const C> q{p.q + first * p.agents, p.agents, 1};
@@ -211,6 +209,11 @@ static void unmix(const MixerBackward<C>& b, const MixerBackwardPanels<C>& panel
   panels.from_w2.multiply(m, {space.w2, at.w2, 1}, {of_w2, space.row, 1},
                           Gated<C>{{of_w2, space.row}, made + at.of_w2, at.all});
   if (b.s) {
+    // Gaps are read with the rest: what is infinite makes numbers of no meaning there.
+    for (Index r = 0; r < m; ++r)
+      at.each_gap([&](Index column, Index n) {
+        std::memset(space.grads + r * space.row + column, 0, n * sizeof(C));
+      });
     panels.from_reading.multiply(m, {space.grads, space.row, 1}, {space.s, space.s_row, 1},
                                  Stored<C>{space.s, space.s_row});
     for (Index r = 0; r < m; ++r)

@@ -39,6 +39,12 @@ struct MixerColumns {
   // Whether there are columns that no layer fills.
   bool pads() const { return H > hyper || E > embed; }
 
+  // Calls body(first column, count) for the columns between pieces, which no layer fills.
+  template <class F>
+  void each_gap(const F& body) const {
+    for (Index piece : {Index(0), of_w2}) body(piece + hyper, H - hyper);
+    for (Index piece : {of_v, of_b1}) body(piece + embed, E - embed);
+  }
   // Calls body(column, output, count) for each run of columns of W1 that are outputs side by side.
   template <class F>
   void each_run_of_w1(const F& body) const {

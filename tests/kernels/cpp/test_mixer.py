@@ -184,6 +184,18 @@ def test_what_is_not_a_number_shows_where_autograd_shows_it(name):
         torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["nmix", "padded"])
+def test_what_is_infinite_stays_out_of_hidden_layers_that_are_off(name):
+    """Nor does it reach the state's gradient by the columns that fill vectors up."""
+    p = Problem.draw(CASES[name])
+    for n in (0, 4, 8, 12):
+        p.weights[n][:, 0] = p.weights[n][:, 0].abs() * (1 if n == 12 else -1)
+    p.s[1, 0] = torch.inf
+    of_s = by_ops(p)[2]
+    assert of_s.isfinite().all()
+    close(of_s, specified(p)[2], 1e-10)
+
+
 def test_any_strides():
     p = Problem.draw(CASES["padded"])
     wide = [torch.stack([t, t], -1)[..., 0] for t in p.weights]
