@@ -218,19 +218,14 @@ def has_data(t: Tensor) -> bool:
     return not t.is_meta and not isinstance(t, FakeTensor)
 
 
-def is_known(t: Tensor) -> bool:
-    """Whether there are values to read: not while a graph is traced, not of tensors without data,
-    and not under transforms of ``torch.func``."""
-    return (
-        not torch.compiler.is_compiling()
-        and has_data(t)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-    )
-
-
 def check_in_range_if_known(ids: Tensor, tasks: int, name: str) -> None:
-    """:func:`check_in_range` where there are values to read."""
-    if is_known(ids):
+    """:func:`check_in_range` where there are values to read: not while a graph is traced, not of
+    tensors without data, and not under transforms of ``torch.func``."""
+    if (
+        not torch.compiler.is_compiling()
+        and has_data(ids)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
+    ):
         check_in_range(ids, tasks, name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperfast
 from hyperfast import HyperMLP, HyperNet, TargetNet, TaskBank
@@ -82,6 +83,27 @@ def test_module_refuses_ids_that_the_bank_does(bad):
     for refused in (bank, bank.module()):
         with pytest.raises(IndexError, match=f"no task of the bank has the id {bad}$"):
             refused(x, ids)
+
+
+def test_module_reads_no_number():
+    """Which would wait for all that runs on a GPU: the op refuses an id, and then it is named."""
+
+    class Reads(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **kwargs or {})
+
+    bank = make_bank()
+    (x, ids), module = rows_of(bank, 5), bank.module()
+    with Reads() as reads:
+        module(x, ids)
+    assert not reads.seen
+    ids[3] = 8
+    with reads, pytest.raises(IndexError):
+        module(x, ids)
+    assert reads.seen
 
 
 def test_module_checks_what_it_is_given():
