@@ -98,7 +98,7 @@ class NNConv(Module):
             raise ValueError(f"x must be a Tensor or a pair of them, got {len(pair)} of them")
         source, own = pair
         nodes = (source, self.in_channels), (source if own is None else own, self.own_channels)
-        weight = getattr(self.lin, "weight", self.bias)
+        weight = getattr(self.lin, "weight", None)
         for t, width in nodes[: 1 if own is None else 2]:
             if isinstance(weight, Tensor):
                 checks.check_like_weight(weight, "the layer", x=t)

@@ -62,7 +62,7 @@ class LayerHead:
         if isinstance(self.bias, bool):
             object.__setattr__(self, "bias", "generated" if self.bias else None)
         if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {list(BIASES)}, got {self.bias!r}")
+            raise ValueError(f"bias must be one of {[True, False, *BIASES]}, got {self.bias!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {list(LAYOUTS)}, got {self.layout!r}")
         check_transform("transform", self.transform)

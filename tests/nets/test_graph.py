@@ -256,6 +256,14 @@ def test_dtype_and_device():
     assert [(p.dtype, p.device.type) for p in conv.parameters()] == [(torch.float64, "meta")] * 2
 
 
+def test_a_bias_of_another_dtype():
+    """It is added as PyTorch adds numbers; no weight of the layer reads ``x``."""
+    conv, given = make(root_weight=False), graph()
+    conv.bias.data = conv.bias.data.float()
+    y = conv(*given)
+    equal(y, conv.double()(*given))
+
+
 def test_reset_parameters():
     conv = make()
     before = copy.deepcopy(conv.state_dict())

@@ -372,7 +372,8 @@ def test_autocast():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (ValueError, "bias must be one of", lambda: HyperLinear(3, 2, 4, bias="own")),
+        (ValueError, r"bias must be one of \[True, False, 'generated', 'shared', None\], got 'own'",
+         lambda: HyperLinear(3, 2, 4, bias="own")),
         (ValueError, "layout must be one of", lambda: HyperLinear(3, 2, 4, layout="oI")),
         (ValueError, "rank must be at least 1, got 0", lambda: HyperLinear(3, 2, 4, rank=0)),
         (TypeError, "rank must be an int", lambda: HyperLinear(3, 2, 4, rank=1.5)),
