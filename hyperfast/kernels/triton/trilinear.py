@@ -36,11 +36,18 @@ def again(j, J, BJ: tl.constexpr):
 
 
 @triton.jit
-def share(j, J, BJ: tl.constexpr):
-    """What it counts: half where it comes twice, which rounds nothing."""
+def share(c, j, J, BJ: tl.constexpr, SUM: tl.constexpr):
+    """What of ``c`` counts: half where it comes twice. Half an odd subnormal number of 32 bits is
+    rounded: what is past ``J`` counts the rest."""
     other = j + tl.minimum(J, BJ)
     twice = (j >= J) | ((other >= J) & (other < tl.cdiv(J, BJ) * BJ))
-    return tl.where(twice, 0.5, 1.0)
+    if c.dtype.primitive_bitwidth > 16:
+        half = c * 0.5
+        rest = tl.where(half == c, c, c - half)  # infinity less infinity would be NaN
+        part = tl.where(twice, tl.where(j < J, half, rest), c)
+    else:
+        part = c.to(SUM) * tl.where(twice, 0.5, 1.0)
+    return part
 
 
 @triton.jit
@@ -135,7 +142,7 @@ def _contract(
                 c_row + i[None, :].to(tl.int64) * c_j, live[:, None] & (i < J)[None, :], 0.0
             )
             if TWICE:
-                c_tile = c_tile.to(SUM) * share(j, J, BJ)[None, :]
+                c_tile = share(c_tile, j[None, :], J, BJ, SUM)
             total = generate(
                 total, a1, a2, a3, c_tile, v + n0.to(tl.int64) * v_n, v_step, j0, k0, J, FILLED,
                 N - n0, v_n, v_j, v_k, PARTS, PRECISION, BJ, BK, FULL, False, TWICE, INDEX,

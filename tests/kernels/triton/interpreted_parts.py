@@ -121,6 +121,22 @@ def test_small_and_large_numbers(name, scales, monkeypatch):
     assert ((y.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("way", ["fp32", "bf16x6"])
+@pytest.mark.parametrize("shape", [(5, 3, 7), (5, 7, 3), (3, 65, 66), (2, 70, 69)])
+@pytest.mark.parametrize("small", [0, 1])
+def test_the_smallest_numbers_are_not_halved(small, shape, way, monkeypatch):
+    """In layers that fill no tile some numbers come twice: an odd subnormal one has no half."""
+    split(monkeypatch, way)
+    _, ins, features = shape
+    given = [torch.randint(-9, 10, s).float() for s in ((4, 1, ins), (4, features), shape)]
+    given[small] *= 2.0**-149
+    given[2] *= 2.0**100
+    x, h, matrix = given
+    y = torch.ops.hyperfast.hyper_linear(x, h, matrix, None, None, None, None, "", "contract")
+    exact = reference.hyper_linear(x.double(), h.double(), matrix.double())
+    assert torch.equal(y.double(), exact)
+
+
 def same(y, want):
     """Finite, infinite and NaN in the same places."""
     assert torch.equal(y.isnan(), want.isnan())
