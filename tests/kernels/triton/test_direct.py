@@ -49,8 +49,8 @@ def test_what_the_ops_launch(kind):
 
 
 # At, and on both sides of, everything that Triton compiles a kernel for.
-NUMBERS = (0, 1, -1, 2, 15, 16, 17, 48, -16, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 1,
-           2**32 + 1, 2**63 - 1, 2**63 + 1, 2**63 + 16)  # fmt: skip
+NUMBERS = (0, 1, -1, 2, 8, 15, 16, 17, 24, 48, -16, 2**31 - 1, 2**31, 2**31 + 16, -(2**31),
+           -(2**31) - 1, 2**32 + 1, 2**63 - 1, 2**63 + 1, 2**63 + 16)  # fmt: skip
 ADDRESSES = [(1 << 40) + offset for offset in (0, 2, 8, 15, 16, 32)]
 DTYPES = torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool
 CONSTANTS = 1, 2, 16, 0, True, 1.5, "relu", (1, 16), (1, None), tl.float32, tl.int64, None
