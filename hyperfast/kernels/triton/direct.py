@@ -53,7 +53,7 @@ made: dict[Any, tuple[int, Made]] = {}
 
 def launch(kernel: Any, programs: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     """``kernel[(programs,)](*args, **named)`` on the device of the first argument and its current
-    stream. Pointers, which may be None, come before numbers."""
+    stream. Pointers, which may be None, come before numbers, which are ints and no bools."""
     if INTERPRETED:
         kernel[(programs,)](*args, **named)
         return
