@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="demo: learn 1,797 digits and draw them at once; recipes: list whole programs; info: "
         "what is built and what is chosen; bench: time hyperfast beside its rivals",
     )
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of the command; try --help")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its options; --help")
     args = parser.parse_args(argv)
     if args.command == "info":
         if args.rest:

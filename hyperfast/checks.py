@@ -174,7 +174,7 @@ def check_rows(x: Tensor, ins: int, tasks: int, ids: Tensor | None, source: str)
         if x.ndim not in (2, 3) or x.shape[0] != tasks or x.shape[-1] != ins:
             raise ValueError(
                 f"x must have shape ({tasks}, N, {ins}) or ({tasks}, {ins}), as {source} holds "
-                f"{tasks} tasks, got {shape(x)}"
+                f"{tasks} tasks, or (R, {ins}) with task_ids, got {shape(x)}"
             )
         return
     if x.ndim != 2 or x.shape[-1] != ins:

@@ -22,7 +22,7 @@ def test_rows_of_every_task(x):
 @pytest.mark.parametrize(
     ("x", "ids", "error", "message"),
     [
-        (X[:2], None, ValueError, "as h holds 3 tasks, got (2, 2, 4)"),
+        (X[:2], None, ValueError, "as h holds 3 tasks, or (R, 4) with task_ids, got (2, 2, 4)"),
         (X[..., :3], None, ValueError, "x must have shape (3, N, 4) or (3, 4)"),
         (X[0, 0], None, ValueError, "got (4,)"),
         (X, IDS, ValueError, "x must have shape (R, 4) when task_ids is given, got (3, 2, 4)"),

@@ -34,8 +34,8 @@ class HyperLinear(nn.Module):
         transform: of the generated matrix before it is used: ``"abs"``, ``"softplus"``, ``"exp"``,
             ``"square"``, or a function.
         rank: ``W(h) = B(h) A(h)``, with this many columns of ``B``.
-        base: ``True`` or an ``nn.Linear``: ``W = base + generated``, and the layer starts as the
-            base. It is applied once to all rows, and may be frozen.
+        base: ``True``, a new one without bias, or an ``nn.Linear``: ``W = base + generated``, and
+            the layer starts as the base. It is applied once to all rows, and may be frozen.
         head_bias: whether the head has a bias.
         layout: how the head's rows of a matrix are ordered: ``"oi"``, output by output; ``"io"``,
             as code that multiplies ``x @ W`` saves them.
@@ -219,9 +219,9 @@ class TaskLinear(nn.Module):
         in_features, out_features: of each.
         bias: whether they have biases.
         rank: ``W_b = B_b A_b``, with this many columns of ``B``.
-        base: ``True`` or an ``nn.Linear``, added to every task's layer and applied once: with a
-            rank, adapters of many tasks in one batch (LoRA, Hu et al. 2021). Then all tasks start
-            as the base.
+        base: ``True``, a new one without bias, or an ``nn.Linear``, added to every task's layer and
+            applied once: with a rank, adapters of many tasks in one batch (LoRA, Hu et al. 2021).
+            Then all tasks start as the base.
         device, dtype: of the parameters.
 
     Attributes:

@@ -170,26 +170,31 @@ class TaskMLP(nn.Module):
         :meth:`from_modules` was given, else ``nn.Sequential``."""
         nets = []
         for row in self.weight.detach():
-            net = self._one()
+            net, parameters = self._one()
             with torch.no_grad():
-                for parameter, value in zip(net.parameters(), self.spec.split(row), strict=True):
+                for parameter, value in zip(parameters, self.spec.split(row), strict=True):
                     parameter.copy_(value)
             nets.append(net)
         return nets
 
-    def _one(self) -> nn.Module:
+    def _one(self) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A network, and what is to hold its weights; parameters of activations are not among it,
+        which all tasks share."""
         kind: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
-        for template in self._template:
-            return clone(template).to(**kind)
+        for template in self._template:  # its activations have no parameters
+            net = clone(template).to(**kind)
+            return net, list(net.parameters())
         layers: list[nn.Module] = []
+        parameters: list[nn.Parameter] = []
         activations = self.target.layer_activations(len(self.spec.layers))
         for (i, o), bias, activation in zip(
             pairwise(self.spec.sizes), self.spec.biases, activations, strict=True
         ):
             layers.append(nn.Linear(i, o, bias=bias, **kind))
+            parameters += layers[-1].parameters()
             if activation is not None:
                 layers.append(clone(activation))
-        return nn.Sequential(*layers)
+        return nn.Sequential(*layers), parameters
 
     def bank(self, dtype: torch.dtype | None = None) -> Any:
         """A :class:`hyperfast.TaskBank` of copies of the networks, for inference.

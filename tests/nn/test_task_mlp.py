@@ -121,6 +121,12 @@ def test_to_modules_without_a_template():
     close(torch.stack([one(r) for one, r in zip(nets, x, strict=True)]), net(x))
 
 
+def test_to_modules_takes_the_parameters_of_activations_along():
+    net = TaskMLP(T, INS, 8, OUTS, nn.PReLU(8, init=0.1).double(), dtype=torch.float64)
+    nets, x = net.to_modules(), draw(T, N, INS)
+    close(torch.stack([one(r) for one, r in zip(nets, x, strict=True)]), net(x))
+
+
 def test_every_network_starts_as_linear_layers_do():
     torch.manual_seed(0)
     net = TaskMLP(200, 16, 64, 4)
