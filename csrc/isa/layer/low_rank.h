@@ -187,7 +187,7 @@ static void low_rank_grad_typed(const LowRankGrad& p) {
     const Piece all{task(i), piece(p.groups, i).begin, piece(p.groups, i + n - 1).end};
     const LowRows<C> low = low_rows(all);
     constexpr Index columns = 128;
-    parallel(ceil_div(wide, columns), max(parallel_work / (low.m * p.rank * columns), 1),
+    parallel(ceil_div(wide, columns), max(parallel_work / max(low.m * p.rank * columns, 1), 1),
              [&](Index begin, Index end) {
                const Index first = begin * columns, last = min(end * columns, wide);
                const auto take = [&](Rows rows, Index width, Slot slot) {

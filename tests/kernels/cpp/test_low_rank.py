@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyperfast import TaskLinear
+from hyperfast import TaskLinear, use_backend
 from hyperfast.kernels import reference
 from hyperfast.ops import add_low_rank_, low_rank, low_rank_backward
 from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
@@ -32,6 +32,7 @@ SIZES = [  # tasks, rows, in, out, rank
     (3, 0, 4, 5, 2),
     (3, 2, 0, 5, 2),
     (3, 2, 4, 0, 2),
+    (2, 300, 5, 4, 0),
 ]
 rand = partial(draw, seed=0)
 
@@ -183,6 +184,40 @@ class Doubled(nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class OfAllColumns(nn.Linear):
+    """A base whose result has fewer columns than the layer."""
+
+    def forward(self, x):
+        return super().forward(x).sum(-1, keepdim=True)
+
+
+class Twofold(nn.Linear):
+    """A base whose result has more dimensions than the layer's."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.stack([y, -y])
+
+
+class Rounded(nn.Linear):
+    """A base of another dtype."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("kind", [OfAllColumns, Twofold, Rounded])
+@pytest.mark.parametrize("shape", [(12, 7), (5, 7), (5, 3, 7), (1, 3, 7)], ids=str)
+def test_what_a_base_returns_is_broadcast(shape, kind):
+    layer = TaskLinear(5, 7, 6, rank=3, base=kind(7, 6).double(), dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, ids = draw(*shape), torch.arange(12) % 5 if shape == (12, 7) else None
+    with use_backend("reference"):
+        wanted = layer(x, ids)
+    close(layer(x, ids), wanted)
 
 
 def layer_by_hand(layer, x, ids):
