@@ -1,10 +1,13 @@
 """Layers of low rank, one op each way, against the specification differentiated by autograd."""
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from hyperfast import TaskLinear, use_backend
 from hyperfast.kernels import reference
@@ -220,6 +223,26 @@ def test_what_a_base_returns_is_broadcast(shape, kind):
     close(layer(x, ids), wanted)
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "given"),
+    [
+        (
+            ValueError,
+            r"x must have shape \(R, 7\) when task_ids is given",
+            ((12, 6), 5, torch.int64),
+        ),
+        (TypeError, "task_ids must have dtype torch.int64", ((12, 7), 5, torch.int32)),
+        (ValueError, r"task_ids must have shape \(11,\)", ((11, 7), 5, torch.int64)),
+        (IndexError, r"task_ids must be in \[0, 5\), got 5", ((12, 7), 6, torch.int64)),
+    ],
+)
+def test_bad_input_of_a_layer(error, message, given):
+    shape, tasks, dtype = given
+    layer, ids = TaskLinear(5, 7, 6, rank=3, base=True), torch.arange(12, dtype=dtype) % tasks
+    with pytest.raises(error, match=message):
+        layer(torch.randn(shape), ids)
+
+
 def layer_by_hand(layer, x, ids):
     """The same from ops that know every transform."""
     y = reference.low_rank(x, layer.weight_a, layer.weight_b, layer.bias, None, ids)
@@ -266,6 +289,9 @@ def test_a_layer_under_transforms_and_autocast():
         torch.func.jvp(lambda x: layer(x, ids), (x,), (x,))[1],
         torch.autograd.functional.jvp(lambda x: layer_by_hand(layer, x, ids), x, x)[1],
     )
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x), ids)).tangent
+    close(tangent, torch.autograd.functional.jvp(lambda x: layer_by_hand(layer, x, ids), x, x)[1])
     with torch.autocast("cpu", torch.bfloat16):
         y = layer.float()(x.float(), ids)
     assert y.dtype == torch.bfloat16
@@ -296,6 +322,36 @@ def test_only_what_nobody_holds_is_written_over(grad):
                 torch.testing.assert_close(layer(x, ids), wanted)
     assert len(seen) == 3
     assert torch.equal(seen[0], seen[2])
+
+
+def test_a_trace_of_a_layer_holds_ops_that_know_their_derivatives():
+    layer, ids = TaskLinear(5, 7, 6, rank=3, base=True), torch.arange(12) % 5
+    x, other = draw(12, 7).float(), draw(12, 7, grad=True).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        traced = torch.jit.trace(layer, (x, ids))
+    close(traced(other, ids), layer(other, ids), 1e-6)
+    assert "PythonOp" not in str(traced.graph)
+    of = [torch.autograd.grad(f(other, ids).sum(), other)[0] for f in (traced, layer)]
+    close(*of, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(), ("a",), ("x", "b", "bias"), ("x", "a", "b", "bias")], ids=str
+)
+def test_flops_of_what_is_wanted(wanted):
+    """12 rows of 7 inputs and 6 outputs at a rank of 3, both ways."""
+    layer, x = TaskLinear(5, 7, 6, rank=3), torch.randn(12, 7, requires_grad="x" in wanted)
+    layer.weight_a.requires_grad_("a" in wanted)
+    layer.weight_b.requires_grad_("b" in wanted)
+    layer.bias.requires_grad_("bias" in wanted)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x, torch.arange(12) % 5)
+        if wanted:
+            y.sum().backward()
+    there = 7 + 6
+    back = 6 + 7 * ("x" in wanted) + 7 * ("a" in wanted) + (7 + 6) * ("b" in wanted)
+    assert counter.get_total_flops() == 2 * 12 * 3 * (there + (back if wanted else 0))
 
 
 def test_one_op_each_way():
