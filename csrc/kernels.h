@@ -80,7 +80,7 @@ struct LowRank : LowRankCall {
 };
 
 // Its gradients; those that are null are not wanted. All are contiguous.
-struct LowRankGrad : LowRankCall {  // groups: with a piece for every task
+struct LowRankGrad : LowRankCall {  // groups: for gradients of tasks, with a piece for each
   Rows grad;                        // width out, col == 1
   Rows x;                           // width in
   Rows grad_x;                      // width in

@@ -105,7 +105,10 @@ def low_rank_linear(
     if type(shared) is Tensor and checks.is_plain(shared, x):  # a base may return anything
         wanted = torch.Size((*rows.shape[:-1], b.shape[1]))
         spent = plain and shared.shape == wanted
-        init, shared = shared if shared.shape == wanted else shared.expand(wanted), None
+        if shared.shape == wanted:
+            init, shared = shared, None
+        elif torch.broadcast_shapes(shared.shape, wanted) == wanted:
+            init, shared = shared.expand(wanted), None
     if single := rows.ndim == 2 and task_ids is None:
         rows, init = rows.unsqueeze(1), None if init is None else init.unsqueeze(1)
     y = run_low_rank(rows, a, b, bias, init, task_ids, spent)

@@ -109,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_backward(const Tensor& grad_
                                                              const std::vector<bool>& output_mask) {
   const Factors f(x_, a_, b_);
   if (output_mask.size() != 4) fail("output_mask must have 4 entries, got ", output_mask.size());
-  const Grouping groups = group_rows(f.x, task_ids, f.tasks, low_rank_piece, true);
+  const bool of_tasks = output_mask[1] || output_mask[2] || output_mask[3];
+  const Grouping groups = group_rows(f.x, task_ids, f.tasks, low_rank_piece, of_tasks);
   LowRankGrad call = f.call<LowRankGrad>(groups);
   const Tensor grad = f.rows_of_outputs("grad", grad_), rows = readable(f.x, task_ids, true);
   call.grad = Arg("grad", grad).rows();

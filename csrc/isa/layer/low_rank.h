@@ -155,6 +155,7 @@ static void low_rank_weights(const LowRankGrad& p, Index task, const LowRows<C>&
 template <class C>
 static void low_rank_grad_typed(const LowRankGrad& p) {
   const Index rows = total_rows(p.groups), wide = max(p.in, p.out);
+  const bool of_weights = p.grad_a || p.grad_b || p.grad_bias;
   C* const of_x = scratch<C>(Slot::hidden_a, max(rows * p.rank, 1));
   C* const of_grad = scratch<C>(Slot::hidden_b, max(rows * p.rank, 1));
   const auto low_rows = [&](const Piece& q) {
@@ -174,20 +175,20 @@ static void low_rank_grad_typed(const LowRankGrad& p) {
       if (p.grad_b) narrow_rows<C>(p.x, p.groups, q, p.rank, p.in, a, low.of_x);
       narrow_rows<C>(p.grad, p.groups, q, p.rank, p.out, b.transposed(), low.of_grad);
       if (p.grad_x.data) widen_rows<C>(p.grad_x, {}, {}, p.groups, q, p.in, p.rank, low.of_grad, a);
-      if (alone(i))
+      if (of_weights && alone(i))
         low_rank_weights<C>(p, q.task, low, gather<C>(p.x, p.groups, q, p.in, Slot::local_a),
                             gather<C>(p.grad, p.groups, q, p.out, Slot::local_b), 0, wide);
     }
   });
   // Tasks of many rows: threads share their columns.
-  for (Index i = 0, n; i < p.groups.pieces; i += n) {
+  for (Index i = 0, n; of_weights && i < p.groups.pieces; i += n) {
     n = 1;
     if (alone(i)) continue;
     while (i + n < p.groups.pieces && task(i + n) == task(i)) ++n;
     const Piece all{task(i), piece(p.groups, i).begin, piece(p.groups, i + n - 1).end};
     const LowRows<C> low = low_rows(all);
     constexpr Index columns = 128;
-    parallel(ceil_div(wide, columns), max(parallel_work / (low.m * p.rank * columns), 1),
+    parallel(ceil_div(wide, columns), max(parallel_work / max(low.m * p.rank * columns, 1), 1),
              [&](Index begin, Index end) {
                const Index first = begin * columns, last = min(end * columns, wide);
                const auto take = [&](Rows rows, Index width, Slot slot) {

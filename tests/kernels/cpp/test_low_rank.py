@@ -1,12 +1,16 @@
 """Layers of low rank, one op each way, against the specification differentiated by autograd."""
 
+import timeit
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
-from hyperfast import TaskLinear
+from hyperfast import TaskLinear, use_backend
 from hyperfast.kernels import reference
 from hyperfast.ops import add_low_rank_, low_rank, low_rank_backward
 from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
@@ -32,6 +36,7 @@ SIZES = [  # tasks, rows, in, out, rank
     (3, 0, 4, 5, 2),
     (3, 2, 0, 5, 2),
     (3, 2, 4, 0, 2),
+    (2, 300, 5, 4, 0),
 ]
 rand = partial(draw, seed=0)
 
@@ -96,6 +101,19 @@ def test_what_is_not_wanted_is_empty(at):
     every = low_rank_backward(grad, x, a, b, ids, [True] * 4)
     for part, whole, wanted in zip(some, every, mask, strict=True):
         assert torch.equal(part, whole if wanted else x.new_empty(0))
+
+
+def test_a_gradient_of_rows_alone_reads_only_their_tasks():
+    """One row of 2,000 tasks, whose factors are 16 MB."""
+    x, a, b = torch.randn(1, 128), torch.randn(2000, 8, 128), torch.randn(2000, 128, 8)
+
+    ids, alone = torch.tensor([7]), [True, False, False, False]
+
+    def least(op, *args):
+        return min(timeit.repeat(partial(op, *args), number=1, repeat=5))
+
+    there, back = (x, a, b, None, None, ids), (x, x, a, b, ids, alone)
+    assert least(low_rank_backward, *back) < 10 * least(low_rank, *there)
 
 
 def test_rows_that_all_tasks_share_and_one_init_for_all():
@@ -185,6 +203,60 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class OfAllColumns(nn.Linear):
+    """A base whose result has fewer columns than the layer."""
+
+    def forward(self, x):
+        return super().forward(x).sum(-1, keepdim=True)
+
+
+class Twofold(nn.Linear):
+    """A base whose result has more dimensions than the layer's."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.stack([y, -y])
+
+
+class Rounded(nn.Linear):
+    """A base of another dtype."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+@pytest.mark.parametrize("kind", [OfAllColumns, Twofold, Rounded])
+@pytest.mark.parametrize("shape", [(12, 7), (5, 7), (5, 3, 7), (1, 3, 7)], ids=str)
+def test_what_a_base_returns_is_broadcast(shape, kind):
+    layer = TaskLinear(5, 7, 6, rank=3, base=kind(7, 6).double(), dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, ids = draw(*shape), torch.arange(12) % 5 if shape == (12, 7) else None
+    with use_backend("reference"):
+        wanted = layer(x, ids)
+    close(layer(x, ids), wanted)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "given"),
+    [
+        (
+            ValueError,
+            r"x must have shape \(R, 7\) when task_ids is given",
+            ((12, 6), 5, torch.int64),
+        ),
+        (TypeError, "task_ids must have dtype torch.int64", ((12, 7), 5, torch.int32)),
+        (ValueError, r"task_ids must have shape \(11,\)", ((11, 7), 5, torch.int64)),
+        (IndexError, r"task_ids must be in \[0, 5\), got 5", ((12, 7), 6, torch.int64)),
+    ],
+)
+def test_bad_input_of_a_layer(error, message, given):
+    shape, tasks, dtype = given
+    layer, ids = TaskLinear(5, 7, 6, rank=3, base=True), torch.arange(12, dtype=dtype) % tasks
+    with pytest.raises(error, match=message):
+        layer(torch.randn(shape), ids)
+
+
 def layer_by_hand(layer, x, ids):
     """The same from ops that know every transform."""
     y = reference.low_rank(x, layer.weight_a, layer.weight_b, layer.bias, None, ids)
@@ -231,6 +303,9 @@ def test_a_layer_under_transforms_and_autocast():
         torch.func.jvp(lambda x: layer(x, ids), (x,), (x,))[1],
         torch.autograd.functional.jvp(lambda x: layer_by_hand(layer, x, ids), x, x)[1],
     )
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x), ids)).tangent
+    close(tangent, torch.autograd.functional.jvp(lambda x: layer_by_hand(layer, x, ids), x, x)[1])
     with torch.autocast("cpu", torch.bfloat16):
         y = layer.float()(x.float(), ids)
     assert y.dtype == torch.bfloat16
@@ -261,6 +336,36 @@ def test_only_what_nobody_holds_is_written_over(grad):
                 torch.testing.assert_close(layer(x, ids), wanted)
     assert len(seen) == 3
     assert torch.equal(seen[0], seen[2])
+
+
+def test_a_trace_of_a_layer_holds_ops_that_know_their_derivatives():
+    layer, ids = TaskLinear(5, 7, 6, rank=3, base=True), torch.arange(12) % 5
+    x, other = draw(12, 7).float(), draw(12, 7, grad=True).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        traced = torch.jit.trace(layer, (x, ids))
+    close(traced(other, ids), layer(other, ids), 1e-6)
+    assert "PythonOp" not in str(traced.graph)
+    of = [torch.autograd.grad(f(other, ids).sum(), other)[0] for f in (traced, layer)]
+    close(*of, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(), ("a",), ("x", "b", "bias"), ("x", "a", "b", "bias")], ids=str
+)
+def test_flops_of_what_is_wanted(wanted):
+    """12 rows of 7 inputs and 6 outputs at a rank of 3, both ways."""
+    layer, x = TaskLinear(5, 7, 6, rank=3), torch.randn(12, 7, requires_grad="x" in wanted)
+    layer.weight_a.requires_grad_("a" in wanted)
+    layer.weight_b.requires_grad_("b" in wanted)
+    layer.bias.requires_grad_("bias" in wanted)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x, torch.arange(12) % 5)
+        if wanted:
+            y.sum().backward()
+    there = 7 + 6
+    back = 6 + 7 * ("x" in wanted) + 7 * ("a" in wanted) + (7 + 6) * ("b" in wanted)
+    assert counter.get_total_flops() == 2 * 12 * 3 * (there + (back if wanted else 0))
 
 
 def test_one_op_each_way():

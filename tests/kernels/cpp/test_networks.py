@@ -401,6 +401,35 @@ def test_activations_to_the_last_bits(name, scale):
     assert bool(((y - exact).abs() <= 3 * last + theirs).all())
 
 
+def floats_around(x, count=300):
+    """The floats next to x, `count` on either side."""
+    bits = torch.tensor(x).view(torch.int32) + torch.arange(-count, count + 1, dtype=torch.int32)
+    return bits.view(torch.float32)
+
+
+@pytest.mark.parametrize("form", ["exp(W)", "elu"])
+def test_powers_of_e_at_their_ends(form):
+    """Where they overflow, become subnormal, and vanish; and where 2^n alone would."""
+    ends = [k * 0.6931472 for k in (127, 127.5, 128, 0.5, -0.5, -126, -127.5, -128, -149, -150)]
+    x = torch.cat(
+        [*map(floats_around, [*ends, 89.0, -104.0, 1e30, -1e30]), torch.arange(-110.0, 95)]
+    )
+    x = torch.cat([x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42, -1e-42])])
+    if form == "elu":
+        y = op.task_mlp(x.view(1, -1, 1), torch.ones(1, 1), None, None, "1 > 1 elu").flatten()
+        exact = torch.nn.functional.elu(x.double())
+    else:
+        y = op.task_mlp(torch.ones(len(x), 1, 1), x[:, None], None, None, "1 > 1 exp(W)").flatten()
+        exact = x.double().exp()
+    rounded = exact.float()
+    assert torch.equal(y.isnan(), rounded.isnan())
+    assert torch.equal(y.isinf(), rounded.isinf())
+    finite = rounded.isfinite()
+    y, exact = y[finite].double(), exact[finite]
+    last = torch.finfo(torch.float32).eps * exact.abs().clamp(min=2.0**-126)
+    assert bool(((y - exact).abs() <= 2 * last).all())
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_activations_of_what_is_not_finite(name):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-42, 3e38, -3e38])
