@@ -79,7 +79,7 @@ def test_value_and_gradients(size, ragged, how):
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
-@pytest.mark.parametrize("size", SIZES[:8], ids=str)
+@pytest.mark.parametrize("size", [*SIZES[:8], (1, 200_000, 3, 4, 1)], ids=str)
 def test_float32_is_as_good_as_pytorch(size, ragged):
     grad, args = problem(size, ragged)
     single = [None if t is None or t.dtype == torch.int64 else t.float() for t in args[:5]]
