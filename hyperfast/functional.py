@@ -87,14 +87,7 @@ def low_rank_linear(
     """:func:`task_linear` by ``a (B, rank, in)``, then by ``b (B, out, rank)`` and ``bias``, plus
     what the base makes of ``x`` for all tasks; in one op of the CPU where it takes them. ``plain``:
     the base is ``F.linear``, and nobody else sees what it returns."""
-    if (
-        torch.compiler.is_compiling()
-        or checks.is_transformed()
-        or torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
-        or backends.forced not in (None, "cpp")
-        or cpu.EXTENSION is None
-        or not backends.fit_for_cpu((a, x, b, bias))
-    ):
+    if not backends.runs_cpu_op((a, x, b, bias)):
         y = task_linear(task_linear(x, a, None, task_ids), b, bias, task_ids)
         return y if base is None else y + base(x)
     tasks, _, ins = a.shape
@@ -104,9 +97,8 @@ def low_rank_linear(
     init, spent = None, False
     if type(shared) is Tensor and checks.is_plain(shared, x):  # a base may return anything
         wanted = torch.Size((*rows.shape[:-1], b.shape[1]))
-        spent = plain and shared.shape == wanted
         if shared.shape == wanted:
-            init, shared = shared, None
+            init, spent, shared = shared, plain, None
         elif torch.broadcast_shapes(shared.shape, wanted) == wanted:
             init, shared = shared.expand(wanted), None
     if single := rows.ndim == 2 and task_ids is None:

@@ -17,7 +17,6 @@ from hyperfast.layout import positive
 from hyperfast.nn.gate import is_plain_linear, trunk_and_head
 from hyperfast.ops import backends, mixer, mixer_backward
 from hyperfast.ops.recorded import gradients, wanted_by_autograd
-from hyperfast.plans.cpu import EXTENSION
 
 Layer: TypeAlias = tuple[Tensor, Tensor]  # weight and bias
 
@@ -114,7 +113,7 @@ class QMixer(nn.Module):
             return _mixed(hidden, self.hyper_w_final(s), self.V(s))
         if [*map(len, nets)] == DEEP:
             weights = [t for net in nets for layer in net for t in layer]
-            if self._has_its_sizes(nets) and _one_op_takes(q, s, weights):
+            if self._has_its_sizes(nets) and backends.runs_cpu_op([q, s, *weights]):
                 if torch.is_grad_enabled():
                     return _Mixer.apply(q, s, *weights)
                 return mixer(q, s, weights, False)[0]
@@ -154,17 +153,6 @@ def _fused(q: Tensor, s: Tensor, nets: list[list[Layer]]) -> Tensor:
     )
     hidden = hyper_linear(q, h, *head, target_bias=False, layout="io", transform="abs") + b1
     return _mixed(hidden, w2, v)
-
-
-def _one_op_takes(q: Tensor, s: Tensor, weights: list[Tensor]) -> bool:
-    """Whether the C++ kernels run all of it."""
-    return (
-        not (torch.compiler.is_compiling() or checks.is_transformed())
-        and not torch._C._get_tracing_state()
-        and backends.forced in (None, "cpp")
-        and EXTENSION is not None
-        and backends.fit_for_cpu([q, s, *weights])
-    )
 
 
 class _Mixer(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperfast import checks
 from hyperfast.ops.define import OPS, triton_on_cpu
-from hyperfast.plans.cpu import EXTENSION_ERROR
+from hyperfast.plans.cpu import EXTENSION, EXTENSION_ERROR
 from hyperfast.plans.gpu import HAS_TRITON
 
 # A backend registers its kernels for a dispatch key; the reference needs none.
@@ -94,4 +94,16 @@ def fit_for_cpu(given: Sequence[Tensor | None]) -> bool:
         and first.dtype in (torch.float32, torch.float64)
         and checks.PLAIN.issuperset(map(type, given))
         and checks.is_plain(*given)
+    )
+
+
+def runs_cpu_op(given: Sequence[Tensor | None]) -> bool:
+    """Whether an op of C++ kernels alone, and the Function around it, run on such tensors here and
+    now; layers that are ops for every device are the other way."""
+    return (
+        not (torch.compiler.is_compiling() or checks.is_transformed())
+        and not torch._C._get_tracing_state()  # a trace holds ops, and no Function of Python
+        and forced in (None, "cpp")
+        and EXTENSION is not None
+        and fit_for_cpu(given)
     )

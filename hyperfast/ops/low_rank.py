@@ -65,10 +65,10 @@ def by_layers(
 def _make(*args: Any) -> Tensor:
     x, a, b, bias, init, task_ids, spent = args
     with torch._C._AutoDispatchBelowAutograd():  # its layer in Python takes 5 us to do nothing
-        if init is None or not spent:
-            return low_rank(x, a, b, bias, init, task_ids)
-        add_low_rank_(init, x, a, b, bias, task_ids)
-        return init
+        if spent:
+            add_low_rank_(init, x, a, b, bias, task_ids)
+            return init
+        return low_rank(x, a, b, bias, init, task_ids)
 
 
 class _LowRank(torch.autograd.Function):
@@ -113,12 +113,15 @@ def run(
     and written beside it, and often come page by page (64 adapters on 512 rows: 1.5 ms become 1.7
     or 2.1).
     """
-    spent = spent and init is not None and init.is_contiguous()
-    if torch.is_grad_enabled() and any(
+    recorded = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, a, b, bias, init)
-    ):
+    )
+    if spent:
+        assert init is not None
         # To write into a view would take autograd copies of all that it is a view of.
-        spent = spent and init is not None and not init._is_view()
+        spent = init.is_contiguous() and not (recorded and init._is_view())
+    args = x, a, b, bias, init, task_ids, spent
+    if recorded:
         # Function.apply asks for functorch's transforms first, which the caller has done: 5 us.
-        return super(torch.autograd.Function, _LowRank).apply(x, a, b, bias, init, task_ids, spent)
-    return _make(x, a, b, bias, init, task_ids, spent)
+        return super(torch.autograd.Function, _LowRank).apply(*args)
+    return _make(*args)
