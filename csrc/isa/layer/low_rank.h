@@ -148,13 +148,8 @@ static void low_rank_weights(const LowRankGrad& p, Index task, const LowRows<C>&
                    {static_cast<C*>(p.grad_b) + (task * p.out + first) * p.rank, p.rank, 1});
   if (!p.grad_bias) return;
   C* const sum = static_cast<C*>(p.grad_bias) + task * p.out + first;
-  constexpr Index most = 256;  // rows of one sum: of more, sums are added up
-  for (Index r = 0; r == 0 || r < low.m; r += most) {
-    C* const part = r ? scratch<C>(Slot::local_c, n) : sum;
-    for (Index k = 0; k < n; ++k) part[k] = 0;
-    add_rows<C>(min(most, low.m - r), n, grad.at(r, 0).data, grad.row, part);
-    if (r) add_part<C>(1, n, part, n, true, {sum, n, 1});
-  }
+  for (Index k = 0; k < n; ++k) sum[k] = 0;
+  add_rows<C>(low.m, n, grad.data, grad.row, sum);
 }
 
 template <class C>

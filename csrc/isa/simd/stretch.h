@@ -42,14 +42,18 @@ template <class C>
 static void add_rows(Index m, Index n, const C* from, Index row, C* to) {
   constexpr Index few = 16;
   each_vector<C>(n, [&](Index i, int k) {
-    Vec<C> total{};
+    Vec<C> all = get(to + i, k);
     for (Index r = 0; r < m;) {
-      Vec<C> sum{};
-      for (const Index end = r + few < m ? r + few : m; r < end; ++r)
-        sum += get(from + r * row + i, k);
-      total += sum;
+      Vec<C> total{};
+      for (const Index last = r + few * few < m ? r + few * few : m; r < last;) {
+        Vec<C> sum{};
+        for (const Index end = r + few < last ? r + few : last; r < end; ++r)
+          sum += get(from + r * row + i, k);
+        total += sum;
+      }
+      all += total;
     }
-    put<C>(to + i, get(to + i, k) + total, k);
+    put<C>(to + i, all, k);
   });
 }
 
