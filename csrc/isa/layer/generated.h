@@ -73,20 +73,8 @@ static void pack_panel(const HyperLinear& p, const Slices<Acc<T>>& s, const Slic
     if (m.bias)
       bias[l] = static_cast<const T*>(m.bias)[o * m.bias_out_stride + column * m.bias_in_stride];
   }
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (s.pairs) {
-      const Index whole = p.features / 2;
-      const bf16_pair* pairs[lanes<C>];
-      for (Index l = 0; l < n; ++l) pairs[l] = reinterpret_cast<const bf16_pair*>(rows[l]);
-      pack_lanes<C, bf16_pair>(pairs, n, whole, 1, dst, lanes<C>, lanes<C>);
-      if (whole == s.depth) return;
-      const bool odd = p.features % 2;  // then the last feature has the bias (or 0) beside it
-      for (Index l = 0; l < lanes<C>; ++l)
-        dst[whole * lanes<C> + l] = widen(odd && l < n ? bf16_pair{rows[l][p.features - 1], bias[l]}
-                                                       : bf16_pair{bias[l], {}});
-      return;
-    }
-  }
+  if constexpr (std::is_same_v<T, bf16>)
+    if (s.pairs) return pack_pairs(rows, bias, n, p.features, s.depth, dst);
   pack_lanes<C, T>(rows, n, p.features, p.matrix.feature, dst, lanes<C>, lanes<C>);
   if (p.head_bias())
     for (Index l = 0; l < lanes<C>; ++l) dst[p.features * lanes<C> + l] = widen(bias[l]);

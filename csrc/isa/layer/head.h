@@ -38,6 +38,22 @@ static inline void copy_feature_pairs(const TaskVector& h, Index task, Index fea
   for (Index k = 0; k < all; k += 2) to[k / 2] = widen(bf16_pair{entry(k), entry(k + 1)});
 }
 
+// Rows of the head become columns, in pairs of features: dst (depth, lanes). Where there are more
+// pairs than the features fill, their biases follow.
+static inline void pack_pairs(const bf16* const* rows, const bf16* bias, Index n, Index features,
+                              Index depth, float* dst) {
+  constexpr Index all = lanes<float>;
+  const Index whole = features / 2;
+  const bf16_pair* pairs[all];
+  for (Index l = 0; l < n; ++l) pairs[l] = reinterpret_cast<const bf16_pair*>(rows[l]);
+  pack_lanes<float, bf16_pair>(pairs, n, whole, 1, dst, all, all);
+  if (whole == depth) return;
+  const bool odd = features % 2;  // then the last feature has the bias beside it
+  for (Index l = 0; l < all; ++l)
+    dst[whole * all + l] =
+        widen(odd && l < n ? bf16_pair{rows[l][features - 1], bias[l]} : bf16_pair{bias[l], {}});
+}
+
 // A bias that all tasks share, (out), or null.
 template <class T>
 static const Acc<T>* shared_bias(const HyperLinear& p) {

@@ -9,10 +9,6 @@
 
 namespace hyperfast::HF_ISA {
 
-// Weights (or their gradients) of a block of networks.
-template <class C>
-constexpr Index networks_elements = networks_bytes / Index(sizeof(C));
-
 // How the networks of a call are made: one for all pieces of a task, unless these are ragged or so
 // many that their gradients, until they are added up, would take too much memory; then one for each
 // piece.
@@ -42,9 +38,11 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   const Index block = all.together<C>(params);
   const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
   const RowsOfNetworks rows{p.net, p.groups, p.x, p.y, p.preactivations};
+  const C* panels = pack_head<T>(p, 0, ceil_div(all.count, max(block, 1)));
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
   for (Index u0 = 0; u0 < all.count; u0 += block) {
-    const NetworkBlock<T> networks = network_block<T>(p, u0, min(block, all.count - u0), all.each);
+    const NetworkBlock<T> networks =
+        network_block<T>(p, u0, min(block, all.count - u0), all.each, panels);
     each_network<T>(networks, 0, w, rows_each, [&](Index first, Index last) {
       const auto of = [&](Index i) { return piece(p.groups, u0 * all.each + i); };
       for (Index i = first; i < last; ++i) {
@@ -95,11 +93,12 @@ static void hyper_mlp_backward_by_network(const HyperMlpBackward& b) {
   if (to_h && !direct)
     for (Index j = 0; j < p.groups.tasks * features; ++j) to_h[j] = narrow<T>(0);
 
+  const C* panels = pack_head<T>(p, used, ceil_div(count, block));
   const GradientsOfRows rows{p.net, p.groups, p.x, p.preactivations, b.grad, b.grad_x};
   Index u0 = 0;
   do {  // once even without networks: the gradients are then zero
     const Index n = min(block, count - u0);
-    const NetworkBlock<T> networks = network_block<T>(p, u0, n, each);
+    const NetworkBlock<T> networks = network_block<T>(p, u0, n, each, panels);
     if (to_h && direct) grad_h = reinterpret_cast<C*>(to_h) + u0 * features;
     const bool small = small_networks(networks);
     each_network<T>(networks, used, w + used, 2 * rows_each, [&](Index first, Index last) {
