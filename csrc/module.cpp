@@ -103,7 +103,8 @@ PyObject* whole(PyObject*, PyObject* args, PyObject* keywords) {
     const Network network(q.network);
     const Groups groups = Grouping::assumed(q.ragged, q.tasks, q.rows, generated_piece);
     return PyBool_FromLong(network.refusal().empty() &&
-                           runs_whole(Makes::weights, dtype_of(q.dtype), groups, network.params()));
+                           runs_whole(Makes::weights, dtype_of(q.dtype), groups, network.params(),
+                                      kernels().matrix_unit, kernels().pairs));
   });
 }
 

@@ -39,7 +39,8 @@ bool suits_matrix_unit(Makes makes, Dtype dtype, const Groups& groups, Index par
                        Index features);
 
 // Whether networks run whole, one after another, rather than layer by layer.
-bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params);
+bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params, bool matrix_unit,
+                bool pairs);
 
 // Whether a forward pass in training should keep its pre-activations.
 bool keeps(Dtype dtype, Index params, Index kept, Index tasks, Index rows, Index features);

@@ -108,8 +108,8 @@ static void generate_in_lanes(const NetworkBlock<T>& b, Index q, Index count, co
     Index k = 0;
     do {
       sweep<C, false>(count, int(row / width<C>), min(step, depth - k), head.at(0, k),
-                            h + k * strip, strip, 0, init, {made, strip, 1}, int(row),
-                            next + k * parameters_strip, tile_rows);
+                      h + k * strip, strip, 0, init, {made, strip, 1}, int(row),
+                      next + k * parameters_strip, tile_rows);
       init = {made, strip, 1};
       k += step;
     } while (k < depth);
