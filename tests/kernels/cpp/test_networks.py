@@ -112,8 +112,8 @@ def check_against_layers(args, net):
 @pytest.mark.parametrize("tasks", [7, 33, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_the_head_begin_anywhere(dtype, tasks, features, row, first):
-    """Those of bf16 are read in pairs where they can be; networks are made in strips of 32 by 48
-    parameters."""
+    """Those of bf16 are read in pairs, from any address; networks are made in strips of 32 by 48
+    parameters, in pairs 64 parameters at a time."""
     net = text((5, 16, 3), "tanh")
     args = random(net, tasks, 50, features, dtype, False, False)
     storage = torch.full((first + args[2].shape[0] * row,), torch.nan, dtype=dtype)
@@ -122,12 +122,14 @@ def test_rows_of_the_head_begin_anywhere(dtype, tasks, features, row, first):
     check_against_layers(args, net)
 
 
-@pytest.mark.parametrize(("tasks", "rows"), [(47, 50), (19, 2050)])
-def test_more_networks_than_are_held_at_a_time(tasks, rows):
+@pytest.mark.parametrize(("tasks", "rows", "features"), [(47, 50, 8), (47, 50, 7), (19, 2050, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_networks_than_are_held_at_a_time(dtype, tasks, rows, features):
     """Of 54,450 parameters, in two blocks whose gradients add up; of more rows than a piece has,
-    the gradients of both pieces are held."""
+    the gradients of both pieces are held. A head of bf16 is packed once for both, an odd feature
+    beside nothing."""
     net = text((16, 250, 200), "elu")
-    args = random(net, tasks, rows, 8, torch.float32, False, False)
+    args = random(net, tasks, rows, features, dtype, False, False)
     y, hidden = op.hyper_mlp(*args, net, True)
     grad = torch.randn_like(y)
     exact = specification(wide(args), net, grad.double())
