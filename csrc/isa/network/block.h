@@ -70,16 +70,6 @@ static View<const Acc<T>> head_rows(const NetworkBlock<T>& b, Index q, Index cou
   return {to, features, 1};
 }
 
-// Rows 2 k and 2 k + 1 of lanes, whose numbers are those of bf16, become row k, of pairs.
-static inline void pair_rows(Index depth, Index row, const float* from, float* to) {
-  for (Index k = 0; k < depth; k += 2)
-    for (Index l = 0; l < row; l += width<float>) {
-      const VecI first = bit_cast<VecI>(load(from + k * row + l));
-      const VecI second = bit_cast<VecI>(load(from + (k + 1) * row + l));
-      store(to + k / 2 * row + l, bit_cast<VecF>((first >> 16 & 0xffff) | second));
-    }
-}
-
 // The features of all networks: strips of lanes, each (depth, networks_strip), one behind another.
 template <class T>
 static const Acc<T>* lanes_of_features(const NetworkBlock<T>& b) {
