@@ -147,24 +147,33 @@ def test_the_rule_is_what_the_kernels_do(tasks, rows, ins, ragged, name):
 
 @pytest.mark.skipif(DEVICE != "cpp", reason="no extension")
 @pytest.mark.parametrize(
-    ("tasks", "rows", "ins", "features"),
+    ("tasks", "rows", "ins", "features", "ragged"),
     [
-        (512, 512, 15, 33),
-        (512, 4096, 15, 32),
-        (512, 512, 15, 31),
-        (511, 511, 15, 33),
-        (512, 4608, 15, 33),
+        (512, 512, 15, 33, False),
+        (512, 4096, 15, 32, False),
+        (512, 512, 15, 31, False),
+        (511, 511, 15, 33, False),
+        (512, 4608, 15, 33, False),
+        (511, 511 * 4, 63, 33, False),  # pairs of bf16: from 1,024 weights on, rows weigh more
+        (511, 511 * 5, 63, 33, False),
+        (511, 511 * 5, 62, 33, False),
+        (800, 900, 63, 33, True),
+        (800, 901, 63, 33, True),
+        (800, 901, 62, 33, True),
     ],
 )
-def test_16_bit_heads_are_read_as_they_lie_where_pairs_do_not_pay(tasks, rows, ins, features):
-    layer = Sizes(tasks, rows, ins, 16, features)
+def test_16_bit_heads_are_read_as_they_lie(tasks, rows, ins, features, ragged):
+    layer = Sizes(tasks, rows, ins, 16, features, ragged)
     isa = EXTENSION.isa()
     unit = isa in ("amx", "amx_emulated") and tasks == 512 and features > 31
     pairs = isa == "avx512_bf16"
+    few = 4 * rows <= 5 * tasks if ragged else rows <= 8 * tasks
+    fewer = 8 * rows <= 9 * tasks if ragged else rows <= 4 * tasks
     name = plan.choose(layer, torch.bfloat16, "cpp")
-    assert name == ("contract" if rows <= 8 * tasks and (unit or not pairs) else "tile")
-    few = "contract" if rows <= 8 * tasks else "tile"
-    assert plan.choose(layer, torch.float16, "cpp") == few
+    assert name == ("contract" if few and (fewer or not pairs or ins < 63) else "tile")
+    assert plan.choose(layer, torch.float16, "cpp") == ("contract" if few else "tile")
+    if ragged:
+        return
     # What the first features add, the others take away: roundings in fp32 are left.
     x, h = torch.randn(tasks, rows // tasks, ins), torch.randn(tasks, features // 2 + 1)
     weight = torch.randn(layer.params, features // 2 + 1)

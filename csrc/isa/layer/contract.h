@@ -28,7 +28,7 @@ struct Strip {
 // row to row.
 template <class C>
 struct LaneBlock {
-  Index depth, rows;
+  Index depth, rows;  // depth: features, of which h may hold pairs
   const C* h;
   const C* x;
   Index x_row;
@@ -36,31 +36,58 @@ struct LaneBlock {
   Index y_row;
 };
 
-template <int M, int V, StripUse use, class C>
-static void strip(const Strip<C>& s, const LaneBlock<C>& b) {
+// Whether heads of T whose features are side by side are read as they lie, though T is not C.
+template <class T>
+constexpr bool reads_pairs = has_pair_dot && std::is_same_v<T, bf16>;
+
+// Features as a strip reads them: numbers of C, or pairs of bf16, at any address, and the last of
+// an odd number by itself.
+template <class T>
+constexpr Index read_at_once = std::is_same_v<T, bf16> ? 2 : 1;
+template <class C>
+static inline C read_features(const C* from) {
+  return *from;
+}
+static inline float read_features(const bf16* from) {
+  bf16_pair pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return widen(pair);
+}
+
+template <int M, int V, StripUse use, class T>
+static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
+  using C = Acc<T>;
+  using Step = std::conditional_t<std::is_same_v<T, C>, MultiplyAdd, AddPairs>;
   constexpr int w = width<C>;
   Vec<C> acc[M][V];
-  const C* rows[M];
+  const T* rows[M];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
     rows[m] = s.weight + m * s.step;
-    const Vec<C> start = (s.bias ? s.bias[m * s.bias_step] : C(0)) - Vec<C>{};
+    const Vec<C> start = (s.bias ? widen(s.bias[m * s.bias_step]) : C(0)) - Vec<C>{};
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = start;
   }
-  const C* ahead = s.weight + M * s.step;
-  for (Index k = 0; k < b.depth; ++k) {
+  const C* h = b.h;
+  const auto add = [&](auto step, const auto& entry) {
     Vec<C> hv[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) hv[v] = load(b.h + k * lanes<C> + v * w);
-    prefetch(ahead + k * M);  // the next M weights, if they follow
+    for (int v = 0; v < V; ++v) hv[v] = load(h + v * w);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      const C a = rows[m][k * s.feature];
+      const C a = entry(rows[m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[m][v] += a * hv[v];
+      for (int v = 0; v < V; ++v) step.template step<C>(acc[m][v], a, hv[v]);
     }
+    h += lanes<C>;
+  };
+  const T* ahead = s.weight + M * s.step;
+  Index k = 0;
+  for (; k + read_at_once<T> <= b.depth; k += read_at_once<T>) {
+    prefetch(ahead + k * M);  // the next M weights, if they follow
+    add(Step{}, [&](const T* row) { return read_features(row + k * s.feature); });
   }
+  if (k < b.depth) add(MultiplyAdd{}, [&](const T* row) { return widen(row[k]); });
   if (s.transform != Transform::none) {
     C made[M * V * w];
 #pragma GCC unroll 6
@@ -94,16 +121,16 @@ static void strip(const Strip<C>& s, const LaneBlock<C>& b) {
   }
 }
 
-template <class C>
-using StripOf = void (*)(const Strip<C>&, const LaneBlock<C>&);
+template <class T>
+using StripOf = void (*)(const Strip<T>&, const LaneBlock<Acc<T>>&);
 
-template <class C, StripUse use, int M>
-constexpr StripOf<C> pick_strip(int vecs) {
+template <class T, StripUse use, int M>
+constexpr StripOf<T> pick_strip(int vecs) {
   if constexpr (tile_vecs == 4) {
-    if (vecs == 4) return strip<M, 4, use, C>;
-    if (vecs == 3) return strip<M, 3, use, C>;
+    if (vecs == 4) return strip<M, 4, use, T>;
+    if (vecs == 3) return strip<M, 3, use, T>;
   }
-  return vecs == 2 ? strip<M, 2, use, C> : strip<M, 1, use, C>;
+  return vecs == 2 ? strip<M, 2, use, T> : strip<M, 1, use, T>;
 }
 
 // The same M weights in C, one behind another.
@@ -122,14 +149,15 @@ static Strip<C> widened(const Strip<T>& s, Index count, Index depth) {
   return {to, depth, 1, s.bias ? bias : nullptr, 1, s.transform};
 }
 
-// n weights from s on, in strips of 6, 4, 2 and 1. Numbers of 16 bits are widened for each, once
-// for all lanes.
-template <class T, StripUse use>
+// n weights from s on, in strips of 6, 4, 2 and 1, which read them as Read. Numbers of 16 bits are
+// widened to that for each, once for all lanes. The last 8 are two strips of 4: one of 2 has too
+// few sums to hide how long each takes.
+template <class T, class Read, StripUse use>
 static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
   using C = Acc<T>;
-  const auto steps = [&](Index height, StripOf<C> f) {
-    for (; n >= height; n -= height) {
-      if constexpr (std::is_same_v<T, C>)
+  const auto steps = [&](Index height, StripOf<Read> f) {
+    for (; n >= height && (n != 8 || height == 4); n -= height) {
+      if constexpr (std::is_same_v<T, Read>)
         f(s, b);
       else
         f(widened<C>(s, height, b.depth), b);
@@ -141,10 +169,10 @@ static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
         b.y += height * lanes<C>;
     }
   };
-  steps(6, pick_strip<C, use, 6>(vecs));
-  steps(4, pick_strip<C, use, 4>(vecs));
-  steps(2, pick_strip<C, use, 2>(vecs));
-  steps(1, pick_strip<C, use, 1>(vecs));
+  steps(6, pick_strip<Read, use, 6>(vecs));
+  steps(4, pick_strip<Read, use, 4>(vecs));
+  steps(2, pick_strip<Read, use, 2>(vecs));
+  steps(1, pick_strip<Read, use, 1>(vecs));
 }
 
 template <class T>
@@ -159,13 +187,14 @@ static Strip<T> strip_of(const HeadMatrix& m, Transform transform, Index o, Inde
           transform};
 }
 
-// One block of tasks.
-template <class T>
-static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
-                           const LaneBlock<Acc<T>>& b) {
+// One block of tasks, whose strips read the head as Read.
+template <class T, class Read>
+static void contract_as(const HyperLinear& p, const Acc<T>* shared, int vecs,
+                        const LaneBlock<Acc<T>>& b) {
   using C = Acc<T>;
   if (p.vector.weight) {
-    strips<T, StripUse::store>(p.out, vecs, strip_of<T>(p.vector, Transform::none, 0, 0, false), b);
+    strips<T, Read, StripUse::store>(p.out, vecs,
+                                     strip_of<T>(p.vector, Transform::none, 0, 0, false), b);
   } else {
     for (Index j = 0; j < b.rows * b.y_row; ++j) b.y[j] = 0;
     for (Index r = 0; shared && r < b.rows; ++r)
@@ -182,12 +211,20 @@ static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
   const bool by_inputs = p.matrix.in_stride <= p.matrix.out_stride;
   if (by_inputs ? p.in >= min(tile_rows, p.out) : p.out < min(tile_rows, p.in))
     for (Index o = 0; o < p.out; ++o)
-      strips<T, StripUse::inputs>(p.in, vecs, strip_of<T>(p.matrix, p.transform, o, 0, true),
-                                  at(0, o));
+      strips<T, Read, StripUse::inputs>(p.in, vecs, strip_of<T>(p.matrix, p.transform, o, 0, true),
+                                        at(0, o));
   else
     for (Index i = 0; i < p.in; ++i)
-      strips<T, StripUse::outputs>(p.out, vecs, strip_of<T>(p.matrix, p.transform, 0, i, false),
-                                   at(i, 0));
+      strips<T, Read, StripUse::outputs>(p.out, vecs,
+                                         strip_of<T>(p.matrix, p.transform, 0, i, false), at(i, 0));
+}
+
+template <class T>
+static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
+                           const LaneBlock<Acc<T>>& b) {
+  if constexpr (reads_pairs<T>)
+    if (p.matrix.feature == 1) return contract_as<T, T>(p, shared, vecs, b);
+  contract_as<T, Acc<T>>(p, shared, vecs, b);
 }
 
 // What the lanes are: tasks of `rows` rows each, or, ragged, the rows in the order in which they
@@ -212,50 +249,97 @@ struct Units {
   const C* row(const Staged<const C>& rows, Index unit, Index r) const {
     return rows.data + (groups.ragged ? unit * rows.row : unit * rows.task + r * rows.row);
   }
+  // The same where it lies.
+  template <class T>
+  const T* row(const Rows& rows, Index unit, Index r) const {
+    return static_cast<const T*>(rows.data) +
+           (groups.ragged ? groups.order[unit] * rows.row : unit * rows.task + r * rows.row);
+  }
 };
 
 // Units of a block: as many as there are lanes, fewer where threads would be left without.
 template <class C>
 static Index block_units(Index count) {
-  const Index blocks =
-      max(ceil_div(count, lanes<C>), min(thread_count(), ceil_div(count, width<C>)));
-  return max(round_up(ceil_div(count, max(blocks, 1)), width<C>), width<C>);
+  const Index blocks = round_up(max(ceil_div(count, lanes<C>), 1), thread_count());
+  return max(round_up(ceil_div(count, blocks), width<C>), width<C>);
+}
+
+// The features of units first, ..., first + n - 1, or pairs of them, as heads whose features are
+// `feature` apart want them.
+template <class T>
+static void features_in_lanes(const TaskVector& h, Index features, Index feature, Units& units,
+                              Index first, Index n, Acc<T>* to) {
+  using C = Acc<T>;
+  const T* from[lanes<C>];
+  for (Index l = 0; l < n; ++l)
+    from[l] = static_cast<const T*>(h.data) + units.task(first + l) * h.task;
+  const bool pairs = reads_pairs<T> && feature == 1;
+  if constexpr (reads_pairs<T>)
+    if (pairs && h.col == 1 && features % 2 == 0) {  // they lie there
+      const bf16_pair* whole[lanes<C>];
+      for (Index l = 0; l < n; ++l) whole[l] = reinterpret_cast<const bf16_pair*>(from[l]);
+      return pack_lanes<C, bf16_pair>(whole, n, features / 2, 1, to, lanes<C>, lanes<C>);
+    }
+  pack_lanes<C, T>(from, n, features, h.col, to, lanes<C>, lanes<C>);
+  if constexpr (reads_pairs<T>)
+    if (pairs) pair_rows(features, lanes<C>, to, to);
+}
+
+// The inputs of a block: row(unit, r) is where those of a row begin, `step` apart.
+template <class C, class F>
+static void inputs_in_lanes(const LaneBlock<C>& b, Index first, Index n, Index in, Index step,
+                            C* to, const F& row) {
+  for (Index r = 0; r < b.rows; ++r) {
+    decltype(row(first, r)) from[lanes<C>];
+    for (Index l = 0; l < n; ++l) from[l] = row(first + l, r);
+    pack_lanes<C>(from, n, in, step, to + r * b.x_row, lanes<C>, lanes<C>);
+  }
+}
+
+// The outputs of n units: rows of `out` side by side.
+template <class C>
+static void outputs_from_lanes(const LaneBlock<C>& b, Index n, Index out, C* to) {
+  for (Index r = 0; r < b.rows; ++r)
+    pack<C, C>(n, out, {b.y + r * b.y_row, 1, lanes<C>}, to + r * out, b.rows * out, out);
+}
+
+// Calls body(units, first, n, block, x) for n units at a time, from `first` on, whose features are
+// in the block; its y has room for the widest outputs of a layer, and x for the widest inputs.
+template <class T, class F>
+static void each_block(const Groups& groups, const TaskVector& h, Index features, Index feature,
+                       Index params, Index in, Index out, const F& body) {
+  using C = Acc<T>;
+  const Units all(groups);
+  const Index size = block_units<C>(all.count), x_size = all.rows * in * lanes<C>;
+  const Index h_size = features * lanes<C>, work = size * params * (features + all.rows);
+  parallel(
+      ceil_div(all.count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
+        Units units(groups);
+        C* const block =
+            scratch<C>(Slot::block, max(h_size + x_size + all.rows * out * lanes<C>, 1));
+        C *const x = block + h_size, *const y = x + x_size;
+        for (Index i = begin; i < end; ++i) {
+          const Index first = i * size, n = min(size, units.count - first);
+          features_in_lanes<T>(h, features, feature, units, first, n, block);
+          body(units, first, n,
+               LaneBlock<C>{features, units.rows, block, x, in * lanes<C>, y, out * lanes<C>}, x);
+        }
+      });
 }
 
 template <class T>
 static void hyper_linear_contract(const HyperLinear& p, const Staged<const Acc<T>>& x,
                                   const Staged<Acc<T>>& y) {
   using C = Acc<T>;
-  const Units all(p.groups);
   const C* shared = shared_bias<T>(p);
-  const Index size = block_units<C>(all.count), x_row = p.in * lanes<C>, y_row = p.out * lanes<C>;
-  const Index work = size * p.out * (p.in + 1) * (p.features + all.rows);
-  parallel(
-      ceil_div(all.count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
-        Units units(p.groups);
-        C* h =
-            scratch<C>(Slot::block, max(p.features * lanes<C> + units.rows * (x_row + y_row), 1));
-        C* xs = h + p.features * lanes<C>;
-        C* ys = xs + units.rows * x_row;
-        for (Index b = begin; b < end; ++b) {
-          const Index first = b * size, n = min(size, units.count - first);
-          const T* features[lanes<C>];
-          for (Index l = 0; l < n; ++l)
-            features[l] = static_cast<const T*>(p.h.data) + units.task(first + l) * p.h.task;
-          pack_lanes<C, T>(features, n, p.features, p.h.col, h, lanes<C>, lanes<C>);
-          for (Index r = 0; r < units.rows; ++r) {
-            const C* inputs[lanes<C>];
-            for (Index l = 0; l < n; ++l) inputs[l] = units.row(x, first + l, r);
-            pack_lanes<C, C>(inputs, n, p.in, x.col, xs + r * x_row, lanes<C>, lanes<C>);
-          }
-          contract_block<T>(p, shared, int(ceil_div(n, width<C>)),
-                            {p.features, units.rows, h, xs, x_row, ys, y_row});
-          // y is contiguous, be it the result or a copy.
-          for (Index r = 0; r < units.rows; ++r)
-            pack<C, C>(n, p.out, View<const C>{ys + r * y_row, 1, lanes<C>},
-                       y.data + (first * units.rows + r) * p.out, units.rows * p.out, p.out);
-        }
-      });
+  each_block<T>(p.groups, p.h, p.features, p.matrix.feature, p.out * (p.in + 1), p.in, p.out,
+                [&](const Units& units, Index first, Index n, const LaneBlock<C>& b, C* inputs) {
+                  inputs_in_lanes(b, first, n, p.in, x.col, inputs,
+                                  [&](Index unit, Index r) { return units.row(x, unit, r); });
+                  contract_block<T>(p, shared, int(ceil_div(n, width<C>)), b);
+                  // y is contiguous, be it the result or a copy.
+                  outputs_from_lanes(b, n, p.out, y.data + first * b.rows * p.out);
+                });
 }
 
 }  // namespace hyperfast::HF_ISA

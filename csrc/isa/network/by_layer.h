@@ -1,37 +1,10 @@
 // A network layer by layer, each for all tasks: where few rows share a task.
 #pragma once
 
-#include "isa/layer/generated.h"
 #include "isa/layer/generated_grad.h"
-#include "isa/network/activate.h"
-#include "isa/unit/amx.h"
-#include "plan.h"
+#include "isa/network/by_lanes.h"
 
 namespace hyperfast::HF_ISA {
-
-// The head's part for a layer.
-template <class T>
-static HeadMatrix matrix_of(const NetHead& head, const Layer& l) {
-  return {static_cast<T*>(head.weight) + l.begin * head.row,
-          l.in * head.row,
-          head.row,
-          head.feature,
-          head.bias ? static_cast<T*>(head.bias) + l.begin * head.bias_step : nullptr,
-          l.in * head.bias_step,
-          head.bias_step};
-}
-template <class T>
-static HeadMatrix vector_of(const NetHead& head, const Layer& l) {
-  if (!l.own_bias()) return {};
-  const Index first = l.begin + l.out * l.in;
-  return {static_cast<T*>(head.weight) + first * head.row,
-          head.row,
-          0,
-          head.feature,
-          head.bias ? static_cast<T*>(head.bias) + first * head.bias_step : nullptr,
-          head.bias_step,
-          0};
-}
 
 // Threads share n elements in whole vectors of any type: what is computed one by one does not
 // depend on them.
@@ -45,6 +18,7 @@ static void each_stretch(Index n, const F& body) {
 template <class T>
 static void hyper_mlp_by_layers(const HyperMlp& p) {
   using C = Acc<T>;
+  if (runs_by_lanes(p)) return hyper_mlp_by_lanes<T>(p);
   const Index rows = total_rows(p.groups), most = p.net.widest;
   const auto hidden = [&](C* data, Index columns) {
     return Staged<C>{data, p.groups.ragged ? 0 : p.groups.rows * columns, columns, 1};
@@ -62,21 +36,7 @@ static void hyper_mlp_by_layers(const HyperMlp& p) {
                       layer.out);
     const Staged<C> pre =
         keep && in_place<T>(p.groups) ? place<T>(pre_rows, p.groups, layer.out, Slot::rows_out) : a;
-    const Plan plan = default_plan(Makes::weights, p.dtype, p.groups, layer.params(), p.features,
-                                   has_matrix_unit, has_pair_dot);
-    hyper_linear_staged<T>({p.dtype,
-                            plan,
-                            p.groups,
-                            layer.out,
-                            layer.in,
-                            p.features,
-                            {},
-                            p.h,
-                            matrix_of<T>(p.head, layer),
-                            vector_of<T>(p.head, layer),
-                            {},
-                            layer.transform},
-                           x, pre);
+    hyper_linear_staged<T>(layer_of<T>(p, layer, plan_of(p, layer)), x, pre);
     if (keep) {
       unstage<T>(pre, pre_rows, p.groups, layer.out);
       kept += rows * layer.out;

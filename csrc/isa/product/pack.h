@@ -145,4 +145,19 @@ static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C*
     for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = 0;
 }
 
+// Rows 2 k and 2 k + 1 of lanes, whose numbers are those of bf16, become row k, of pairs; the last
+// of an odd number stays as it is. `to` may be `from`.
+static inline void pair_rows(Index depth, Index row, const float* from, float* to) {
+  for (Index k = 0; k < depth; k += 2)
+    for (Index l = 0; l < row; l += width<float>) {
+      const VecI first = bit_cast<VecI>(load(from + k * row + l));
+      if (k + 1 == depth) {
+        store(to + k / 2 * row + l, bit_cast<VecF>(first));
+        continue;
+      }
+      const VecI second = bit_cast<VecI>(load(from + (k + 1) * row + l));
+      store(to + k / 2 * row + l, bit_cast<VecF>((first >> 16 & 0xffff) | second));
+    }
+}
+
 }  // namespace hyperfast::HF_ISA

@@ -217,6 +217,39 @@ def test_hyper_values(dtype, size, plan, ragged, target_bias, head_bias):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("how", ["plain", "transposed", "gaps", "expanded"])
+@pytest.mark.parametrize("features", [1, 2, 7, 32, 33])
+@pytest.mark.parametrize("tasks", [1, 3, 63, 65])
+def test_pairs_of_a_head_begin_anywhere(tasks, features, how, plan):
+    """Rows of bf16 begin at odd addresses, an odd number of elements apart, and NaN lies between
+    them; features in any way."""
+    dtype, i, o = torch.bfloat16, 8, 9
+    row = features + 1 + features % 2
+    storage = torch.full((1 + o * (i + 1) * row,), torch.nan, dtype=dtype)
+    v = storage[1:].view(-1, row)[:, :features]
+    v.copy_(rand(*v.shape, dtype=dtype, seed=3))
+    h = rand(tasks, features, dtype=dtype, seed=2)
+    h = h[:1].expand(tasks, features) if how == "expanded" else strided(h, how)
+    x, v0 = rand(tasks, 2, i, dtype=dtype), rand(len(v), dtype=dtype, seed=4)
+    y = flat.hyper_linear(x, h, v, v0, None, True, plan)
+
+    def forward(x, h, v, v0):
+        p = h @ v.mT + v0
+        return torch.einsum("boi,bni->bno", p[:, : o * i].view(-1, o, i), x) + p[:, None, o * i :]
+
+    assert_within_roundings(y, forward, x, h, v, v0, depth=i + features + 2)
+    ids = torch.arange(tasks).repeat_interleave(2)
+    ragged = flat.hyper_linear(x.flatten(0, 1), h, v, v0, ids, True, plan)
+    assert_within_roundings(ragged.view_as(y), forward, x, h, v, v0, depth=i + features + 2)
+    turned = flat.grad_x(y, h, v[: o * i], v0[: o * i], None, plan)
+
+    def backward(y, h, v, v0):
+        return torch.einsum("boi,bno->bni", (h @ v.mT + v0).view(-1, o, i), y)
+
+    assert_within_roundings(turned, backward, y, h, v[: o * i], v0[: o * i], depth=o + features + 2)
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("size", [(50, 2, 17, 66, 9), (100, 8, 17, 3, 16), (3, 300, 63, 40, 3)])

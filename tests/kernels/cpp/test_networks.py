@@ -109,13 +109,14 @@ def check_against_layers(args, net):
 @pytest.mark.parametrize(
     ("features", "row", "first"), [(8, 8, 0), (8, 10, 2), (8, 9, 0), (8, 8, 1), (9, 10, 0)]
 )
+@pytest.mark.parametrize("rows", [1, 5, 50])
 @pytest.mark.parametrize("tasks", [7, 33, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_the_head_begin_anywhere(dtype, tasks, features, row, first):
+def test_rows_of_the_head_begin_anywhere(dtype, tasks, rows, features, row, first):
     """Those of bf16 are read in pairs, from any address; networks are made in strips of 32 by 48
-    parameters, in pairs 64 parameters at a time."""
+    parameters, in pairs 64 parameters at a time, and of few rows in lanes."""
     net = text((5, 16, 3), "tanh")
-    args = random(net, tasks, 50, features, dtype, False, False)
+    args = random(net, tasks, rows, features, dtype, False, False)
     storage = torch.full((first + args[2].shape[0] * row,), torch.nan, dtype=dtype)
     head = storage[first:].view(-1, row)[:, :features]
     args[2] = head.copy_(args[2])

@@ -1,0 +1,113 @@
+// A network all of whose layers contract: a block of tasks goes through them at once, and what one
+// makes in lanes is what the next one takes.
+#pragma once
+
+#include "isa/layer/generated.h"
+#include "isa/network/activate.h"
+#include "plan.h"
+
+namespace hyperfast::HF_ISA {
+
+// The head's part for a layer.
+template <class T>
+static HeadMatrix matrix_of(const NetHead& head, const Layer& l) {
+  return {static_cast<T*>(head.weight) + l.begin * head.row,
+          l.in * head.row,
+          head.row,
+          head.feature,
+          head.bias ? static_cast<T*>(head.bias) + l.begin * head.bias_step : nullptr,
+          l.in * head.bias_step,
+          head.bias_step};
+}
+template <class T>
+static HeadMatrix vector_of(const NetHead& head, const Layer& l) {
+  if (!l.own_bias()) return {};
+  const Index first = l.begin + l.out * l.in;
+  return {static_cast<T*>(head.weight) + first * head.row,
+          head.row,
+          0,
+          head.feature,
+          head.bias ? static_cast<T*>(head.bias) + first * head.bias_step : nullptr,
+          head.bias_step,
+          0};
+}
+
+// A layer of a network, without its rows.
+template <class T>
+static HyperLinear layer_of(const HyperMlp& p, const Layer& l, Plan plan) {
+  return {p.dtype,
+          plan,
+          p.groups,
+          l.out,
+          l.in,
+          p.features,
+          {},
+          p.h,
+          matrix_of<T>(p.head, l),
+          vector_of<T>(p.head, l),
+          {},
+          l.transform};
+}
+
+static inline Plan plan_of(const HyperMlp& p, const Layer& l) {
+  return default_plan(Makes::weights, p.dtype, p.groups, l.params(), p.features, has_matrix_unit,
+                      has_pair_dot);
+}
+
+// Outputs of a block, rounded, go where they belong among the contiguous rows of a call.
+template <class T>
+static void store_outputs(const Groups& g, Index first, Index n, Index out,
+                          const LaneBlock<Acc<T>>& b, T* to) {
+  using C = Acc<T>;
+  const Index size = n * b.rows * out;
+  C* const rows = scratch<C>(Slot::local_a, max(size, 1));
+  outputs_from_lanes(b, n, out, rows);
+  if (!g.ragged) return convert(size, rows, to + first * b.rows * out);
+  for (Index l = 0; l < n; ++l) convert(out, rows + l * out, to + g.order[first + l] * out);
+}
+
+template <class T>
+static void hyper_mlp_by_lanes(const HyperMlp& p) {
+  using C = Acc<T>;
+  const Layer* const layers = p.net.layers;
+  const Index most = max(p.net.widest, layers[0].in);
+  each_block<T>(p.groups, p.h, p.features, p.head.feature, p.net.params, most, most,
+                [&](const Units& units, Index first, Index n, LaneBlock<C> b, C* x) {
+                  const int vecs = int(ceil_div(n, width<C>));
+                  b.x_row = layers[0].in * lanes<C>;
+                  inputs_in_lanes(b, first, n, layers[0].in, p.x.col, x,
+                                  [&](Index unit, Index r) { return units.row<T>(p.x, unit, r); });
+                  T* kept = static_cast<T*>(p.preactivations);
+                  for (Index l = 0; l < p.net.count; ++l) {
+                    const Layer& layer = layers[l];
+                    b.y_row = layer.out * lanes<C>;
+                    contract_block<T>(layer_of<T>(p, layer, Plan::contract), nullptr, vecs, b);
+                    if (kept && layer.kept) {
+                      store_outputs<T>(p.groups, first, n, layer.out, b, kept);
+                      kept += total_rows(p.groups) * layer.out;
+                    }
+                    for (Index j = 0; j < b.rows * layer.out; ++j) {
+                      C* const y = b.y + j * lanes<C>;
+                      activate<C>(layer, vecs * width<C>, y, y);
+                    }
+                    if (l + 1 == p.net.count) break;
+                    std::swap(x, b.y);
+                    b.x = x;
+                    b.x_row = b.y_row;
+                  }
+                  store_outputs<T>(p.groups, first, n, layers[p.net.count - 1].out, b,
+                                   static_cast<T*>(p.y.data));
+                });
+}
+
+static inline bool runs_by_lanes(const HyperMlp& p) {
+  for (Index l = 0; l < p.net.count; ++l) {
+    const Layer& layer = p.net.layers[l];
+    const bool unit = has_matrix_unit && suits_matrix_unit(Makes::weights, p.dtype, p.groups,
+                                                           layer.params(), p.features);
+    if (unit || plan_of(p, layer) != Plan::contract) return false;
+  }
+  return true;
+}
+
+}  // namespace hyperfast::HF_ISA
