@@ -270,6 +270,35 @@ def test_rows_at_the_edges_of_vectors(dtype, net, rows):
         x, weight, grad = x.flip(1), weight, grad.flip(1)
 
 
+def placed(t, first, gap):
+    """The same numbers `first` elements into memory, rows `gap` apart; what is between is NaN."""
+    row = t.shape[-1] + gap
+    storage = torch.full((first + t.numel() // t.shape[-1] * row,), torch.nan, dtype=t.dtype)
+    return storage[first:].view(*t.shape[:-1], row)[..., : t.shape[-1]].copy_(t)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize(("first", "gap"), [(0, 0), (1, 0), (2, 1), (1, 2), (0, 2)])
+@pytest.mark.parametrize("rows", [3, 7, 33, 530])
+@pytest.mark.parametrize(
+    "net",
+    [
+        "6 > 9 b relu, 2 b",
+        "7 > 9 b tanh, 3 b",
+        "2 > 5 relu, 1",
+        "3 > 6",
+        "1 > 3 b relu, 1 b",
+        "451 > 7 relu, 2 b",
+        "4 > 3 exp(W), 2",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_and_weights_begin_anywhere(dtype, net, rows, first, gap, ragged):
+    """In the first layer both are multiplied in pairs if they are of bf16, and many."""
+    x, weight, grad, ids = random_stored(net, 3, rows, dtype, ragged, False)
+    check_stored(placed(x, first, gap), placed(weight, first, gap), grad, ids, net)
+
+
 @pytest.mark.parametrize("rows", [49, 64, 65, 130])
 @pytest.mark.parametrize("net", ["2 > 32 b relu, 1 b", "10 > 8 b sin:2.0, 8 relu exp(W), 3 b"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
@@ -362,8 +391,9 @@ def test_stored_networks_of_8_bits(case, ragged):
     [(MIXED[0], 1, 20_000), (MIXED[1], 300, 2), (MIXED[1], 9, 40), (MIXED[2], 3, 2000)],
 )
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
-def test_gradients_of_stored_networks_do_not_depend_on_threads(net, tasks, rows, ragged):
-    args = random_stored(net, tasks, rows, torch.float32, ragged, False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_stored_networks_do_not_depend_on_threads(dtype, net, tasks, rows, ragged):
+    args = random_stored(net, tasks, rows, dtype, ragged, False)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
