@@ -38,6 +38,11 @@ static void give_rows(const Mode& mode, const Rows& rows, const Groups& groups, 
   using C = Acc<T>;
   if (in_place<T>(groups))
     return mode.give(from, columns, reinterpret_cast<C*>(row_data<T>(rows, groups, q, q.begin)));
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+    if (columns % 2 == 0 && side_by_side(rows, groups, columns)) {
+      bf16* const to = row_data<T>(rows, groups, q, q.begin);
+      if (holds_pairs(to)) return mode.give_pairs(from, columns / 2, reinterpret_cast<C*>(to));
+    }
   C* const copy = scratch<C>(Slot::local_a, (q.end - q.begin) * columns);
   mode.give(from, columns, copy);
   scatter<T>(rows, groups, q, columns, copy, nullptr, 0);

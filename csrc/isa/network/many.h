@@ -38,6 +38,13 @@ struct Many {
       pack<C, C>(m, columns, {from, 1, row}, rows, columns, columns);
   }
 
+  // To rows of bf16 of so many pairs: half as much is turned around.
+  void give_pairs(const C* from, Index pairs, C* rows) const {
+    C* const narrow = scratch<C>(Slot::local_a, size(pairs));
+    narrow_rows(2 * pairs, padded(), row, from, narrow);
+    pack<C, C>(m, pairs, {narrow, 1, row}, rows, pairs, pairs);
+  }
+
   // y = W x + c.
   void apply(const Layer& l, const LayerWeights<C, C>& p, Index, const C* x, C* y) const {
     multiply_layer(l, p, x, y, Stored<C>{y, row});

@@ -73,6 +73,21 @@ static void part_pairs(Index n, const C* src, C* dst, Index dst_row,
     for (int k = 0; k < 2; ++k) dst[k * dst_row + l] = src[2 * l + k];
 }
 
+// Rows 2 k and 2 k + 1 of lanes, rounded to bf16, become row k, of pairs.
+static inline void narrow_rows(Index depth, Index n, Index row, const float* from, float* to) {
+  for (Index k = 0; k < depth; k += 2)
+    for (Index l = 0; l < n; l += width<float>) {
+      const auto first = nearest_bf16(load(from + k * row + l));
+      const auto second = nearest_bf16(load(from + (k + 1) * row + l));
+      store(to + k / 2 * row + l, bit_cast<VecF>(first >> 16 | (second & 0xffff0000)));
+    }
+}
+
+// Whether pairs that begin here are aligned.
+static inline bool holds_pairs(const bf16* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(bf16_pair) == 0;
+}
+
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
 template <class C, class T>
 static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row, Index all) {

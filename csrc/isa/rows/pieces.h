@@ -65,8 +65,7 @@ static View<const C> compact(View<const C> rows, Index m, Index columns, Slot sl
 static View<const float> gather_pairs(const Rows& rows, const Groups& g, const Piece& p,
                                       Index columns, Slot slot) {
   const bf16* const first = row_data<bf16>(rows, g, p, p.begin);
-  const bool even = columns % 2 == 0 && rows.row % 2 == 0 &&
-                    reinterpret_cast<std::uintptr_t>(first) % sizeof(bf16_pair) == 0;
+  const bool even = columns % 2 == 0 && rows.row % 2 == 0 && holds_pairs(first);
   if (even && rows.col == 1 && !g.ragged)
     return {reinterpret_cast<const float*>(first), rows.row / 2, 1};
   const Index row = round_up(columns, 2);

@@ -407,6 +407,20 @@ def test_gradients_of_stored_networks_do_not_depend_on_threads(dtype, net, tasks
         assert all(map(torch.equal, results[0], others))
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 34])
+@pytest.mark.parametrize("rows", [3, 9, 1001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_of_16_bits_are_rounded_to_nearest(dtype, rows, columns):
+    x = torch.randn(1, rows, 1).to(dtype)
+    x[0, :3, 0] = torch.tensor([torch.nan, torch.inf, 0])
+    weight = torch.randn(1, 2 * columns).to(dtype)
+    weight[0, columns] = torch.finfo(dtype).smallest_normal / 2
+    y = op.task_mlp(x, weight, None, None, f"1 > {columns} b")
+    exact = x.double() * weight[:, None, :columns].double() + weight[:, None, columns:].double()
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.nan_to_num(7), exact.float().to(dtype).nan_to_num(7))
+
+
 def test_gradients_of_one_network_do_not_drown_in_a_16_bit_sum():
     """200,000 rows in many pieces: a bf16 total would stop growing."""
     x, weight = torch.ones(1, 200_000, 1, dtype=torch.bfloat16), torch.ones(1, 2).bfloat16()
