@@ -20,9 +20,12 @@ static Index chunk_rows(const Net& net, Index bytes) {
 template <class T, class Mode>
 static const Acc<T>* take_rows(const Mode& mode, const Rows& rows, const Groups& groups,
                                const Piece& q, Index columns, Slot slot, Acc<T>* to) {
-  return mode.take(gather<T>(rows, groups, q, columns, slot), columns, to);
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+    return mode.take_apart(gather_pairs(rows, groups, q, columns, slot), columns, to);
+  else
+    return mode.take(gather<T>(rows, groups, q, columns, slot), columns, to);
 }
-// The same of pairs, where the first of the weights are pairs.
+// The same as pairs, where the first of the weights are pairs.
 template <class T, class Mode, class W>
 static const Acc<T>* take_rows(const Mode& mode, const Weights<W>& weights, const Rows& rows,
                                const Groups& groups, const Piece& q, Index columns, Slot slot,

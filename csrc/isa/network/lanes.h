@@ -187,7 +187,8 @@ static void multiply_lanes(const LaneProduct<C, W>& p, const F& finish) {
   constexpr int w = width<C>;
   constexpr Index most = (28 << 10) / (Index(sizeof(C)) * lanes<C>);
   const Index rows = p.rows();
-  const Index step = ceil_div(rows, ceil_div(rows, most > depth_block ? depth_block : most));
+  constexpr Index limit = most > depth_block ? depth_block : most;
+  const Index step = rows <= limit ? rows : ceil_div(rows, ceil_div(rows, limit));
   for (Index j = 0, vecs; j < p.m; j += vecs * w) {
     const Index left = ceil_div(p.m - j, w);
     vecs = left >= tile_vecs ? tile_vecs : left >= 2 ? 2 : 1;

@@ -31,6 +31,13 @@ struct Many {
     copy(rows, ceil_div(columns, 2), to);
     return to;
   }
+  // The same as floats: half as much is turned around, and what it comes from widened on the way.
+  const C* take_apart(View<const C> rows, Index columns, C* to) const {
+    C* const pairs = to + columns / 2 * row;
+    take_pairs(rows, columns, pairs);
+    widen_rows(columns, padded(), row, pairs, to);
+    return to;
+  }
   void give(const C* from, Index columns, C* rows) const {
     if (columns == 1)
       pack<C, C>(1, m, {from, row, 1}, rows, m, m);

@@ -83,6 +83,17 @@ static inline void narrow_rows(Index depth, Index n, Index row, const float* fro
     }
 }
 
+// The way back: row k, of pairs, becomes rows 2 k and 2 k + 1 of `depth`. It may be one of their
+// second half.
+static inline void widen_rows(Index depth, Index n, Index row, const float* from, float* to) {
+  for (Index k = 0; k < depth; k += 2, from += row)
+    for (Index l = 0; l < n; l += width<float>) {
+      const auto pair = bit_cast<Vec<std::uint32_t>>(load(from + l));
+      store(to + k * row + l, bit_cast<VecF>(pair << 16));
+      if (k + 1 < depth) store(to + (k + 1) * row + l, bit_cast<VecF>(pair & 0xffff0000));
+    }
+}
+
 // Whether pairs that begin here are aligned.
 static inline bool holds_pairs(const bf16* p) {
   return reinterpret_cast<std::uintptr_t>(p) % sizeof(bf16_pair) == 0;
