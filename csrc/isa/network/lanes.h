@@ -172,8 +172,7 @@ static void lane_tile(const LaneProduct<C, W>& p, Index o, Index j, Index k, Ind
 
 // All rows of y, six at a time, then what is left in steps of 4, 2 and 1.
 template <int V, class C, class W, class F>
-static void lane_panel(const LaneProduct<C, W>& p, Index j, Index k, Index depth,
-                       const F& finish) {
+static void lane_panel(const LaneProduct<C, W>& p, Index j, Index k, Index depth, const F& finish) {
   Index o = 0;
   for (; o + 6 <= p.n; o += 6) lane_tile<6, V>(p, o, j, k, depth, finish);
   if (p.n - o >= 4) lane_tile<4, V>(p, o, j, k, depth, finish), o += 4;

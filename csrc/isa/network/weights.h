@@ -38,7 +38,7 @@ struct Weights {
         layer.bias = data;
       } else {
         C* bias = scratch<C>(Slot::local_c, l.out);
-        convert(l.out, data, bias);
+        for (Index o = 0; o < l.out; ++o) bias[o] = widen(data[o]);
         layer.bias = bias;
       }
       data += l.out;
