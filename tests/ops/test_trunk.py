@@ -138,10 +138,11 @@ def test_tensors_of_any_strides():
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 70, 700])
+@pytest.mark.parametrize("latents", [31, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_lower_precision(dtype, tasks):
-    layers, network = text((32, 48, 33), "silu,relu"), text((5, 33, 3), "tanh")
-    tensors = [*given((32, 33), (5, 33, 3), tasks, 3)[:4], *trunk_of(layers)]
+def test_lower_precision(dtype, latents, tasks):
+    layers, network = text((latents, 48, 33), "silu,relu"), text((5, 33, 3), "tanh")
+    tensors = [*given((latents, 33), (5, 33, 3), tasks, 3)[:4], *trunk_of(layers)]
     narrow = [t.detach().to(dtype).requires_grad_() for t in tensors]
 
     grad = draw(tasks, 3, 3, dtype=dtype)
@@ -157,11 +158,12 @@ def test_lower_precision(dtype, tasks):
         assert_as_good(one, other, truth, roundings=8)
 
 
-def test_a_result_does_not_depend_on_threads():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_result_does_not_depend_on_threads(dtype):
     layers, network = text((32, 48, 33), "tanh,silu"), text((5, 33, 3), "tanh")
     x, z, weight, bias, ids = given((32, 33), (5, 33, 3), 900, 2)
-    args = [t.detach().float() for t in (x, z, weight, bias)]
-    trunk = trunk_of(layers, grad=False, dtype=torch.float32)
+    args = [t.detach().to(dtype) for t in (x, z, weight, bias)]
+    trunk = trunk_of(layers, grad=False, dtype=dtype)
     given_to = args[0], args[1], trunk, *args[2:], ids
     before, found = torch.get_num_threads(), []
     try:

@@ -20,7 +20,20 @@ static Index chunk_rows(const Net& net, Index bytes) {
 template <class T, class Mode>
 static const Acc<T>* take_rows(const Mode& mode, const Rows& rows, const Groups& groups,
                                const Piece& q, Index columns, Slot slot, Acc<T>* to) {
-  return mode.take(gather<T>(rows, groups, q, columns, slot), columns, to);
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+    return mode.take_apart(gather_pairs(rows, groups, q, columns, slot), columns, to);
+  else
+    return mode.take(gather<T>(rows, groups, q, columns, slot), columns, to);
+}
+// The same as pairs, where the first of the weights are pairs.
+template <class T, class Mode, class W>
+static const Acc<T>* take_rows(const Mode& mode, const Weights<W>& weights, const Rows& rows,
+                               const Groups& groups, const Piece& q, Index columns, Slot slot,
+                               Acc<T>* to) {
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+    if (weights.first_pairs)
+      return mode.take_pairs(gather_pairs(rows, groups, q, columns, slot), columns, to);
+  return take_rows<T>(mode, rows, groups, q, columns, slot, to);
 }
 template <class T, class Mode>
 static void give_rows(const Mode& mode, const Rows& rows, const Groups& groups, const Piece& q,
@@ -28,6 +41,11 @@ static void give_rows(const Mode& mode, const Rows& rows, const Groups& groups, 
   using C = Acc<T>;
   if (in_place<T>(groups))
     return mode.give(from, columns, reinterpret_cast<C*>(row_data<T>(rows, groups, q, q.begin)));
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+    if (columns % 2 == 0 && side_by_side(rows, groups, columns)) {
+      bf16* const to = row_data<T>(rows, groups, q, q.begin);
+      if (holds_pairs(to)) return mode.give_pairs(from, columns / 2, reinterpret_cast<C*>(to));
+    }
   C* const copy = scratch<C>(Slot::local_a, (q.end - q.begin) * columns);
   mode.give(from, columns, copy);
   scatter<T>(rows, groups, q, columns, copy, nullptr, 0);
@@ -48,8 +66,8 @@ static void run_part(const Mode& mode, const RowsOfNetworks& p, const Piece& q, 
   const Index most = mode.size(p.net.widest), rows = total_rows(p.groups);
   C* const spare = scratch<C>(Slot::block, 2 * most);
   T* kept = static_cast<T*>(p.preactivations);
-  const C* x =
-      take_rows<T>(mode, p.x, p.groups, q, p.net.layers[0].in, Slot::local_d, spare + most);
+  const C* x = take_rows<T>(mode, weights, p.x, p.groups, q, p.net.layers[0].in, Slot::local_d,
+                            spare + most);
   for (Index n = 0; n < p.net.count; ++n) {
     const Layer& l = p.net.layers[n];
     C* const y = spare + n % 2 * most;
@@ -91,7 +109,8 @@ static void run_piece(const RowsOfNetworks& p, const Piece& q, Weights<W> weight
   using C = Acc<T>;
   const Index m = q.end - q.begin;
   if (m <= few_rows && !p.net.transforms) return run_part<T>(Few<W, C>{m}, p, q, weights, ahead);
-  const Weights<C> plain{plain_weights<C>(p.net, weights), nullptr};
+  const bool pairs = m > few_rows && first_in_pairs<T, W>(p.net);
+  const Weights<C> plain = plain_weights<C>(p.net, weights, pairs);
   if (m <= few_rows) return run_part<T>(Few<C, C>{m}, p, q, plain, 0);
   const Index chunk = chunk_rows<C>(p.net, 64 << 10);
   for (Index r = q.begin; r < q.end; r += chunk) {

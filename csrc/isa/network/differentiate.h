@@ -18,7 +18,7 @@ struct GradientsOfRows {
 
 template <class T, class Mode, class W>
 static void differentiate_part(const Mode& mode, const GradientsOfRows& p, const Piece& q,
-                               const W* w, Acc<T>* g, bool add) {
+                               Weights<W> weights, Acc<T>* g, bool add) {
   using C = Acc<T>;
   const Net& net = p.net;
   const Index most = mode.size(net.widest), kept = mode.size(net.kept);
@@ -30,7 +30,9 @@ static void differentiate_part(const Mode& mode, const GradientsOfRows& p, const
       take_rows<T>(mode, p.x, p.groups, q, net.layers[0].in, Slot::local_d, spare + 2 * most);
   const T* pre = static_cast<const T*>(p.preactivations);
   const C* x = x0;
-  Weights<W> weights{w, nullptr};
+  if (weights.first_pairs && !pre && net.layers[0].kept)
+    x = take_rows<T>(mode, weights, p.x, p.groups, q, net.layers[0].in, Slot::local_a, spare);
+  const W* const w = weights.data;
   Index at = 0;
   for (Index n = 0; n < net.count && net.layers[n].kept; ++n) {
     const Layer& l = net.layers[n];
@@ -76,11 +78,13 @@ static void differentiate_piece(const GradientsOfRows& p, const Piece& q, const 
     return;
   }
   if (m <= few_rows && !p.net.transforms)
-    return differentiate_part<T>(Few<W, C>{m}, p, q, w, g, false);
-  const C* const plain = plain_weights<C>(p.net, Weights<W>{w, nullptr});
+    return differentiate_part<T>(Few<W, C>{m}, p, q, Weights<W>{w, nullptr}, g, false);
+  Weights<C> plain = plain_weights<C>(p.net, Weights<W>{w, nullptr}, false);
   if (m <= few_rows) {
     differentiate_part<T>(Few<C, C>{m}, p, q, plain, g, false);
   } else {
+    if constexpr (std::is_same_v<W, bf16>)
+      if (first_in_pairs<T, W>(p.net)) plain.first_pairs = w;
     const Index chunk = chunk_rows<C>(p.net, 32 << 10);
     for (Index r = q.begin; r < q.end; r += chunk) {
       const Piece part{q.task, r, min(r + chunk, q.end)};

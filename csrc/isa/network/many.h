@@ -26,6 +26,18 @@ struct Many {
   void copy(View<const C> rows, Index columns, C* to) const {
     pack<C, C>(columns, m, rows.transposed(), to, row, padded());
   }
+  // Rows of pairs, as a product in pairs takes them.
+  const C* take_pairs(View<const C> rows, Index columns, C* to) const {
+    copy(rows, ceil_div(columns, 2), to);
+    return to;
+  }
+  // The same as floats: half as much is turned around, and what it comes from widened on the way.
+  const C* take_apart(View<const C> rows, Index columns, C* to) const {
+    C* const pairs = to + columns / 2 * row;
+    take_pairs(rows, columns, pairs);
+    widen_rows(columns, padded(), row, pairs, to);
+    return to;
+  }
   void give(const C* from, Index columns, C* rows) const {
     if (columns == 1)
       pack<C, C>(1, m, {from, row, 1}, rows, m, m);
@@ -33,9 +45,16 @@ struct Many {
       pack<C, C>(m, columns, {from, 1, row}, rows, columns, columns);
   }
 
+  // To rows of bf16 of so many pairs: half as much is turned around.
+  void give_pairs(const C* from, Index pairs, C* rows) const {
+    C* const narrow = scratch<C>(Slot::local_a, size(pairs));
+    narrow_rows(2 * pairs, padded(), row, from, narrow);
+    pack<C, C>(m, pairs, {narrow, 1, row}, rows, pairs, pairs);
+  }
+
   // y = W x + c.
   void apply(const Layer& l, const LayerWeights<C, C>& p, Index, const C* x, C* y) const {
-    multiply_lanes<C>(product(l, p, x, y), Stored<C>{y, row});
+    multiply_layer(l, p, x, y, Stored<C>{y, row});
   }
   // y becomes f(y), and the slopes are stored where they are not null.
   void activate(const Layer& l, C* y, C* slopes) const {
@@ -62,8 +81,8 @@ struct Many {
   void differentiate(const Layer& l, const C* w, const C* grad, const C* x, C* g, C* next,
                      const C* slopes, bool add) const {
     const LaneProduct<C> back{l.in, m, l.out, {w, 1, l.in}, nullptr, grad, row, next, row, ahead};
-    if (next && slopes) multiply_lanes<C>(back, TimesSlopes<C>{{next, row}, slopes});
-    if (next && !slopes) multiply_lanes<C>(back, Stored<C>{next, row});
+    if (next && slopes) multiply_lanes(back, TimesSlopes<C>{{next, row}, slopes});
+    if (next && !slopes) multiply_lanes(back, Stored<C>{next, row});
     if (!g) return;
     const View<C> to{g, l.in, 1};
     const DotShape shape = DotShape::of<C>(l.out, l.in);
@@ -91,18 +110,26 @@ struct Many {
     for (Index i = 0; i < columns; ++i) body(i * row, padded());
   }
 
-  LaneProduct<C> product(const Layer& l, const LayerWeights<C, C>& p, const C* x, C* y) const {
-    return {l.out, m, l.in, {p.matrix, l.in, 1}, p.bias, x, row, y, row, ahead};
+  template <class F>
+  void multiply_layer(const Layer& l, const LayerWeights<C, C>& p, const C* x, C* y,
+                      const F& finish) const {
+    const auto by = [&](auto* w) {
+      using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
+      const LaneProduct<C, W> all{l.out, m, l.in, {w, l.in, 1}, p.bias, x, row, y, row, ahead};
+      multiply_lanes(all, finish);
+    };
+    if constexpr (has_pair_dot && std::is_same_v<C, float>)
+      if (p.pairs) return by(p.pairs);
+    by(p.matrix);
   }
 
   template <Act kind>
   void in_registers(const Layer& l, const LayerWeights<C, C>& p, const C* x, C* y,
                     C* slopes) const {
-    const LaneProduct<C> to = product(l, p, x, y);
     if (slopes)
-      multiply_lanes<C>(to, Activated<kind, true>{{y, row}, l, slopes});
+      multiply_layer(l, p, x, y, Activated<kind, true>{{y, row}, l, slopes});
     else
-      multiply_lanes<C>(to, Activated<kind, false>{{y, row}, l, nullptr});
+      multiply_layer(l, p, x, y, Activated<kind, false>{{y, row}, l, nullptr});
   }
 };
 

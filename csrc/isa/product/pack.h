@@ -88,6 +88,32 @@ static inline void pair_up(Index n, const float* src, float* dst) {
         bf16_pair{narrow<bf16>(src[k]), k + 1 < n ? narrow<bf16>(src[k + 1]) : narrow<bf16>(0)});
 }
 
+// Rows 2 k and 2 k + 1 of lanes, rounded to bf16, become row k, of pairs.
+static inline void narrow_rows(Index depth, Index n, Index row, const float* from, float* to) {
+  for (Index k = 0; k < depth; k += 2)
+    for (Index l = 0; l < n; l += width<float>) {
+      const auto first = nearest_bf16(load(from + k * row + l));
+      const auto second = nearest_bf16(load(from + (k + 1) * row + l));
+      store(to + k / 2 * row + l, bit_cast<VecF>(first >> 16 | (second & 0xffff0000)));
+    }
+}
+
+// The way back: row k, of pairs, becomes rows 2 k and 2 k + 1 of `depth`. It may be one of their
+// second half.
+static inline void widen_rows(Index depth, Index n, Index row, const float* from, float* to) {
+  for (Index k = 0; k < depth; k += 2, from += row)
+    for (Index l = 0; l < n; l += width<float>) {
+      const auto pair = bit_cast<Vec<std::uint32_t>>(load(from + l));
+      store(to + k * row + l, bit_cast<VecF>(pair << 16));
+      if (k + 1 < depth) store(to + (k + 1) * row + l, bit_cast<VecF>(pair & 0xffff0000));
+    }
+}
+
+// Whether pairs that begin here are aligned.
+static inline bool holds_pairs(const bf16* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(bf16_pair) == 0;
+}
+
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
 template <class C, class T>
 static void pack(Index depth, Index n, View<const T> src, C* dst, Index dst_row, Index all) {

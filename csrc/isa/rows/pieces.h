@@ -61,6 +61,27 @@ static View<const C> compact(View<const C> rows, Index m, Index columns, Slot sl
   return {copy, columns, 1};
 }
 
+// Rows of bf16 as pairs, a 0 behind an odd number of elements: in place where pairs are aligned.
+static View<const float> gather_pairs(const Rows& rows, const Groups& g, const Piece& p,
+                                      Index columns, Slot slot) {
+  const bf16* const first = row_data<bf16>(rows, g, p, p.begin);
+  const bool even = columns % 2 == 0 && rows.row % 2 == 0 && holds_pairs(first);
+  if (even && rows.col == 1 && !g.ragged)
+    return {reinterpret_cast<const float*>(first), rows.row / 2, 1};
+  const Index row = round_up(columns, 2);
+  bf16* const copy = scratch<bf16>(slot, max((p.end - p.begin) * row, 1));
+  for (Index j = p.begin; j < p.end; ++j) {
+    const bf16* const from = row_data<bf16>(rows, g, p, j);
+    bf16* const to = copy + (j - p.begin) * row;
+    if (rows.col == 1)
+      std::memcpy(to, from, std::size_t(columns) * sizeof(bf16));
+    else
+      for (Index i = 0; i < columns; ++i) to[i] = from[i * rows.col];
+    if (columns < row) to[columns] = {};
+  }
+  return {reinterpret_cast<const float*>(copy), row / 2, 1};
+}
+
 // Writes y (+ bias) to the rows of a piece; rows.col == 1.
 template <class T>
 static void scatter(const Rows& rows, const Groups& g, const Piece& p, Index columns,

@@ -51,7 +51,7 @@ struct Formula<Act::identity> {
 template <>
 struct Formula<Act::relu> {  // NaN passes, as in PyTorch
   static Floats of(VecF x, float) {
-    return {select(x <= 0.f, VecF{}, x), select(x <= 0.f, VecF{}, broadcast(1))};
+    return {maximum(VecF{}, x), select(x <= 0.f, VecF{}, broadcast(1))};
   }
   static Double of(double x, double) { return {x <= 0 ? 0 : x, x <= 0 ? 0. : 1.}; }
 };

@@ -35,6 +35,8 @@ static inline Vec<float> load_wide(const T* p) {
   return v;
 }
 
+static inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+
 static inline bool any(VecI mask) {
   std::int32_t found = 0;
   for (int i = 0; i < width<float>; ++i) found |= mask[i];

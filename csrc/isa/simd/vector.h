@@ -67,6 +67,11 @@ static inline void store_narrow(T* p, Vec<Acc<T>> v) {
   else
     for (int i = 0; i < width<Acc<T>>; ++i) p[i] = narrow<T>(v[i]);
 }
+// The nearest numbers of bf16, ties to even, in the upper halves of lanes; NaN becomes quiet.
+static inline Vec<std::uint32_t> nearest_bf16(VecF v) {
+  const auto bits = bit_cast<Vec<std::uint32_t>>(v);
+  return v == v ? bits + (0x7fff + (bits >> 16 & 1)) : bits | 0x400000;
+}
 // A vector of Acc<T> from elements stored as T.
 static inline Vec<float> load_wide(const float* p) { return load(p); }
 static inline Vec<double> load_wide(const double* p) { return load(p); }

@@ -60,6 +60,11 @@ inline void store_narrow<bf16>(bf16* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(all));
 }
 
+// a where it is larger, else b: NaN in b passes.
+static inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm512_max_ps(__m512(a), __m512(b)));
+}
+
 // v times 2^n, n whole.
 static inline Vec<float> times_power(Vec<float> v, Vec<float> n) {
   return Vec<float>(_mm512_scalef_ps(__m512(v), __m512(n)));
@@ -101,6 +106,10 @@ static inline Vec<float> load_wide(const std::int8_t* p) {
 template <>
 inline void store_narrow<f16>(f16* p, Vec<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm256_max_ps(__m256(a), __m256(b)));
 }
 
 static inline bool any(VecI mask) { return _mm256_movemask_epi8(__m256i(mask)) != 0; }

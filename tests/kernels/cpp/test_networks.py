@@ -273,6 +273,35 @@ def test_rows_at_the_edges_of_vectors(dtype, net, rows):
         x, weight, grad = x.flip(1), weight, grad.flip(1)
 
 
+def placed(t, first, gap):
+    """The same numbers `first` elements into memory, rows `gap` apart; what is between is NaN."""
+    row = t.shape[-1] + gap
+    storage = torch.full((first + t.numel() // t.shape[-1] * row,), torch.nan, dtype=t.dtype)
+    return storage[first:].view(*t.shape[:-1], row)[..., : t.shape[-1]].copy_(t)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
+@pytest.mark.parametrize(("first", "gap"), [(0, 0), (1, 0), (2, 1), (1, 2), (0, 2)])
+@pytest.mark.parametrize("rows", [3, 7, 33, 530])
+@pytest.mark.parametrize(
+    "net",
+    [
+        "6 > 9 b relu, 2 b",
+        "7 > 9 b tanh, 3 b",
+        "2 > 5 relu, 1",
+        "3 > 6",
+        "1 > 3 b relu, 1 b",
+        "451 > 7 relu, 2 b",
+        "4 > 3 exp(W), 2",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_and_weights_begin_anywhere(dtype, net, rows, first, gap, ragged):
+    """In the first layer both are multiplied in pairs if they are of bf16, and many."""
+    x, weight, grad, ids = random_stored(net, 3, rows, dtype, ragged, False)
+    check_stored(placed(x, first, gap), placed(weight, first, gap), grad, ids, net)
+
+
 @pytest.mark.parametrize("rows", [49, 64, 65, 130])
 @pytest.mark.parametrize("net", ["2 > 32 b relu, 1 b", "10 > 8 b sin:2.0, 8 relu exp(W), 3 b"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
@@ -365,8 +394,9 @@ def test_stored_networks_of_8_bits(case, ragged):
     [(MIXED[0], 1, 20_000), (MIXED[1], 300, 2), (MIXED[1], 9, 40), (MIXED[2], 3, 2000)],
 )
 @pytest.mark.parametrize("ragged", [False, True], ids=["batched", "ragged"])
-def test_gradients_of_stored_networks_do_not_depend_on_threads(net, tasks, rows, ragged):
-    args = random_stored(net, tasks, rows, torch.float32, ragged, False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_stored_networks_do_not_depend_on_threads(dtype, net, tasks, rows, ragged):
+    args = random_stored(net, tasks, rows, dtype, ragged, False)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -380,11 +410,37 @@ def test_gradients_of_stored_networks_do_not_depend_on_threads(net, tasks, rows,
         assert all(map(torch.equal, results[0], others))
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 34])
+@pytest.mark.parametrize("rows", [3, 9, 1001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_of_16_bits_are_rounded_to_nearest(dtype, rows, columns):
+    x = torch.randn(1, rows, 1).to(dtype)
+    x[0, :3, 0] = torch.tensor([torch.nan, torch.inf, 0])
+    weight = torch.randn(1, 2 * columns).to(dtype)
+    weight[0, columns] = torch.finfo(dtype).smallest_normal / 2
+    y = op.task_mlp(x, weight, None, None, f"1 > {columns} b")
+    exact = x.double() * weight[:, None, :columns].double() + weight[:, None, columns:].double()
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.nan_to_num(7), exact.float().to(dtype).nan_to_num(7))
+
+
 def test_gradients_of_one_network_do_not_drown_in_a_16_bit_sum():
     """200,000 rows in many pieces: a bf16 total would stop growing."""
     x, weight = torch.ones(1, 200_000, 1, dtype=torch.bfloat16), torch.ones(1, 2).bfloat16()
     _, grad = op.task_mlp_backward(x, x, weight, None, "1 > 1 b", [False, True])
     torch.testing.assert_close(grad.float(), torch.full((1, 2), 2e5), rtol=0.005, atol=0)
+
+
+def alone(name):
+    """The text of a network that is one activation."""
+    return "1 > 1 b" + ("" if name == "identity" else f" {name}")
+
+
+# PyTorch's own, in double, are 0 from -9 on.
+EXACT = {
+    "gelu": lambda x: x * torch.special.erfc(x * -(0.5**0.5)) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+}
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0, 2000.0, 1e6])
@@ -394,9 +450,9 @@ def test_activations_to_the_last_bits(name, scale):
     x = torch.linspace(-scale, scale, 4001).view(1, -1, 1)
     unit = torch.ones(1, 2)
     unit[0, 1] = 0
-    y = op.task_mlp(x, unit, None, None, text((1, 1), name)).flatten().double()
-    value = Network.parse(text((1, 1), name)).layers[0].activate
-    exact = value(x.flatten().double())
+    y = op.task_mlp(x, unit, None, None, alone(name)).flatten().double()
+    value = Network.parse(alone(name)).layers[0].activate
+    exact = EXACT.get(name, value)(x.flatten().double())
     theirs = (value(x.flatten()).double() - exact).abs()
     last = torch.finfo(torch.float32).eps * exact.abs().clamp(min=2.0**-126)
     # A sine next to a multiple of pi: as many places of its argument as floats have, no more.
@@ -439,8 +495,8 @@ def test_activations_of_what_is_not_finite(name):
     for dtype in (torch.float32, torch.float64):
         values = x.to(dtype).view(1, -1, 1)
         weight = torch.tensor([[1.0, 0.0]], dtype=dtype)
-        y = op.task_mlp(values, weight, None, None, text((1, 1), name)).flatten()
-        value = Network.parse(text((1, 1), name)).layers[0].activate(values.flatten())
+        y = op.task_mlp(values, weight, None, None, alone(name)).flatten()
+        value = Network.parse(alone(name)).layers[0].activate(x.double()).to(dtype)
         torch.testing.assert_close(y, value, equal_nan=True, rtol=1e-6, atol=1e-42)
 
 
