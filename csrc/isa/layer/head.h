@@ -23,7 +23,10 @@ constexpr Index head_elements = (2 << 20) / Index(sizeof(C));
 template <class T>
 static void copy_features(const TaskVector& h, Index task, Index features, bool one, Acc<T>* to) {
   const T* from = static_cast<const T*>(h.data) + task * h.task;
-  for (Index k = 0; k < features; ++k) to[k] = widen(from[k * h.col]);
+  if (h.col == 1)
+    convert(features, from, to);
+  else
+    for (Index k = 0; k < features; ++k) to[k] = widen(from[k * h.col]);
   if (one) to[features] = 1;
 }
 
@@ -31,11 +34,12 @@ static void copy_features(const TaskVector& h, Index task, Index features, bool 
 static inline void copy_feature_pairs(const TaskVector& h, Index task, Index features, bool one,
                                       float* to) {
   const bf16* from = static_cast<const bf16*>(h.data) + task * h.task;
-  const Index all = features + one;
+  const Index all = features + one, whole = h.col == 1 ? features / 2 : 0;
+  if (whole) std::memcpy(to, from, std::size_t(whole) * sizeof(bf16_pair));
   const auto entry = [&](Index k) {
     return k < features ? from[k * h.col] : narrow<bf16>(k < all ? 1.f : 0.f);
   };
-  for (Index k = 0; k < all; k += 2) to[k / 2] = widen(bf16_pair{entry(k), entry(k + 1)});
+  for (Index k = 2 * whole; k < all; k += 2) to[k / 2] = widen(bf16_pair{entry(k), entry(k + 1)});
 }
 
 // Rows of the head become columns, in pairs of features: dst (depth, lanes). Where there are more

@@ -13,19 +13,21 @@ namespace hyperfast::HF_ISA {
 template <class C>
 constexpr Index networks_elements = networks_bytes / Index(sizeof(C));
 
-// So many networks, each for so many pieces of rows; h (n, features) is what they are made from.
+// Networks first, ..., first + n - 1, each for so many pieces of rows.
 template <class T>
 struct NetworkBlock {
   const HyperMlp& p;
-  Index n, each, params;
-  const Acc<T>* h;
+  Index first, n, each, params;
   const Acc<T>* panels;  // of the head, or null
   bool few;              // dot products with the head's rows
   bool pairs;            // features go in pairs of bf16
 
-  NetworkBlock part(Index first, Index last) const {
-    return {p, last - first, each, params, h + first * p.features, panels, few, pairs};
+  NetworkBlock part(Index begin, Index end) const {
+    return {p, first + begin, end - begin, each, params, panels, few, pairs};
   }
+
+  // What network u of the block is made from.
+  Index task(Index u) const { return piece(p.groups, (first + u) * each).task; }
 
   // The head's rows from parameter q on.
   View<const T> head(Index q) const {
@@ -42,17 +44,23 @@ static bool has_pairs(const HyperMlp& p) {
   return has_pair_dot && std::is_same_v<T, bf16> && p.head.feature == 1;
 }
 
-// Numbers u0, ..., u0 + n - 1, of `each` pieces each.
 template <class T>
-static NetworkBlock<T> network_block(const HyperMlp& p, Index u0, Index n, Index each,
+static NetworkBlock<T> network_block(const HyperMlp& p, Index first, Index n, Index each,
                                      const Acc<T>* panels) {
-  using C = Acc<T>;
-  C* h = scratch<C>(Slot::features, max(n * p.features, 1));
-  for (Index u = 0; u < n; ++u)
-    copy_features<T>(p.h, piece(p.groups, (u0 + u) * each).task, p.features, false,
-                     h + u * p.features);
   const bool few = p.head.feature == 1 && n <= few_rows;
-  return {p, n, each, p.net.params, h, panels, few, has_pairs<T>(p) && !few};
+  return {p, first, n, each, p.net.params, panels, few, has_pairs<T>(p) && !few};
+}
+
+// The features of all networks, (n, features). A thread copies those of the networks that it makes:
+// what another one has written comes from its cache, which took 256 networks of 2-32-1 as long as
+// to make them.
+template <class T>
+static const Acc<T>* rows_of_features(const NetworkBlock<T>& b, Slot slot) {
+  const Index features = b.p.features;
+  Acc<T>* const to = scratch<Acc<T>>(slot, max(b.n * features, 1));
+  for (Index u = 0; u < b.n; ++u)
+    copy_features<T>(b.p.h, b.task(u), features, false, to + u * features);
+  return to;
 }
 
 // Networks whose parameters are made at once, and parameters at a time: lanes are networks, and the
@@ -82,11 +90,15 @@ template <class T>
 static const Acc<T>* lanes_of_features(const NetworkBlock<T>& b) {
   using C = Acc<T>;
   constexpr Index strip = networks_strip<C>;
+  const TaskVector& h = b.p.h;
   const Index features = b.p.features;
   C* const to = scratch<C>(Slot::panel, max(round_up(b.n, strip) * features, 1));
-  for (Index u = 0; u < b.n; u += strip)
-    pack<C, C>(features, min(strip, b.n - u), {b.h + u * features, 1, features}, to + u * features,
-               strip, strip);
+  for (Index u = 0; u < b.n; u += strip) {
+    const Index n = min(strip, b.n - u);
+    const T* from[strip];
+    for (Index l = 0; l < n; ++l) from[l] = static_cast<const T*>(h.data) + b.task(u + l) * h.task;
+    pack_lanes<C, T>(from, n, features, h.col, to + u * features, strip, strip);
+  }
   return to;
 }
 
@@ -156,11 +168,11 @@ static const Acc<T>* pack_head(const HyperMlp& p, Index from, Index blocks) {
 }
 
 // The features of all networks in pairs: (n, depth).
-template <class T>
-static const Acc<T>* pairs_of_features(const NetworkBlock<T>& b) {
+static inline const float* pairs_of_features(const NetworkBlock<bf16>& b) {
   const Index features = b.p.features, depth = pair_depth(b.p);
   float* const to = scratch<float>(Slot::panel, max(b.n * depth, 1));
-  for (Index u = 0; u < b.n; ++u) pair_up(features, b.h + u * features, to + u * depth);
+  for (Index u = 0; u < b.n; ++u)
+    copy_feature_pairs(b.p.h, b.task(u), features, false, to + u * depth);
   return to;
 }
 
@@ -186,10 +198,11 @@ static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
   const Index run = b.pairs ? pair_panel<C> : parameters_strip, features = b.p.features;
   parallel(ceil_div(b.params - from, run), max(parallel_work / max(b.n * run * features, 1), 1),
            [&](Index begin, Index end) {
-             const C* h = b.h;
+             const C* h = nullptr;
              if constexpr (std::is_same_v<T, bf16>)
-               if (b.pairs) h = pairs_of_features<T>(b);
-             if (!b.few && !b.pairs) h = lanes_of_features<T>(b);
+               if (b.pairs) h = pairs_of_features(b);
+             if (b.few) h = rows_of_features(b, Slot::panel);
+             if (!h) h = lanes_of_features(b);
              C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
              for (Index q = from + begin * run; q < min(from + end * run, b.params); q += run) {
                const Index count = min(run, b.params - q);
@@ -269,6 +282,7 @@ static void differentiate_head(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>
   const Index most =
       max(min((8 << 20) / Index(sizeof(C)) / max(size, 1), min(max(params / 512, 16), 64)), 2);
   const Index run = round_up(ceil_div(params, most), tile_rows), runs = ceil_div(params, run);
+  const C* const h = sum_weight ? rows_of_features(b, Slot::features) : nullptr;
   C* parts = grad_h ? scratch<C>(Slot::hidden_a, max(runs * size, 1)) : nullptr;
   parallel(runs, max(parallel_work / max(run * size, 1), 1), [&](Index first, Index last) {
     for (Index i = first; i < last; ++i) {
@@ -279,7 +293,7 @@ static void differentiate_head(const NetworkBlock<T>& b, const Acc<T>* g, Acc<T>
       if (sum_weight) {
         const View<C> to{sum_weight + q * features, features, 1};
         multiply<C, C>(count, features, n, View<const C>{g + q, 1, params},
-                       View<const C>{b.h, features, 1},
+                       View<const C>{h, features, 1},
                        add ? View<const C>{to.data, features, 1} : View<const C>{}, to);
       }
       if (!sum_bias) continue;

@@ -73,21 +73,6 @@ static void part_pairs(Index n, const C* src, C* dst, Index dst_row,
     for (int k = 0; k < 2; ++k) dst[k * dst_row + l] = src[2 * l + k];
 }
 
-// n neighbouring numbers of bf16, held as floats, become pairs; an odd one has 0 beside it.
-static inline void pair_up(Index n, const float* src, float* dst) {
-  constexpr Index w = width<float>;
-  float parted[2 * w];
-  Index k = 0;
-  for (; k + 2 * w <= n; k += 2 * w) {
-    part_pairs<float>(w, src + k, parted, w, std::make_integer_sequence<int, int(w)>{});
-    const VecI first = bit_cast<VecI>(load(parted)), second = bit_cast<VecI>(load(parted + w));
-    store(dst + k / 2, bit_cast<VecF>((first >> 16 & 0xffff) | second));
-  }
-  for (; k < n; k += 2)
-    dst[k / 2] = widen(
-        bf16_pair{narrow<bf16>(src[k]), k + 1 < n ? narrow<bf16>(src[k + 1]) : narrow<bf16>(0)});
-}
-
 // Rows 2 k and 2 k + 1 of lanes, rounded to bf16, become row k, of pairs.
 static inline void narrow_rows(Index depth, Index n, Index row, const float* from, float* to) {
   for (Index k = 0; k < depth; k += 2)
