@@ -17,11 +17,7 @@ static inline void each_vector(Index n, const F& body) {
 
 template <class T>
 static inline Vec<Acc<T>> get(const T* p, int count) {
-  if (count == width<Acc<T>>) return load_wide(p);
-  if constexpr (std::is_same_v<T, Acc<T>>) return load_part(p, count);
-  Vec<Acc<T>> v{};
-  for (int i = 0; i < count; ++i) v[i] = widen(p[i]);
-  return v;
+  return count == width<Acc<T>> ? load_wide(p) : load_wide_part(p, count);
 }
 
 template <class T>

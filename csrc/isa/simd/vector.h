@@ -23,6 +23,13 @@ constexpr bool many_registers = true;
 constexpr bool many_registers = false;
 #endif
 
+// Whether parts of a vector of 16-bit numbers are loaded by an instruction.
+#ifdef __AVX512BW__
+constexpr bool loads_halves_in_part = true;
+#else
+constexpr bool loads_halves_in_part = false;
+#endif
+
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(HF_VECTOR_BYTES)));
@@ -79,6 +86,15 @@ static inline Vec<float> load_wide(const bf16_pair* p) {
   Vec<float> v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+// The same of the first n, zeros behind; reads nothing beyond them.
+template <class T>
+static inline Vec<Acc<T>> load_wide_part(const T* p, int n) {
+  if constexpr (std::is_same_v<T, Acc<T>>) return load_part(p, n);
+  Acc<T> buffer[width<Acc<T>>] = {};
+  for (int i = 0; i < n && i < width<Acc<T>>; ++i) buffer[i] = widen(p[i]);
+  return load(buffer);
 }
 
 }  // namespace hyperfast::HF_ISA

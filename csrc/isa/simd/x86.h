@@ -33,15 +33,27 @@ inline Vec<double> load_part<double>(const double* p, int n) {
   return Vec<double>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
 }
 
-static inline Vec<float> load_wide(const bf16* p) {
-  const __m256i half = _mm256_loadu_si256((const __m256i*)p);
+static inline Vec<float> widen_half(__m256i half, bf16) {
   return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
 }
+static inline Vec<float> widen_half(__m256i half, f16) { return Vec<float>(_mm512_cvtph_ps(half)); }
+static inline Vec<float> load_wide(const bf16* p) {
+  return widen_half(_mm256_loadu_si256((const __m256i*)p), bf16{});
+}
 static inline Vec<float> load_wide(const f16* p) {
-  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+  return widen_half(_mm256_loadu_si256((const __m256i*)p), f16{});
 }
 static inline Vec<float> load_wide(const std::int8_t* p) {
   return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+}
+
+template <>
+inline Vec<float> load_wide_part<bf16>(const bf16* p, int n) {
+  return widen_half(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), bf16{});
+}
+template <>
+inline Vec<float> load_wide_part<f16>(const f16* p, int n) {
+  return widen_half(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), f16{});
 }
 
 template <>
