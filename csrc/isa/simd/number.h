@@ -6,7 +6,9 @@
 
 namespace hyperfast::HF_ISA {
 
-struct bf16 {
+// Two of them are read as one number of 32 bits, so a compiler may not take that for another
+// object.
+struct __attribute__((may_alias)) bf16 {
   std::uint16_t bits;
 };
 struct f16 {
