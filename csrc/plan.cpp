@@ -77,8 +77,10 @@ bool runs_whole(Makes makes, Dtype dtype, const Groups& groups, Index params, bo
   // So many rows a piece that the weights, once made, are used often enough to be worth storing: in
   // pairs of bf16 they are made in half the time, and each layer's rows needed widening (256 tasks
   // of 32 rows, 64-64-10: 0.45 ms instead of 0.54). In the backward pass fewer, as gradients of
-  // weights are formed once instead of twice: of small networks whatever `contract` does not take
-  // (1,024 of 8 rows, 8-32-1: 0.53 ms instead of 0.64, in bf16 0.52 instead of 0.84).
+  // weights are formed once instead of twice: of small networks from where `contract` ends, or,
+  // with task_ids, soon after (1,024 of 8 rows, 8-32-1: 0.53 ms instead of 0.64, in bf16 0.52
+  // instead of 0.84). A bf16 head whose features lie apart is not multiplied in pairs, and runs as
+  // if it were.
   constexpr Index small = 1024;
   const bool wide = dtype == Dtype::f32 || dtype == Dtype::f64;
   const Index many = makes == Makes::weights         ? (pairs && dtype == Dtype::bf16 ? 16 : 48)

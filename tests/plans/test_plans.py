@@ -179,12 +179,17 @@ def test_16_bit_heads_are_read_as_they_lie(tasks, rows, ins, features, ragged):
     weight = torch.randn(layer.params, features // 2 + 1)
     h, weight = torch.cat([h, -h], 1)[:, -features:], torch.cat([weight] * 2, 1)[:, -features:]
     h[:, features // 2], weight[:, features // 2] = 0, 0
-    x, h, weight = (t.bfloat16() for t in (x, h, weight))
-    made = Generated.of_head(weight, None, ins, True)
+    # Likewise of the biases, from which sums start or in which they end, and the inputs.
+    bias = torch.ones(layer.params)
+    bias[16 * ins :] = 0
+    x, h, weight, bias = (t.bfloat16() for t in (x - x.flip(-1), h, weight, bias))
+    made = Generated.of_head(weight, bias, ins, True)
     run = partial(torch.ops.hyperfast.hyper_linear, x, h, *made, None, "")
     same = [p for p in PLANS if torch.equal(run(p), run(""))]
     assert name in same
-    if unit or pairs:  # others add up the same floats in the same order
+    if pairs:
+        assert same == [name]
+    elif unit:  # others add up the same floats in the same order
         assert len(same) < len(PLANS)
 
 
@@ -197,6 +202,15 @@ def test_explain_shows_what_the_cpu_runs():
         shown = hyperfast.explain(model, (tasks, rows, 64), (tasks, 5))
         assert {c.plan for _, c in shown.layers} == plans
         assert shown.whole == runs_whole(text, FP32, False, tasks, tasks * rows, 64)
+
+
+@pytest.mark.skipif(DEVICE != "cpp", reason="no extension")
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "in_pairs"), [(15, False), (16, True), (47, True), (48, True)])
+def test_pairs_of_bf16_run_whole_from_fewer_rows_on(rows, in_pairs, dtype):
+    pairs = EXTENSION.isa() == "avx512_bf16" and dtype == torch.bfloat16
+    whole = runs_whole("64 > 64 b relu, 10 b", dtype, False, 30, 30 * rows, 64)
+    assert whole == (in_pairs if pairs else rows >= 48)
 
 
 @pytest.mark.skipif(DEVICE != "cpp", reason="no extension")

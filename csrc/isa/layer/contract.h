@@ -36,10 +36,6 @@ struct LaneBlock {
   Index y_row;
 };
 
-// Whether heads of T whose features are side by side are read as they lie, though T is not C.
-template <class T>
-constexpr bool reads_pairs = has_pair_dot && std::is_same_v<T, bf16>;
-
 // Features as a strip reads them: numbers of C, or pairs of bf16, at any address, and the last of
 // an odd number by itself.
 template <class T>
@@ -48,11 +44,7 @@ template <class C>
 static inline C read_features(const C* from) {
   return *from;
 }
-static inline float read_features(const bf16* from) {
-  bf16_pair pair;
-  std::memcpy(&pair, from, sizeof pair);
-  return widen(pair);
-}
+static inline float read_features(const bf16* from) { return pair_at(from); }
 
 template <int M, int V, StripUse use, class T>
 static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
@@ -222,8 +214,8 @@ static void contract_as(const HyperLinear& p, const Acc<T>* shared, int vecs,
 template <class T>
 static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
                            const LaneBlock<Acc<T>>& b) {
-  if constexpr (reads_pairs<T>)
-    if (p.matrix.feature == 1) return contract_as<T, T>(p, shared, vecs, b);
+  if constexpr (may_pair<T>)
+    if (pairs_of<T>(p.matrix.feature)) return contract_as<T, T>(p, shared, vecs, b);
   contract_as<T, Acc<T>>(p, shared, vecs, b);
 }
 
@@ -273,16 +265,19 @@ static void features_in_lanes(const TaskVector& h, Index features, Index feature
   const T* from[lanes<C>];
   for (Index l = 0; l < n; ++l)
     from[l] = static_cast<const T*>(h.data) + units.task(first + l) * h.task;
-  const bool pairs = reads_pairs<T> && feature == 1;
-  if constexpr (reads_pairs<T>)
-    if (pairs && h.col == 1 && features % 2 == 0) {  // they lie there
-      const bf16_pair* whole[lanes<C>];
-      for (Index l = 0; l < n; ++l) whole[l] = reinterpret_cast<const bf16_pair*>(from[l]);
-      return pack_lanes<C, bf16_pair>(whole, n, features / 2, 1, to, lanes<C>, lanes<C>);
+  const Index whole = pairs_of<T>(feature) ? features / 2 * 2 : 0;
+  if constexpr (may_pair<T>)
+    if (whole == features && h.col == 1) {  // they lie there
+      const bf16_pair* pairs[lanes<C>];
+      for (Index l = 0; l < n; ++l) pairs[l] = reinterpret_cast<const bf16_pair*>(from[l]);
+      return pack_lanes<C, bf16_pair>(pairs, n, whole / 2, 1, to, lanes<C>, lanes<C>);
     }
   pack_lanes<C, T>(from, n, features, h.col, to, lanes<C>, lanes<C>);
-  if constexpr (reads_pairs<T>)
-    if (pairs) pair_rows(features, lanes<C>, to, to);
+  if constexpr (may_pair<T>) {
+    join_rows(whole, lanes<C>, lanes<C>, to, to);
+    if (whole && whole < features)  // the last one follows by itself
+      std::memcpy(to + whole / 2 * lanes<C>, to + whole * lanes<C>, sizeof(C) * lanes<C>);
+  }
 }
 
 // The inputs of a block: row(unit, r) is where those of a row begin, `step` apart.

@@ -25,7 +25,7 @@ struct Slices {
   Index row;  // elements of a slice's weights of one task, and a line more against cache conflicts
 
   explicit Slices(const HyperLinear& p) {
-    pairs = has_pair_dot && p.dtype == Dtype::bf16 && p.matrix.feature == 1;
+    pairs = p.dtype == Dtype::bf16 && pairs_of<bf16>(p.matrix.feature);
     depth = p.features + p.head_bias();
     if (pairs) depth = ceil_div(depth, 2);
     inputs = p.in + (p.vector.weight != nullptr);

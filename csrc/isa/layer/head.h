@@ -19,6 +19,14 @@ constexpr Index block_elements = (400 << 10) / Index(sizeof(C));
 template <class C>
 constexpr Index head_elements = (2 << 20) / Index(sizeof(C));
 
+// Whether heads of T, whose features are so far apart, are multiplied in pairs.
+template <class T>
+constexpr bool may_pair = has_pair_dot && std::is_same_v<T, bf16>;
+template <class T>
+static bool pairs_of(Index feature) {
+  return may_pair<T> && feature == 1;
+}
+
 // Features of a task as a row of Acc<T>, a 1 behind them if the head has a bias.
 template <class T>
 static void copy_features(const TaskVector& h, Index task, Index features, bool one, Acc<T>* to) {

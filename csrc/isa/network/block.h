@@ -38,17 +38,11 @@ struct NetworkBlock {
   }
 };
 
-// Whether the head can be multiplied in pairs.
-template <class T>
-static bool has_pairs(const HyperMlp& p) {
-  return has_pair_dot && std::is_same_v<T, bf16> && p.head.feature == 1;
-}
-
 template <class T>
 static NetworkBlock<T> network_block(const HyperMlp& p, Index first, Index n, Index each,
                                      const Acc<T>* panels) {
   const bool few = p.head.feature == 1 && n <= few_rows;
-  return {p, first, n, each, p.net.params, panels, few, has_pairs<T>(p) && !few};
+  return {p, first, n, each, p.net.params, panels, few, pairs_of<T>(p.head.feature) && !few};
 }
 
 // The features of all networks, (n, features). A thread copies those of the networks that it makes:
@@ -151,11 +145,11 @@ static inline void pack_head_pairs(const HyperMlp& p, Index q, Index count, floa
 template <class T>
 static const Acc<T>* pack_head(const HyperMlp& p, Index from, Index blocks) {
   using C = Acc<T>;
-  if constexpr (std::is_same_v<T, bf16>) {
+  if constexpr (may_pair<T>) {
     constexpr Index run = pair_panel<C>;
     const Index params = p.net.params - from, depth = pair_depth(p);
     const Index size = round_up(params, run) * depth;
-    if (!has_pairs<T>(p) || blocks < 2 || size > networks_elements<C>) return nullptr;
+    if (!pairs_of<T>(p.head.feature) || blocks < 2 || size > networks_elements<C>) return nullptr;
     C* const to = scratch<C>(Slot::head, max(size, 1));
     parallel(ceil_div(params, run), max(parallel_work / (8 * max(run * depth, 1)), 1),
              [&](Index begin, Index end) {
@@ -177,18 +171,28 @@ static inline const float* pairs_of_features(const NetworkBlock<bf16>& b) {
 }
 
 // The networks' parameters [q, q + count), of which there are at most a panel.
-template <class T>
-static void generate_in_pairs(const NetworkBlock<T>& b, Index from, Index q, Index count,
-                              const float* h, const float* bias, View<float> w) {
+static inline void generate_in_pairs(const NetworkBlock<bf16>& b, Index from, Index q, Index count,
+                                     const float* h, const float* bias, View<float> w) {
   const Index depth = pair_depth(b.p);
-  const float* panel = b.panels + (q - from) * depth;
-  if (!b.panels) {
+  const float* panel = nullptr;
+  if (b.panels) {
+    panel = b.panels + (q - from) * depth;
+  } else {
     float* const packed = scratch<float>(Slot::local_a, max(depth, 1) * pair_panel<float>);
     pack_head_pairs(b.p, q, count, packed);
     panel = packed;
   }
   sweep_deep<float, PairDot<float>>(b.n, int(ceil_div(count, width<float>)), depth, {h, depth, 1},
                                     panel, {bias, 0, 1}, w, int(count));
+}
+
+// The features of all networks, as these are made.
+template <class T>
+static const Acc<T>* features_of(const NetworkBlock<T>& b) {
+  if (b.few) return rows_of_features(b, Slot::panel);
+  if constexpr (may_pair<T>)
+    if (b.pairs) return pairs_of_features(b);
+  return lanes_of_features(b);
 }
 
 // The networks' parameters from number `from` on: w (n, params - from).
@@ -198,11 +202,7 @@ static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
   const Index run = b.pairs ? pair_panel<C> : parameters_strip, features = b.p.features;
   parallel(ceil_div(b.params - from, run), max(parallel_work / max(b.n * run * features, 1), 1),
            [&](Index begin, Index end) {
-             const C* h = nullptr;
-             if constexpr (std::is_same_v<T, bf16>)
-               if (b.pairs) h = pairs_of_features(b);
-             if (b.few) h = rows_of_features(b, Slot::panel);
-             if (!h) h = lanes_of_features(b);
+             const C* const h = features_of(b);
              C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
              for (Index q = from + begin * run; q < min(from + end * run, b.params); q += run) {
                const Index count = min(run, b.params - q);
@@ -213,7 +213,7 @@ static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
                             to.transposed());
                else if (!b.pairs)
                  generate_in_lanes(b, q, count, h, bias, to);
-               else if constexpr (std::is_same_v<T, bf16>)
+               else if constexpr (may_pair<T>)
                  generate_in_pairs(b, from, q, count, h, bias, to);
              }
            });

@@ -3,6 +3,7 @@
 
 #include "isa/layer/generated_grad.h"
 #include "isa/network/by_lanes.h"
+#include "isa/network/layer_of.h"
 
 namespace hyperfast::HF_ISA {
 

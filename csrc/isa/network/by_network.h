@@ -38,7 +38,7 @@ static void hyper_mlp_by_network(const HyperMlp& p) {
   const Index block = all.together<C>(params);
   const Index rows_each = ceil_div(total_rows(p.groups), max(p.groups.pieces, 1));
   const RowsOfNetworks rows{p.net, p.groups, p.x, p.y, p.preactivations};
-  const C* panels = pack_head<T>(p, 0, ceil_div(all.count, max(block, 1)));
+  const C* panels = pack_head<T>(p, 0, ceil_div(all.count, block));
   C* w = scratch<C>(Slot::networks, max(block * params, 1));
   for (Index u0 = 0; u0 < all.count; u0 += block) {
     const NetworkBlock<T> networks =

@@ -26,12 +26,12 @@ static void differentiate_part(const Mode& mode, const GradientsOfRows& p, const
   C* const values = scratch<C>(Slot::block, 2 * kept + 3 * most);
   C* const slopes = values + kept;
   C* const spare = slopes + kept;
-  const C* const x0 =
-      take_rows<T>(mode, p.x, p.groups, q, net.layers[0].in, Slot::local_d, spare + 2 * most);
+  const C* x = take_rows<T>(mode, weights, p.x, p.groups, q, net.layers[0].in, Slot::local_d,
+                            spare + (weights.first_pairs ? 0 : 2 * most));
+  const C* x0 = x;
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+    if (weights.first_pairs) x0 = mode.apart(x, net.layers[0].in, spare + 2 * most);
   const T* pre = static_cast<const T*>(p.preactivations);
-  const C* x = x0;
-  if (weights.first_pairs && !pre && net.layers[0].kept)
-    x = take_rows<T>(mode, weights, p.x, p.groups, q, net.layers[0].in, Slot::local_a, spare);
   const W* const w = weights.data;
   Index at = 0;
   for (Index n = 0; n < net.count && net.layers[n].kept; ++n) {
@@ -79,12 +79,13 @@ static void differentiate_piece(const GradientsOfRows& p, const Piece& q, const 
   }
   if (m <= few_rows && !p.net.transforms)
     return differentiate_part<T>(Few<W, C>{m}, p, q, Weights<W>{w, nullptr}, g, false);
-  Weights<C> plain = plain_weights<C>(p.net, Weights<W>{w, nullptr}, false);
+  const bool pairs = m > few_rows && first_in_pairs<T, W>(p.net);
+  Weights<C> plain = plain_weights<C>(p.net, Weights<W>{w, nullptr}, pairs && !p.grad_x);
   if (m <= few_rows) {
     differentiate_part<T>(Few<C, C>{m}, p, q, plain, g, false);
   } else {
     if constexpr (std::is_same_v<W, bf16>)
-      if (first_in_pairs<T, W>(p.net)) plain.first_pairs = w;
+      if (pairs) plain.first_pairs = w;
     const Index chunk = chunk_rows<C>(p.net, 32 << 10);
     for (Index r = q.begin; r < q.end; r += chunk) {
       const Piece part{q.task, r, min(r + chunk, q.end)};

@@ -30,13 +30,10 @@ struct LaneProduct {
   Index rows() const { return depth / entries; }
   // The weights that a row of x is multiplied by.
   static C weight(const W* from) {
-    if constexpr (entries == 1) {
+    if constexpr (entries == 1)
       return *from;
-    } else {
-      C pair;
-      std::memcpy(&pair, from, sizeof pair);
-      return pair;
-    }
+    else
+      return pair_at(from);
   }
   // The same of the last row of x, if it is not whole.
   static C last_weight(const W* from) { return widen(bf16_pair{*from, {}}); }

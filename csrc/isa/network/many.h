@@ -33,9 +33,10 @@ struct Many {
   }
   // The same as floats: half as much is turned around, and what it comes from widened on the way.
   const C* take_apart(View<const C> rows, Index columns, C* to) const {
-    C* const pairs = to + columns / 2 * row;
-    take_pairs(rows, columns, pairs);
-    widen_rows(columns, padded(), row, pairs, to);
+    return apart(take_pairs(rows, columns, to + columns / 2 * row), columns, to);
+  }
+  const C* apart(const C* pairs, Index columns, C* to) const {
+    part_rows(columns, padded(), row, pairs, to);
     return to;
   }
   void give(const C* from, Index columns, C* rows) const {
@@ -48,8 +49,8 @@ struct Many {
   // To rows of bf16 of so many pairs: half as much is turned around.
   void give_pairs(const C* from, Index pairs, C* rows) const {
     C* const narrow = scratch<C>(Slot::local_a, size(pairs));
-    narrow_rows(2 * pairs, padded(), row, from, narrow);
-    pack<C, C>(m, pairs, {narrow, 1, row}, rows, pairs, pairs);
+    join_rows(2 * pairs, padded(), row, from, narrow);
+    give(narrow, pairs, rows);
   }
 
   // y = W x + c.

@@ -73,8 +73,8 @@ static void part_pairs(Index n, const C* src, C* dst, Index dst_row,
     for (int k = 0; k < 2; ++k) dst[k * dst_row + l] = src[2 * l + k];
 }
 
-// Rows 2 k and 2 k + 1 of lanes, rounded to bf16, become row k, of pairs.
-static inline void narrow_rows(Index depth, Index n, Index row, const float* from, float* to) {
+// Rows 2 k and 2 k + 1 of lanes, rounded to bf16, become row k, of pairs. `to` may be `from`.
+static inline void join_rows(Index depth, Index n, Index row, const float* from, float* to) {
   for (Index k = 0; k < depth; k += 2)
     for (Index l = 0; l < n; l += width<float>) {
       const auto first = nearest_bf16(load(from + k * row + l));
@@ -85,18 +85,13 @@ static inline void narrow_rows(Index depth, Index n, Index row, const float* fro
 
 // The way back: row k, of pairs, becomes rows 2 k and 2 k + 1 of `depth`. It may be one of their
 // second half.
-static inline void widen_rows(Index depth, Index n, Index row, const float* from, float* to) {
+static inline void part_rows(Index depth, Index n, Index row, const float* from, float* to) {
   for (Index k = 0; k < depth; k += 2, from += row)
     for (Index l = 0; l < n; l += width<float>) {
       const auto pair = bit_cast<Vec<std::uint32_t>>(load(from + l));
       store(to + k * row + l, bit_cast<VecF>(pair << 16));
       if (k + 1 < depth) store(to + (k + 1) * row + l, bit_cast<VecF>(pair & 0xffff0000));
     }
-}
-
-// Whether pairs that begin here are aligned.
-static inline bool holds_pairs(const bf16* p) {
-  return reinterpret_cast<std::uintptr_t>(p) % sizeof(bf16_pair) == 0;
 }
 
 // dst[k][l] = src(k, l) for k < depth, l < n; zeros for n <= l < all. Widens to C on the way.
@@ -154,21 +149,6 @@ static void pack_lanes(const T* const* src, Index n, Index depth, Index step, C*
     for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = widen(src[l][k * step]);
   for (; l < all; ++l)
     for (Index k = 0; k < depth; ++k) dst[k * dst_row + l] = 0;
-}
-
-// Rows 2 k and 2 k + 1 of lanes, whose numbers are those of bf16, become row k, of pairs; the last
-// of an odd number stays as it is. `to` may be `from`.
-static inline void pair_rows(Index depth, Index row, const float* from, float* to) {
-  for (Index k = 0; k < depth; k += 2)
-    for (Index l = 0; l < row; l += width<float>) {
-      const VecI first = bit_cast<VecI>(load(from + k * row + l));
-      if (k + 1 == depth) {
-        store(to + k / 2 * row + l, bit_cast<VecF>(first));
-        continue;
-      }
-      const VecI second = bit_cast<VecI>(load(from + (k + 1) * row + l));
-      store(to + k / 2 * row + l, bit_cast<VecF>((first >> 16 & 0xffff) | second));
-    }
 }
 
 }  // namespace hyperfast::HF_ISA

@@ -45,6 +45,17 @@ static inline float widen(std::int8_t v) { return v; }
 static inline float widen(bf16 v) { return bit_cast<float>(std::uint32_t{v.bits} << 16); }
 static inline float widen(bf16_pair v) { return bit_cast<float>(v); }  // the bits, not a number
 
+// The pair that begins at p, anywhere, as a number of 32 bits.
+static inline float pair_at(const bf16* p) {
+  float pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return pair;
+}
+// Whether pairs that begin at p are aligned.
+static inline bool holds_pairs(const bf16* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(bf16_pair) == 0;
+}
+
 template <class T>
 static inline T narrow(Acc<T> v) {
   return v;

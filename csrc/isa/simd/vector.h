@@ -24,7 +24,7 @@ constexpr bool many_registers = false;
 #endif
 
 // Whether parts of a vector of 16-bit numbers are loaded by an instruction.
-#ifdef __AVX512BW__
+#ifdef __AVX512F__
 constexpr bool loads_halves_in_part = true;
 #else
 constexpr bool loads_halves_in_part = false;

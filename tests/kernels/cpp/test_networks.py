@@ -145,11 +145,12 @@ def test_more_networks_than_are_held_at_a_time(dtype, tasks, rows, features):
 
 @pytest.mark.parametrize("activation", ["elu", "tanh", "sin"])
 @pytest.mark.parametrize("case", [*CASES[:7], ((1, 63), 4001, 1, 33)], ids=str)
-def test_result_does_not_depend_on_threads(case, activation):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_does_not_depend_on_threads(dtype, case, activation):
     before = torch.get_num_threads()
     try:
         net = text(case[0], ",".join([activation] * (len(case[0]) - 1)))
-        args = random(net, *case[1:], torch.float32, False, False)
+        args = random(net, *case[1:], dtype, False, False)
         results = []
         for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
