@@ -14,8 +14,8 @@ static inline Index panel_depth(Index features) {
   return max(min(6144 / max(features, 1), 96) / 16, 2) * 16;
 }
 
-// So many products at most are added up in a row where the sum is over the parameters: sums of sums
-// lose fewer digits.
+// So many products at most are added up in a row where the sum is over the parameters, or over all
+// rows: sums of sums lose fewer digits.
 constexpr Index few_products = 256;
 
 // Rows turned around: entry (column) of row r of a unit is data[(r * columns + column) * count +

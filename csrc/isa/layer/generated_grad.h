@@ -139,8 +139,7 @@ static void add_grad_of_head(const HyperLinearGrad& p, const Formed<C>& f, const
                  C* sum = bias + at + q;
                  if (!add)
                    for (Index l = 0; l < n; ++l) sum[l] = 0;
-                 for (Index u = 0; u < f.n; ++u)
-                   for (Index l = 0; l < n; ++l) sum[l] += g.data[u * f.row + l];
+                 add_rows<C>(f.n, n, g.data, f.row, sum);
                }
                if (!weight) continue;
                const View<C> to{weight + (at + q) * h.features, h.features, 1};
@@ -250,10 +249,15 @@ static bool grad_of_bias(const HyperLinearGrad& p, const Staged<const Acc<T>>& s
   const Runs runs(p.out, p.in, p.has_bias, min(block_elements<C> / 16, max(share * p.in, share)));
   const Index rows = total_rows(p.groups), work = runs.longest() * (rows + 1);
   parallel(runs.total, max(parallel_work / work, 1), [&](Index first, Index last) {
-    C* g = scratch<C>(Slot::block, runs.longest());
+    C* const g = scratch<C>(Slot::block, 2 * runs.longest());
+    C* const part = g + runs.longest();
     for (Index q = first; q < last; ++q) {
       const Run run = runs[q];
-      form<C>(run, rows, grad, x, g);
+      form<C>(run, min(few_products, rows), grad, x, g);
+      for (Index r = few_products; r < rows; r += few_products) {
+        form<C>(run, min(few_products, rows - r), grad.at(r, 0), x.at(r, 0), part);
+        add_part<C>(1, run.size(), part, run.size(), true, {g, run.size(), 1});
+      }
       const Index at = run.vector ? p.out * p.in + run.o0 : run.o0 * p.in + run.i0;
       for (Index j = 0; j < run.size(); ++j) static_cast<T*>(p.grad_bias)[at + j] = narrow<T>(g[j]);
     }

@@ -164,12 +164,22 @@ def test_result_does_not_depend_on_threads(dtype, case, activation):
         assert all(map(torch.equal, results[0], others))
 
 
-def test_a_sum_over_thousands_of_tasks_loses_no_more_digits_than_pytorch():
+@pytest.mark.parametrize(
+    ("net", "tasks", "rows", "features"),
+    [
+        ("2 > 3 b", 3000, 48, 4),
+        ("33 > 63 b relu, 17 b", 520, 16, 5),
+        ("33 > 63 b relu, 17 b", 520, 16, 0),
+    ],
+)
+def test_a_sum_over_all_rows_loses_no_more_digits_than_pytorch(net, tasks, rows, features):
+    """The gradient of the head's bias: of whole networks, of layers, and of layers without features."""
     torch.manual_seed(0)
-    args = random("2 > 3 b", 3000, 48, 4, torch.float32, False, False)
-    grad = torch.randn(3000, 48, 3) + 1
-    *_, found = op.hyper_mlp_backward(grad, *args, grad.new_empty(0), "2 > 3 b", [True] * 4)
-    theirs, exact = specification(args, "2 > 3 b", grad), specification(wide(args), "2 > 3 b", grad)
+    args = random(net, tasks, rows, features or 1, torch.float32, False, False)
+    args[1:3] = (t[:, :features] for t in args[1:3])
+    grad = torch.randn(tasks, rows, Network.parse(net).sizes[-1]) + 1
+    *_, found = op.hyper_mlp_backward(grad, *args, grad.new_empty(0), net, [True] * 4)
+    theirs, exact = specification(args, net, grad), specification(wide(args), net, grad)
     assert_as_good(found, theirs[-1], exact[-1])
 
 
