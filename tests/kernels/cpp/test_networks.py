@@ -173,7 +173,7 @@ def test_result_does_not_depend_on_threads(dtype, case, activation):
     ],
 )
 def test_a_sum_over_all_rows_loses_no_more_digits_than_pytorch(net, tasks, rows, features):
-    """The gradient of the head's bias: of whole networks, of layers, and of layers without features."""
+    """The gradient of the head's bias: of whole networks, layers, and layers without features."""
     torch.manual_seed(0)
     args = random(net, tasks, rows, features or 1, torch.float32, False, False)
     args[1:3] = (t[:, :features] for t in args[1:3])
