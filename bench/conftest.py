@@ -68,6 +68,18 @@ def contest(request: pytest.FixtureRequest, peaks: memory.Peaks) -> dict[str, Ou
     return hold(scaled, mode, rivals, config.getoption("--rounds"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one race follow one another: pytest sorts them by rivals, too, and would hold a race
+    anew for every few of them."""
+
+    def race(item: pytest.Item) -> tuple[str, ...]:
+        spec = getattr(item, "callspec", None)
+        return spec.params.get("contest", ()) if spec else ()
+
+    items.sort(key=race)
+
+
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, object]) -> None:
     output_json["hyperfast"] = {
         **machine.circumstances(config.getoption("--threads")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -123,3 +124,18 @@ def test_ceilings_are_above_a_plain_product_and_sum(monkeypatch):
     assert found["gflops"] > 1
     assert found["read_gbytes"] > 0.1
     assert ceilings.best(lambda: time.sleep(0.005), 1.0) < 200
+
+
+def test_each_race_is_held_once():
+    """Rivals of a race follow one another, whatever pytest sorts tests by."""
+    names = ("--workloads", "mlp64_n32,siren,bank20000", "--rivals", "hyperfast,bmm,jax")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-q", "--collect-only", *names],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    tests = re.findall(r"test_speed\[(\w+-[a-z+]+)-\w+\]", done.stdout)
+    assert len(tests) == 15
+    assert len([name for name, _ in itertools.groupby(tests)]) == len(set(tests)) == 5
