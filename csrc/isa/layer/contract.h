@@ -267,11 +267,8 @@ static void features_in_lanes(const TaskVector& h, Index features, Index feature
     from[l] = static_cast<const T*>(h.data) + units.task(first + l) * h.task;
   const Index whole = pairs_of<T>(feature) ? features / 2 * 2 : 0;
   if constexpr (may_pair<T>)
-    if (whole == features && h.col == 1) {  // they lie there
-      const bf16_pair* pairs[lanes<C>];
-      for (Index l = 0; l < n; ++l) pairs[l] = reinterpret_cast<const bf16_pair*>(from[l]);
-      return pack_lanes<C, bf16_pair>(pairs, n, whole / 2, 1, to, lanes<C>, lanes<C>);
-    }
+    if (whole == features && h.col == 1)  // they lie there
+      return pack_pairs(from, nullptr, n, features, whole / 2, to);
   pack_lanes<C, T>(from, n, features, h.col, to, lanes<C>, lanes<C>);
   if constexpr (may_pair<T>) {
     join_rows(whole, lanes<C>, lanes<C>, to, to);

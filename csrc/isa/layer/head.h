@@ -50,8 +50,8 @@ static inline void copy_feature_pairs(const TaskVector& h, Index task, Index fea
   for (Index k = 2 * whole; k < all; k += 2) to[k / 2] = widen(bf16_pair{entry(k), entry(k + 1)});
 }
 
-// Rows of the head become columns, in pairs of features: dst (depth, lanes). Where there are more
-// pairs than the features fill, their biases follow.
+// Rows of features, the head's or a task's, become columns, in pairs: dst (depth, lanes). Where
+// there are more pairs than the features fill, their biases follow.
 static inline void pack_pairs(const bf16* const* rows, const bf16* bias, Index n, Index features,
                               Index depth, float* dst) {
   constexpr Index all = lanes<float>;

@@ -15,12 +15,16 @@ static Index chunk_rows(const Net& net, Index bytes) {
   return min(max(rows, 4 * lanes<C>), 512);
 }
 
+// Whether a mode turns rows of T around as pairs.
+template <class T, class Mode>
+constexpr bool turns_pairs = std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>;
+
 // The rows of a piece as a mode (few.h, many.h) holds them: in place, in the slot, or in `to`; and
 // the way back to contiguous ones.
 template <class T, class Mode>
 static const Acc<T>* take_rows(const Mode& mode, const Rows& rows, const Groups& groups,
                                const Piece& q, Index columns, Slot slot, Acc<T>* to) {
-  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+  if constexpr (turns_pairs<T, Mode>)
     return mode.take_apart(gather_pairs(rows, groups, q, columns, slot), columns, to);
   else
     return mode.take(gather<T>(rows, groups, q, columns, slot), columns, to);
@@ -30,7 +34,7 @@ template <class T, class Mode, class W>
 static const Acc<T>* take_rows(const Mode& mode, const Weights<W>& weights, const Rows& rows,
                                const Groups& groups, const Piece& q, Index columns, Slot slot,
                                Acc<T>* to) {
-  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+  if constexpr (turns_pairs<T, Mode>)
     if (weights.first_pairs)
       return mode.take_pairs(gather_pairs(rows, groups, q, columns, slot), columns, to);
   return take_rows<T>(mode, rows, groups, q, columns, slot, to);
@@ -41,7 +45,7 @@ static void give_rows(const Mode& mode, const Rows& rows, const Groups& groups, 
   using C = Acc<T>;
   if (in_place<T>(groups))
     return mode.give(from, columns, reinterpret_cast<C*>(row_data<T>(rows, groups, q, q.begin)));
-  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+  if constexpr (turns_pairs<T, Mode>)
     if (columns % 2 == 0 && side_by_side(rows, groups, columns)) {
       bf16* const to = row_data<T>(rows, groups, q, q.begin);
       if (holds_pairs(to)) return mode.give_pairs(from, columns / 2, reinterpret_cast<C*>(to));

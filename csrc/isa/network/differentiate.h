@@ -29,7 +29,7 @@ static void differentiate_part(const Mode& mode, const GradientsOfRows& p, const
   const C* x = take_rows<T>(mode, weights, p.x, p.groups, q, net.layers[0].in, Slot::local_d,
                             spare + (weights.first_pairs ? 0 : 2 * most));
   const C* x0 = x;
-  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Mode, Many<float>>)
+  if constexpr (turns_pairs<T, Mode>)
     if (weights.first_pairs) x0 = mode.apart(x, net.layers[0].in, spare + 2 * most);
   const T* pre = static_cast<const T*>(p.preactivations);
   const W* const w = weights.data;

@@ -63,13 +63,7 @@ inline void store_narrow<f16>(f16* p, Vec<float> v) {
 // Not by the instruction of its own, which takes subnormal numbers for zero.
 template <>
 inline void store_narrow<bf16>(bf16* p, Vec<float> v) {
-  const __m512i bits = _mm512_castps_si512(__m512(v)), high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(v), __m512(v), _CMP_UNORD_Q);
-  const __m512i all = _mm512_mask_or_epi32(near, nan, high, _mm512_set1_epi32(0x40));
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(all));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(__m512i(nearest_bf16(v) >> 16)));
 }
 
 // a where it is larger, else b: NaN in b passes.
