@@ -305,11 +305,13 @@ def destinations(
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {index.device}")
     flat = index.reshape(-1)
     if dim_size is None:
-        dim_size = max(int(flat.max()) + 1, 0) if flat.numel() else 0
-        if dim_size > ADDRESSES:
-            raise IndexError(f"{name} must be in [0, 2**48), got {dim_size - 1}")
-    count = at_least("dim_size", dim_size, 0)
-    checks.check_in_range_if_known(flat, count, name)
+        low, high = (int(v) for v in flat.aminmax()) if flat.numel() else (0, -1)
+        if low < 0 or high >= ADDRESSES:
+            raise IndexError(f"{name} must be in [0, 2**48), got {low if low < 0 else high}")
+        count = high + 1
+    else:
+        count = at_least("dim_size", dim_size, 0)
+        checks.check_in_range_if_known(flat, count, name)
     return Destinations(flat, count, reduce == "mean")
 
 

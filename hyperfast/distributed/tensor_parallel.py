@@ -37,7 +37,8 @@ def parallelize(model: HyperMLP, mesh: DeviceMesh) -> ColwiseHyperMLP:
             ``mesh["tp"]`` of a larger one.
 
     Raises:
-        TypeError: ``model`` is not such a HyperMLP, or its hypernetwork was changed.
+        TypeError: ``model`` is not such a HyperMLP, or its hypernetwork was changed; ``mesh`` is no
+            DeviceMesh.
         ValueError: ``mesh`` has more than one dimension.
 
     Example:
@@ -53,6 +54,8 @@ def parallelize(model: HyperMLP, mesh: DeviceMesh) -> ColwiseHyperMLP:
             "model must be a HyperMLP whose target is a TargetNet without transform, and whose "
             "hypernetwork has one head, neither rank nor base nor shared biases, and no hooks"
         )
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: name one, as mesh['tp']")
     return ColwiseHyperMLP(model, mesh)

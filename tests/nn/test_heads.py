@@ -242,3 +242,5 @@ def test_parallel_needs_one_plain_head():
     for options in OPTIONS[1:-2]:
         with pytest.raises(TypeError, match="one head"):
             hyperfast.distributed.parallelize(HyperMLP(make(**options)), None)
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh, got NoneType"):
+        hyperfast.distributed.parallelize(HyperMLP(HyperNet(5, 4, 7, 3)), None)
