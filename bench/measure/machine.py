@@ -9,6 +9,7 @@ import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,6 +17,7 @@ ISA_FLAGS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl",
     "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16",
 )  # fmt: skip
+WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve")
 
 PACKAGES = (
     "torch", "jax", "jaxlib", "numpy", "hypnettorch", "hyperlight", "hyper-nn",
@@ -63,10 +65,12 @@ def machine() -> dict[str, object]:
     }
 
 
-def machine_key(machine: dict[str, object], threads: int) -> str:
-    """A file name: the processor, its cores, the threads used."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", str(machine["cpu"]).lower()).strip("-")
-    return f"{cpu}-{machine['cores']}c-{threads}t"
+def machine_key(machine: dict[str, Any], threads: int) -> str:
+    """A file name: the processor, the widest instruction set that it shows (a virtual machine may
+    hide some), its cores, the threads used."""
+    isa = next((flag for flag in WIDEST if flag in machine["isa"]), "")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {isa}".lower()).strip("-")
+    return f"{name}-{machine['cores']}c-{threads}t"
 
 
 def versions() -> dict[str, str]:

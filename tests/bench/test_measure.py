@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.absent import Unavailable
-from bench.measure import ceilings, memory, race
+from bench.measure import ceilings, machine, memory, race
 from bench.measure.contest import hold
 from bench.measure.load import ForeignLoad
 from bench.rivals import OURS
@@ -115,6 +115,15 @@ def test_rivals_are_weighed_in_a_process_of_their_own():
         "mlp64_single/forward/bmm",
         "mlp64_single/forward+backward/bmm",
     }
+
+
+def test_results_are_filed_by_what_the_machine_shows():
+    epyc = {"cpu": "AMD EPYC family 25 model 17", "cores": 2, "isa": ["avx2", "fma"]}
+    assert machine.machine_key(epyc, 1) == "amd-epyc-family-25-model-17-avx2-2c-1t"
+    wide = epyc | {"isa": ["avx2", "avx512f", "avx512_bf16"]}
+    assert machine.machine_key(wide, 2) == "amd-epyc-family-25-model-17-avx512-bf16-2c-2t"
+    none = {"cpu": "M4", "cores": 8, "isa": []}
+    assert machine.machine_key(none, 8) == "m4-8c-8t"
 
 
 def test_ceilings_are_above_a_plain_product_and_sum(monkeypatch):

@@ -183,9 +183,9 @@ def test_unknown_names_are_told(argv, capsys):
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "bench" / "README.md").read_text()
 MEASURED = results_file.read(
-    ROOT / "bench/results/intel-r-xeon-r-processor-family-6-model-167-2c-2t.json"
+    ROOT / "bench/results/intel-r-xeon-r-processor-family-6-model-167-amx-bf16-2c-2t.json"
 )
-REAL = results_file.read(ROOT / "bench/results/amd-epyc-family-25-model-1-2c-2t.json")
+REAL = results_file.read(ROOT / "bench/results/amd-epyc-family-25-model-1-avx2-2c-2t.json")
 
 
 def test_tables_of_the_page_are_made_of_the_results():
