@@ -87,40 +87,43 @@ struct Activated {
 
   template <int M, int V>
   inline void operator()(Sums<float, M, V>& sums, Index o, Index j) const {
-    const Index at = o * to.row + j;
+    const Index row = to.row, at = o * row + j;
     const float parameter = float(layer.parameter);
     if constexpr (kind == Act::sin) {  // one question for all
       VecI largest{};
-      each_sum<float, M, V>(sums, [&](VecF s, int, int) {
-        const VecI size = Formula<kind>::size(s * parameter);
+      each_sum<float, M, V>(sums, [&](VecF& s, int, int) {
+        s *= parameter;
+        const VecI size = Formula<kind>::size(s);
         largest = size > largest ? size : largest;
       });
-      if (any(largest > Formula<kind>::most)) return one_by_one<M, V>(sums, o, j);
+      if (any(largest > Formula<kind>::most)) {
+        to(sums, o, j);
+        return one_by_one(M, V, at);
+      }
     }
-    each_sum<float, M, V>(sums, [&](VecF& s, int m, int v) {
+    float* const values = to.y + at;
+    float* const steep = Slopes ? slopes + at : nullptr;
+    each_sum<float, M, V>(sums, [=](VecF s, int m, int v) {
       const Floats both = near(s, parameter);
-      if constexpr (Slopes) store(slopes + at + m * to.row + v, both.slope);
-      s = both.value;
+      if constexpr (Slopes) store(steep + m * row + v, both.slope);
+      store(values + m * row + v, both.value);
     });
-    to(sums, o, j);
   }
 
  private:
   static inline Floats near(VecF x, float parameter) {
-    if constexpr (kind == Act::sin) return Formula<kind>::near(x * parameter, parameter);
+    if constexpr (kind == Act::sin) return Formula<kind>::near(x, parameter);
     return Formula<kind>::of(x, parameter);
   }
-  template <int M, int V>
-  void one_by_one(Sums<float, M, V>& sums, Index o, Index j) const {
-    to(sums, o, j);
-    for (int m = 0; m < M; ++m) {
-      const Index at = (o + m) * to.row + j;
-      float* const y = to.y + at;
-      if constexpr (Slopes)
-        activate_and_slope<float>(layer, V * width<float>, y, slopes + at);
-      else
-        activate<float>(layer, V * width<float>, y, y);
-    }
+  // Of products that have been stored; not of sums, whose address would keep them in memory.
+  void one_by_one(int rows, int vecs, Index at) const {
+    for (int m = 0; m < rows; ++m)
+      for (int v = 0; v < vecs; ++v) {
+        const Index i = at + m * to.row + v * width<float>;
+        const Floats both = Formula<Act::sin>::of_product(load(to.y + i), float(layer.parameter));
+        if constexpr (Slopes) store(slopes + i, both.slope);
+        store(to.y + i, both.value);
+      }
   }
 };
 

@@ -99,18 +99,19 @@ struct Formula<Act::silu> {
 
 template <>
 struct Formula<Act::sin> {
-  static Floats of(VecF x, float frequency) {
-    const VecF w = x * frequency;
+  static Floats of(VecF x, float frequency) { return of_product(x * frequency, frequency); }
+  static Double of(double x, double frequency) {
+    return {::sin(x * frequency), ::cos(x * frequency) * frequency};
+  }
+
+  // Of w = frequency x.
+  static Floats of_product(VecF w, float frequency) {
     if (any(size(w) > most))  // or not a number
       return {each(w, [](float v) { return float(::sin(double(v))); }),
               each(w, [](float v) { return float(::cos(double(v))); }) * frequency};
     return near(w, frequency);
   }
-  static Double of(double x, double frequency) {
-    return {::sin(x * frequency), ::cos(x * frequency) * frequency};
-  }
-
-  // Of w = frequency x, whose size is `most` at most.
+  // The same where the size of w is `most` at most.
   static Floats near(VecF w, float frequency) {
     const SineCosine both(w);
     return {both.sine, both.cosine * frequency};

@@ -83,28 +83,34 @@ struct Exponential {
   VecF minus_one() const { return select(n == 0.f, tail, value() - 1.f); }
 };
 
-// Sine and cosine, |x| <= 8192: pi in three parts, of which the products of the first two with the
-// steps are exact, and polynomials up to pi / 2, fitted to a relative error of 6e-9 and an absolute
-// one of 4e-10. Half as many operations as between multiples of pi / 2, where each lane takes one
-// of both. Next to its zeros a cosine has as many places as 1 has, and a sine, many turns from 0,
-// as many as what is left of pi.
+// x - k pi, |x| <= 8192, k the nearest whole number: pi in three parts, of which the products of
+// the first two with k are exact. Where a product and a sum are rounded once, both are one: what it
+// leaves is a multiple of 2^-23 below 2.
+static inline VecF minus_turns(VecF x, VecF k) {
+  constexpr float first = 3.140625f, second = 9.67502593994140625e-4f, third = 1.50995799e-7f;
+  if constexpr (has_fma) return multiply_add(k, -third, multiply_add(k, -(first + second), x));
+  return ((x - k * first) - k * second) - k * third;
+}
+
+// Sine and cosine, |x| <= 8192: polynomials up to pi / 2, fitted to a relative error of 6e-9 and an
+// absolute one of 4e-10. Half as many operations as between multiples of pi / 2, where each lane
+// takes one of both. Next to its zeros a cosine has as many places as 1 has, and a sine, many turns
+// from 0, as many as what is left of pi.
 struct SineCosine {
   VecF sine, cosine;
 
   explicit SineCosine(VecF x) {
     const Rounded k(x * 0.318309886183790672f);
-    const VecF r = ((x - k.rounded * 3.140625f) - k.rounded * 9.67502593994140625e-4f) -
-                   k.rounded * 1.509957990978376432e-7f;
-    const VecF r2 = r * r;
+    const VecF r = minus_turns(x, k.rounded), r2 = r * r, r3 = r2 * r;
     VecF s = 2.606081807e-6f * r2 - 1.9809773949e-4f;
-    s = s * r2 + 8.3330692723e-3f;
-    s = s * r2 - 1.6666659713e-1f;
     VecF c = -2.6209016823e-7f * r2 + 2.4770179152e-5f;
+    s = s * r2 + 8.3330692723e-3f;
     c = c * r2 - 1.3888585381e-3f;
+    s = s * r2 - 1.6666659713e-1f;
     c = c * r2 + 4.1666656733e-2f;
     c = c * r2 - 0.5f;
     const VecI sign = k.steps << 31;
-    sine = bits_to_float(bit_cast<VecI>(s * r2 * r + r) ^ sign);
+    sine = bits_to_float(bit_cast<VecI>(s * r3 + r) ^ sign);
     cosine = bits_to_float(bit_cast<VecI>(c * r2 + 1.f) ^ sign);
   }
 };

@@ -5,6 +5,9 @@
 
 namespace hyperfast::HF_ISA {
 
+constexpr bool has_fma = false;
+static inline Vec<float> multiply_add(Vec<float>, float, Vec<float> c) { return c; }  // never run
+
 static inline float widen(f16 v) {
   const std::uint32_t sign = std::uint32_t(v.bits & 0x8000u) << 16;
   const std::uint32_t rest = v.bits & 0x7fffu;

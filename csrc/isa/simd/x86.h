@@ -7,6 +7,8 @@
 
 namespace hyperfast::HF_ISA {
 
+constexpr bool has_fma = true;
+
 static inline float widen(f16 v) { return _cvtsh_ss(v.bits); }
 
 template <>
@@ -76,6 +78,11 @@ static inline Vec<float> times_power(Vec<float> v, Vec<float> n) {
   return Vec<float>(_mm512_scalef_ps(__m512(v), __m512(n)));
 }
 
+// a b + c, rounded once.
+static inline Vec<float> multiply_add(Vec<float> a, float b, Vec<float> c) {
+  return Vec<float>(_mm512_fmadd_ps(__m512(a), _mm512_set1_ps(b), __m512(c)));
+}
+
 static inline bool any(VecI mask) {
   return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
 }
@@ -116,6 +123,11 @@ inline void store_narrow<f16>(f16* p, Vec<float> v) {
 
 static inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
   return Vec<float>(_mm256_max_ps(__m256(a), __m256(b)));
+}
+
+// a b + c, rounded once.
+static inline Vec<float> multiply_add(Vec<float> a, float b, Vec<float> c) {
+  return Vec<float>(_mm256_fmadd_ps(__m256(a), _mm256_set1_ps(b), __m256(c)));
 }
 
 static inline bool any(VecI mask) { return _mm256_movemask_epi8(__m256i(mask)) != 0; }
