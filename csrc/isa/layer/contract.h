@@ -251,8 +251,8 @@ struct Units {
 
 // Units of a block: as many as there are lanes, fewer where threads would be left without.
 template <class C>
-static Index block_units(Index count) {
-  const Index blocks = round_up(max(ceil_div(count, lanes<C>), 1), thread_count());
+static Index block_units(Index count, Index most = lanes<C>) {
+  const Index blocks = round_up(max(ceil_div(count, most), 1), thread_count());
   return max(round_up(ceil_div(count, blocks), width<C>), width<C>);
 }
 

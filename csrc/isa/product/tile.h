@@ -200,9 +200,12 @@ static void sweep_deep(Index m, int vecs, Index depth, View<const C> a, const C*
 // y (m, n) = part, or y + part.
 template <class C>
 static void add_part(Index m, Index n, const C* part, Index row, bool add, View<C> y) {
+  constexpr Index w = width<C>;
   for (Index i = 0; i < m; ++i, part += row) {
-    C* to = y.at(i, 0).data;
-    for (Index l = 0; l < n; ++l) to[l] = add ? to[l] + part[l] : part[l];
+    C* const to = y.at(i, 0).data;
+    Index l = 0;
+    for (; l + w <= n; l += w) store(to + l, add ? load(to + l) + load(part + l) : load(part + l));
+    for (; l < n; ++l) to[l] = add ? to[l] + part[l] : part[l];
   }
 }
 
