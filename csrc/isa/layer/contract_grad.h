@@ -127,7 +127,7 @@ template <class T>
 static void grad_h_contract(const HyperLinearGrad& p, const Transposed<Acc<T>>& grad,
                             const Transposed<Acc<T>>& x, Acc<T>* parts) {
   using C = Acc<T>;
-  const Index count = Units(p.groups).count, size = block_units<C>(count);
+  const Index count = Units(p.groups).count, size = block_units<C>(count, lanes<C>);
   const Index params = p.params();
   const Index work = size * (p.features + grad.rows) * params;
   // The vector's rows follow those of the matrix.
