@@ -20,7 +20,7 @@ static inline T* scratch(Slot slot, Index n) {
 
 // Own versions: an out-of-line copy of a std template from this build could be linked into another.
 static inline Index min(Index a, Index b) { return a < b ? a : b; }
-static inline Index max(Index a, Index b) { return a < b ? b : a; }
+static constexpr Index max(Index a, Index b) { return a < b ? b : a; }
 static inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 static inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 

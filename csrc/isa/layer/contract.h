@@ -23,17 +23,26 @@ struct Strip {
   Transform transform;
 };
 
-// What a strip reads and writes besides weights, in rows of `lanes<C>`: h (depth, lanes) and, for
-// each of `rows` rows of the tasks, x (inputs, lanes) and y (outputs, lanes), so many elements from
-// row to row.
+// What is fetched meanwhile: a line at every step, so many bytes behind the one before.
+struct Fetch {
+  const void* from;
+  Index step;
+};
+
+// What a strip reads and writes besides weights, in rows of `row` lanes, of which `vecs` vectors
+// are in use: h (depth, row), x (inputs, rows, row) and y (outputs, rows, row), of `rows` rows of
+// the tasks. All rows of an input lie side by side: apart, at powers of two, they would evict each
+// other from the cache.
 template <class C>
 struct LaneBlock {
   Index depth, rows;  // depth: features, of which h may hold pairs
+  Index row;
+  int vecs;
   const C* h;
   const C* x;
-  Index x_row;
   C* y;
-  Index y_row;
+
+  Index step() const { return rows * row; }  // from one input or output to the next
 };
 
 // Features as a strip reads them: numbers of C, or pairs of bf16, at any address, and the last of
@@ -46,8 +55,9 @@ static inline C read_features(const C* from) {
 }
 static inline float read_features(const bf16* from) { return pair_at(from); }
 
+// V vectors from `lane` on.
 template <int M, int V, StripUse use, class T>
-static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
+static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b, Index lane, Fetch fetch) {
   using C = Acc<T>;
   using Step = std::conditional_t<std::is_same_v<T, C>, MultiplyAdd, AddPairs>;
   constexpr int w = width<C>;
@@ -60,7 +70,9 @@ static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = start;
   }
-  const C* h = b.h;
+  const Index row = b.row;
+  const C* h = b.h + lane;
+  const char* ahead = static_cast<const char*>(fetch.from);
   const auto add = [&](auto step, const auto& entry) {
     Vec<C> hv[V];
 #pragma GCC unroll 4
@@ -71,15 +83,16 @@ static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) step.template step<C>(acc[m][v], a, hv[v]);
     }
-    h += lanes<C>;
+    h += row;
   };
-  const T* ahead = s.weight + M * s.step;
+  const Index feature = s.feature;
   Index k = 0;
   for (; k + read_at_once<T> <= b.depth; k += read_at_once<T>) {
-    prefetch(ahead + k * M);  // the next M weights, if they follow
-    add(Step{}, [&](const T* row) { return read_features(row + k * s.feature); });
+    prefetch(ahead);
+    ahead += fetch.step;
+    add(Step{}, [&](const T* from) { return read_features(from + k * feature); });
   }
-  if (k < b.depth) add(MultiplyAdd{}, [&](const T* row) { return widen(row[k]); });
+  if (k < b.depth) add(MultiplyAdd{}, [&](const T* from) { return widen(from[k]); });
   if (s.transform != Transform::none) {
     C made[M * V * w];
 #pragma GCC unroll 6
@@ -92,20 +105,21 @@ static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] = load(made + (m * V + v) * w);
   }
-  const C* x = b.x;
-  C* y = b.y;
-  for (Index r = 0; r < b.rows; ++r, x += b.x_row, y += b.y_row) {
+  const Index next = b.step();
+  const C* x = b.x + lane;
+  C* y = b.y + lane;
+  for (Index r = 0; r < b.rows; ++r, x += row, y += row) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       if constexpr (use == StripUse::inputs) {
         Vec<C> sum = load(y + v * w);
 #pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) sum += acc[m][v] * load(x + m * lanes<C> + v * w);
+        for (int m = 0; m < M; ++m) sum += acc[m][v] * load(x + m * next + v * w);
         store(y + v * w, sum);
       } else {
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
-          C* to = y + m * lanes<C> + v * w;
+          C* to = y + m * next + v * w;
           store(to, use == StripUse::store ? acc[m][v] : load(to) + acc[m][v] * load(x + v * w));
         }
       }
@@ -114,15 +128,15 @@ static void strip(const Strip<T>& s, const LaneBlock<Acc<T>>& b) {
 }
 
 template <class T>
-using StripOf = void (*)(const Strip<T>&, const LaneBlock<Acc<T>>&);
+using StripOf = void (*)(const Strip<T>&, const LaneBlock<Acc<T>>&, Index lane, Fetch);
 
 template <class T, StripUse use, int M>
 constexpr StripOf<T> pick_strip(int vecs) {
   if constexpr (tile_vecs == 4) {
-    if (vecs == 4) return strip<M, 4, use, T>;
+    if (vecs >= 4) return strip<M, 4, use, T>;
     if (vecs == 3) return strip<M, 3, use, T>;
   }
-  return vecs == 2 ? strip<M, 2, use, T> : strip<M, 1, use, T>;
+  return vecs >= 2 ? strip<M, 2, use, T> : strip<M, 1, use, T>;
 }
 
 // The same M weights in C, one behind another.
@@ -141,30 +155,39 @@ static Strip<C> widened(const Strip<T>& s, Index count, Index depth) {
   return {to, depth, 1, s.bias ? bias : nullptr, 1, s.transform};
 }
 
-// n weights from s on, in strips of 6, 4, 2 and 1, which read them as Read. Numbers of 16 bits are
-// widened to that for each, once for all lanes. The last 8 are two strips of 4: one of 2 has too
-// few sums to hide how long each takes.
+// n weights from s on, in strips of 6, 4, 2 and 1, which read them as Read. A strip is used for all
+// lanes before the next, whose weights are fetched meanwhile, if they follow. Numbers of 16 bits
+// are widened for it, once for all. The last 8 are two strips of 4: one of 2 has too few sums to
+// hide how long each takes.
 template <class T, class Read, StripUse use>
-static void strips(Index n, int vecs, Strip<T> s, LaneBlock<Acc<T>> b) {
+static void strips(Index n, Strip<T> s, LaneBlock<Acc<T>> b) {
   using C = Acc<T>;
-  const auto steps = [&](Index height, StripOf<Read> f) {
-    for (; n >= height && (n != 8 || height == 4); n -= height) {
+  const auto steps = [&](auto height) {
+    constexpr int M = height;
+    const auto use_strip = [&](const Strip<Read>& weights) {
+      Fetch fetch{s.weight + M * s.step, M * Index(sizeof(T)) * read_at_once<Read>};
+      for (int v = 0; v < b.vecs; v += tile_vecs) {
+        pick_strip<Read, use, M>(b.vecs - v)(weights, b, v * width<C>, fetch);
+        fetch.step = 0;  // it is there
+      }
+    };
+    for (; n >= M && (n != 8 || M == 4); n -= M) {
       if constexpr (std::is_same_v<T, Read>)
-        f(s, b);
+        use_strip(s);
       else
-        f(widened<C>(s, height, b.depth), b);
-      s.weight += height * s.step;
-      if (s.bias) s.bias += height * s.bias_step;
+        use_strip(widened<C>(s, M, b.depth));
+      s.weight += M * s.step;
+      if (s.bias) s.bias += M * s.bias_step;
       if (use == StripUse::inputs)
-        b.x += height * lanes<C>;
+        b.x += M * b.step();
       else
-        b.y += height * lanes<C>;
+        b.y += M * b.step();
     }
   };
-  steps(6, pick_strip<Read, use, 6>(vecs));
-  steps(4, pick_strip<Read, use, 4>(vecs));
-  steps(2, pick_strip<Read, use, 2>(vecs));
-  steps(1, pick_strip<Read, use, 1>(vecs));
+  steps(std::integral_constant<int, 6>{});
+  steps(std::integral_constant<int, 4>{});
+  steps(std::integral_constant<int, 2>{});
+  steps(std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -181,21 +204,18 @@ static Strip<T> strip_of(const HeadMatrix& m, Transform transform, Index o, Inde
 
 // One block of tasks, whose strips read the head as Read.
 template <class T, class Read>
-static void contract_as(const HyperLinear& p, const Acc<T>* shared, int vecs,
-                        const LaneBlock<Acc<T>>& b) {
+static void contract_as(const HyperLinear& p, const Acc<T>* shared, const LaneBlock<Acc<T>>& b) {
   using C = Acc<T>;
   if (p.vector.weight) {
-    strips<T, Read, StripUse::store>(p.out, vecs,
-                                     strip_of<T>(p.vector, Transform::none, 0, 0, false), b);
+    strips<T, Read, StripUse::store>(p.out, strip_of<T>(p.vector, Transform::none, 0, 0, false), b);
   } else {
-    for (Index j = 0; j < b.rows * b.y_row; ++j) b.y[j] = 0;
-    for (Index r = 0; shared && r < b.rows; ++r)
-      for (Index j = 0; j < b.y_row; ++j) b.y[r * b.y_row + j] = shared[j / lanes<C>];
+    for (Index o = 0; o < p.out; ++o)
+      for (Index j = 0; j < b.step(); ++j) b.y[o * b.step() + j] = shared ? shared[o] : C(0);
   }
   const auto at = [&](Index input, Index output) {
     LaneBlock<C> part = b;
-    part.x += input * lanes<C>;
-    part.y += output * lanes<C>;
+    part.x += input * b.step();
+    part.y += output * b.step();
     return part;
   };
   // Strips run along the side whose weights follow one another in memory (in a layer that is turned
@@ -203,20 +223,19 @@ static void contract_as(const HyperLinear& p, const Acc<T>* shared, int vecs,
   const bool by_inputs = p.matrix.in_stride <= p.matrix.out_stride;
   if (by_inputs ? p.in >= min(tile_rows, p.out) : p.out < min(tile_rows, p.in))
     for (Index o = 0; o < p.out; ++o)
-      strips<T, Read, StripUse::inputs>(p.in, vecs, strip_of<T>(p.matrix, p.transform, o, 0, true),
+      strips<T, Read, StripUse::inputs>(p.in, strip_of<T>(p.matrix, p.transform, o, 0, true),
                                         at(0, o));
   else
     for (Index i = 0; i < p.in; ++i)
-      strips<T, Read, StripUse::outputs>(p.out, vecs,
-                                         strip_of<T>(p.matrix, p.transform, 0, i, false), at(i, 0));
+      strips<T, Read, StripUse::outputs>(p.out, strip_of<T>(p.matrix, p.transform, 0, i, false),
+                                         at(i, 0));
 }
 
 template <class T>
-static void contract_block(const HyperLinear& p, const Acc<T>* shared, int vecs,
-                           const LaneBlock<Acc<T>>& b) {
+static void contract_block(const HyperLinear& p, const Acc<T>* shared, const LaneBlock<Acc<T>>& b) {
   if constexpr (may_pair<T>)
-    if (pairs_of<T>(p.matrix.feature)) return contract_as<T, T>(p, shared, vecs, b);
-  contract_as<T, Acc<T>>(p, shared, vecs, b);
+    if (pairs_of<T>(p.matrix.feature)) return contract_as<T, T>(p, shared, b);
+  contract_as<T, Acc<T>>(p, shared, b);
 }
 
 // What the lanes are: tasks of `rows` rows each, or, ragged, the rows in the order in which they
@@ -249,31 +268,37 @@ struct Units {
   }
 };
 
+// Lanes of a block: several tiles of them where vectors are short. So a strip of weights is read
+// from the first-level cache by all but the first, and the head streamed once for 64 floats on any
+// machine.
+template <class C>
+constexpr Index block_lanes = max(256 / Index(sizeof(C)), lanes<C>);
+
 // Units of a block: as many as there are lanes, fewer where threads would be left without.
 template <class C>
-static Index block_units(Index count, Index most = lanes<C>) {
-  const Index blocks = round_up(max(ceil_div(count, most), 1), thread_count());
+static Index block_units(Index count) {
+  const Index blocks = round_up(max(ceil_div(count, block_lanes<C>), 1), thread_count());
   return max(round_up(ceil_div(count, blocks), width<C>), width<C>);
 }
 
 // The features of units first, ..., first + n - 1, or pairs of them, as heads whose features are
-// `feature` apart want them.
+// `feature` apart want them, in rows of `row` lanes.
 template <class T>
 static void features_in_lanes(const TaskVector& h, Index features, Index feature, Units& units,
-                              Index first, Index n, Acc<T>* to) {
+                              Index first, Index n, Index row, Acc<T>* to) {
   using C = Acc<T>;
-  const T* from[lanes<C>];
+  const T* from[block_lanes<C>];
   for (Index l = 0; l < n; ++l)
     from[l] = static_cast<const T*>(h.data) + units.task(first + l) * h.task;
   const Index whole = pairs_of<T>(feature) ? features / 2 * 2 : 0;
   if constexpr (may_pair<T>)
     if (whole == features && h.col == 1)  // they lie there
       return pack_pairs(from, nullptr, n, features, whole / 2, to);
-  pack_lanes<C, T>(from, n, features, h.col, to, lanes<C>, lanes<C>);
+  pack_lanes<C, T>(from, n, features, h.col, to, row, row);
   if constexpr (may_pair<T>) {
-    join_rows(whole, lanes<C>, lanes<C>, to, to);
+    join_rows(whole, row, row, to, to);
     if (whole && whole < features)  // the last one follows by itself
-      std::memcpy(to + whole / 2 * lanes<C>, to + whole * lanes<C>, sizeof(C) * lanes<C>);
+      std::memcpy(to + whole / 2 * row, to + whole * row, sizeof(C) * row);
   }
 }
 
@@ -282,9 +307,9 @@ template <class C, class F>
 static void inputs_in_lanes(const LaneBlock<C>& b, Index first, Index n, Index in, Index step,
                             C* to, const F& row) {
   for (Index r = 0; r < b.rows; ++r) {
-    decltype(row(first, r)) from[lanes<C>];
+    decltype(row(first, r)) from[block_lanes<C>];
     for (Index l = 0; l < n; ++l) from[l] = row(first + l, r);
-    pack_lanes<C>(from, n, in, step, to + r * b.x_row, lanes<C>, lanes<C>);
+    pack_lanes<C>(from, n, in, step, to + r * b.row, b.step(), b.row);
   }
 }
 
@@ -292,7 +317,7 @@ static void inputs_in_lanes(const LaneBlock<C>& b, Index first, Index n, Index i
 template <class C>
 static void outputs_from_lanes(const LaneBlock<C>& b, Index n, Index out, C* to) {
   for (Index r = 0; r < b.rows; ++r)
-    pack<C, C>(n, out, {b.y + r * b.y_row, 1, lanes<C>}, to + r * out, b.rows * out, out);
+    pack<C, C>(n, out, {b.y + r * b.row, 1, b.step()}, to + r * out, b.rows * out, out);
 }
 
 // Calls body(units, first, n, block, x) for n units at a time, from `first` on, whose features are
@@ -302,19 +327,19 @@ static void each_block(const Groups& groups, const TaskVector& h, Index features
                        Index params, Index in, Index out, const F& body) {
   using C = Acc<T>;
   const Units all(groups);
-  const Index size = block_units<C>(all.count), x_size = all.rows * in * lanes<C>;
-  const Index h_size = features * lanes<C>, work = size * params * (features + all.rows);
+  const Index size = block_units<C>(all.count), row = round_up(size, lanes<C>);
+  const Index h_size = features * row, x_size = all.rows * in * row;
+  const Index work = size * params * (features + all.rows);
   parallel(
       ceil_div(all.count, size), max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
         Units units(groups);
-        C* const block =
-            scratch<C>(Slot::block, max(h_size + x_size + all.rows * out * lanes<C>, 1));
+        C* const block = scratch<C>(Slot::block, max(h_size + x_size + all.rows * out * row, 1));
         C *const x = block + h_size, *const y = x + x_size;
         for (Index i = begin; i < end; ++i) {
           const Index first = i * size, n = min(size, units.count - first);
-          features_in_lanes<T>(h, features, feature, units, first, n, block);
+          features_in_lanes<T>(h, features, feature, units, first, n, row, block);
           body(units, first, n,
-               LaneBlock<C>{features, units.rows, block, x, in * lanes<C>, y, out * lanes<C>}, x);
+               LaneBlock<C>{features, units.rows, row, int(ceil_div(n, width<C>)), block, x, y}, x);
         }
       });
 }
@@ -328,7 +353,7 @@ static void hyper_linear_contract(const HyperLinear& p, const Staged<const Acc<T
                 [&](const Units& units, Index first, Index n, const LaneBlock<C>& b, C* inputs) {
                   inputs_in_lanes(b, first, n, p.in, x.col, inputs,
                                   [&](Index unit, Index r) { return units.row(x, unit, r); });
-                  contract_block<T>(p, shared, int(ceil_div(n, width<C>)), b);
+                  contract_block<T>(p, shared, b);
                   // y is contiguous, be it the result or a copy.
                   outputs_from_lanes(b, n, p.out, y.data + first * b.rows * p.out);
                 });

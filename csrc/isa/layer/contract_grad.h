@@ -125,18 +125,13 @@ static void form_panel(const Transposed<C>& grad, const Transposed<C>& x, Index 
   }
 }
 
-// Units whose gradients are summed for one panel of the head: several groups of lanes where these
-// are few, lest the head be streamed for each of them (512 units of 128-128, 128 features: 8% less
-// with four groups of 16).
-template <class C>
-constexpr Index summed_units = (tile_vecs == 4 ? 1 : 4) * lanes<C>;
-
-// One row (features) for every unit: parts (units, features).
+// One row (features) for every unit: parts (units, features). All tiles of a block use a panel of
+// the head before the next (512 units of 128-128, 128 features: 8% less with four tiles of 16).
 template <class T>
 static void grad_h_contract(const HyperLinearGrad& p, const Transposed<Acc<T>>& grad,
                             const Transposed<Acc<T>>& x, Acc<T>* parts) {
   using C = Acc<T>;
-  const Index count = Units(p.groups).count, size = block_units<C>(count, summed_units<C>);
+  const Index count = Units(p.groups).count, size = block_units<C>(count);
   const Index params = p.params();
   const Index work = size * (p.features + grad.rows) * params;
   // The vector's rows follow those of the matrix.

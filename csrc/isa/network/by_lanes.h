@@ -27,27 +27,23 @@ static void hyper_mlp_by_lanes(const HyperMlp& p) {
   const Index most = p.net.widest;
   each_block<T>(p.groups, p.h, p.features, p.head.feature, p.net.params, most, most,
                 [&](const Units& units, Index first, Index n, LaneBlock<C> b, C* x) {
-                  const int vecs = int(ceil_div(n, width<C>));
-                  b.x_row = layers[0].in * lanes<C>;
                   inputs_in_lanes(b, first, n, layers[0].in, p.x.col, x,
                                   [&](Index unit, Index r) { return units.row<T>(p.x, unit, r); });
                   T* kept = static_cast<T*>(p.preactivations);
                   for (Index l = 0; l < p.net.count; ++l) {
                     const Layer& layer = layers[l];
-                    b.y_row = layer.out * lanes<C>;
-                    contract_block<T>(layer_of<T>(p, layer, Plan::contract), nullptr, vecs, b);
+                    contract_block<T>(layer_of<T>(p, layer, Plan::contract), nullptr, b);
                     if (kept && layer.kept) {
                       store_outputs<T>(p.groups, first, n, layer.out, b, kept);
                       kept += total_rows(p.groups) * layer.out;
                     }
                     for (Index j = 0; j < b.rows * layer.out; ++j) {
-                      C* const y = b.y + j * lanes<C>;
-                      activate<C>(layer, vecs * width<C>, y, y);
+                      C* const y = b.y + j * b.row;
+                      activate<C>(layer, b.vecs * width<C>, y, y);
                     }
                     if (l + 1 == p.net.count) break;
                     std::swap(x, b.y);
                     b.x = x;
-                    b.x_row = b.y_row;
                   }
                   store_outputs<T>(p.groups, first, n, layers[p.net.count - 1].out, b,
                                    static_cast<T*>(p.y.data));
