@@ -191,7 +191,8 @@ std::tuple<Tensor, Tensor> task_mlp_backward(const Tensor& grad_, const Tensor& 
   Tensor grad_weight = output_mask[1] ? x.empty({tasks, params}) : x.empty({0});
   if (!output_mask[0] && !output_mask[1]) return {grad_x, grad_weight};
   kernels().task_mlp_backward({dtype, groups.view(), net, Arg("x", rows_of_x).rows(),
-                               own.data_ptr(), own.stride(0), Arg("grad", rows_of_grad).rows(),
+                               own.data_ptr(), own.stride(0), nullptr,
+                               Arg("grad", rows_of_grad).rows(),
                                output_mask[0] ? grad_x.mutable_data_ptr() : nullptr,
                                output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr});
   trim_scratch();
