@@ -242,6 +242,7 @@ struct TaskMlpBackward {
   Rows x;
   void* weight;
   Index weight_task;
+  const void* preactivations;  // as HyperMlp has them; null: made again
   Rows grad;
   void* grad_x;       // contiguous
   void* grad_weight;  // (tasks, params)

@@ -181,7 +181,7 @@ def named(activation: nn.Module | None) -> tuple[str, float] | None:
     tensors of its own, or does more than its class says."""
     if activation is None:
         return "identity", 1.0
-    own, kind = vars(activation), type(activation)
+    own, kind = activation.__dict__, type(activation)
     if _FORWARD.get(kind) is not kind.forward:
         return None
     for name in _NAMES[kind]:

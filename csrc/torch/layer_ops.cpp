@@ -115,8 +115,8 @@ class Head {
   // long as to generate the weights of a task.
   void align() {
     if (!vector_ || vector_->stride(1) == matrix_.stride(2)) return;
-    if (matrix_.stride(2) != 1) matrix_ = dense(matrix_);
-    vector_ = dense(*vector_);
+    if (matrix_.stride(2) != 1) matrix_ = as_contiguous(matrix_);
+    vector_ = as_contiguous(*vector_);
   }
 
   // Kernels of gradients take all as rows of one block (params, features) at equal steps, as the
@@ -173,8 +173,6 @@ class Head {
   }
 
  private:
-  static Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
-
   // Whether the vector's rows come so many bytes behind the matrix, at steps of `row`.
   bool follows(Index bytes, Index row) const {
     const auto address = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };

@@ -50,7 +50,7 @@ struct Factors {
     rows.same_dtype(x);
     rows.same_rows(x);
     rows.size(-1, out, "the outputs of b");
-    return out <= 1 || rows.stride(-1) == 1 ? t : torch::stable::contiguous(t);
+    return out <= 1 || rows.stride(-1) == 1 ? t : as_contiguous(t);
   }
 
  private:

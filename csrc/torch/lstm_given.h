@@ -50,7 +50,7 @@ class LstmGiven {
     for (std::size_t i = 0; i < weights.size(); ++i)
       weights_.push_back(take(item("weights", i), weights[i], shapes[i]));
     if (keep) keep_ = take("keep", *keep, {rows, hidden});
-    x_ = torch::stable::contiguous(x);
+    x_ = as_contiguous(x);
   }
 
   Index rows, ins, hidden, hyper, embedding;

@@ -40,7 +40,7 @@ class MixerGiven {
     s_ = take("s", s, {rows, state});
     for (std::size_t i = 0; i < weights.size(); ++i)
       weights_.push_back(take("weights[" + std::to_string(i) + "]", weights[i], shape(i)));
-    q_ = torch::stable::contiguous(q);
+    q_ = as_contiguous(q);
   }
 
   Dtype dtype() const { return Arg("q", q_).dtype(); }

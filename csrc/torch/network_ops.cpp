@@ -107,10 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hyper_mlp_backward(
   const auto data = [&](int i, Tensor& t) {
     return output_mask[i] ? t.mutable_data_ptr() : nullptr;
   };
-  const Tensor own = g.network.changes_output()
-                         ? torch::stable::contiguous(torch::stable::clone(grad_))
-                         : torch::stable::contiguous(grad_);
-  const Tensor kept = torch::stable::contiguous(preactivations_);
+  const Tensor own = g.network.changes_output() ? as_contiguous(torch::stable::clone(grad_))
+                                                : as_contiguous(grad_);
+  const Tensor kept = as_contiguous(preactivations_);
   const Tensor rows = readable(g.x, task_ids, true);
   kernels().hyper_mlp_backward(
       {g.view(rows, {}, preactivations.size(0) ? kept.data_ptr() : nullptr),
@@ -146,14 +145,14 @@ Tensor task_mlp(const Tensor& x_, const Tensor& weight_, const OptionalTensor& s
     a.rank(2, "(B, scales and biases)");
     a.size(0, tasks, "tasks");
     a.size(1, network.outputs() + network.biases(), "scales and biases");
-    scales = a.stride(1) == 1 ? *scales_ : torch::stable::contiguous(*scales_);
+    scales = a.stride(1) == 1 ? *scales_ : as_contiguous(*scales_);
     p.scales_and_biases = scales->data_ptr();
     p.scales_and_biases_task = scales->stride(0);
   } else {
     weight.same_dtype(x);
     weight.size(1, network.params(), "the parameters of a network");
   }
-  const Tensor own = weight.stride(1) == 1 ? weight_ : torch::stable::contiguous(weight_);
+  const Tensor own = weight.stride(1) == 1 ? weight_ : as_contiguous(weight_);
   p.weight = own.data_ptr();
   p.weight_task = own.stride(0);
   const Tensor y = x.like_rows(network.out());
@@ -185,14 +184,15 @@ std::tuple<Tensor, Tensor> task_mlp_backward(const Tensor& grad_, const Tensor& 
   grad.same_dtype(x);
   grad.same_rows(x);
   grad.size(-1, network.out(), "the outputs of network");
-  const Tensor own = weight.stride(1) == 1 ? weight_ : torch::stable::contiguous(weight_);
+  const Tensor own = weight.stride(1) == 1 ? weight_ : as_contiguous(weight_);
   const Tensor rows_of_x = readable(x, task_ids, true),
                rows_of_grad = readable(grad, task_ids, true);
   Tensor grad_x = output_mask[0] ? x.like_rows(network.in()) : x.empty({0});
   Tensor grad_weight = output_mask[1] ? x.empty({tasks, params}) : x.empty({0});
   if (!output_mask[0] && !output_mask[1]) return {grad_x, grad_weight};
   kernels().task_mlp_backward({dtype, groups.view(), net, Arg("x", rows_of_x).rows(),
-                               own.data_ptr(), own.stride(0), Arg("grad", rows_of_grad).rows(),
+                               own.data_ptr(), own.stride(0), nullptr,
+                               Arg("grad", rows_of_grad).rows(),
                                output_mask[0] ? grad_x.mutable_data_ptr() : nullptr,
                                output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr});
   trim_scratch();

@@ -62,7 +62,7 @@ inline Tensor readable(const Arg& x, const OptionalTensor& task_ids, bool sums) 
   const bool side_by_side = x.stride(-2) == 1 && x.size(-2) >= 16;
   const bool apart = column * Index(x.tensor().element_size()) >= 64;
   if (!task_ids && (side_by_side || !(sums || apart))) return x.tensor();
-  return torch::stable::contiguous(x.tensor());
+  return as_contiguous(x.tensor());
 }
 
 }  // namespace hyperfast

@@ -51,9 +51,17 @@ class Trunk {
     return h;
   }
 
-  // Of the gradient of the features, those of the latents and of the parameters; empty where they
+  // What forward made, contiguous.
+  Tensor features(const Tensor& h) const {
+    return Arg("h", h).shaped({z_.size(0), network_.out()}, z_, "what the trunk makes of z");
+  }
+
+  // Of the gradient of the features h, those of the latents and of the parameters; empty where they
   // are not wanted.
-  Tensors backward(const Tensor& grad, bool of_z, bool of_parameters) const {
+  Tensors backward(const Tensor& grad, const Tensor& h, bool of_z, bool of_parameters) const {
+    // What a ReLU has made has the slope of what it was made from, and becomes itself: the one
+    // layer before it is not computed again.
+    const bool known = net_.count == 1 && net_.layers[0].act == Act::relu;
     Tensors made = {of_z ? z_.empty({z_.size(0), z_.size(1)}) : z_.empty({0})};
     const Grouping rows = pieces();
     char* const gradient = of_parameters ? bytes(Slot::trunk_gradient) : nullptr;
@@ -64,6 +72,7 @@ class Trunk {
                                    latents(),
                                    flat(),
                                    network_.params(),
+                                   known ? h.data_ptr() : nullptr,
                                    {grad.data_ptr(), 0, network_.out(), 1},
                                    of_z ? made[0].mutable_data_ptr() : nullptr,
                                    gradient});
@@ -137,10 +146,11 @@ Tensors trunk_mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& z,
   if (output_mask.size() != 5) fail("output_mask must have 5 entries, got ", output_mask.size());
   const bool of_x = output_mask[0], of_z = output_mask[1], of_trunk = output_mask[2];
   const Trunk before(z, trunk, layers);
+  const Tensor features = before.features(h);
   const auto [grad_x, grad_h, grad_weight, grad_bias] =
-      hyper_mlp_backward(grad, x, h, weight, bias, task_ids, preactivations, network,
+      hyper_mlp_backward(grad, x, features, weight, bias, task_ids, preactivations, network,
                          {of_x, of_z || of_trunk, output_mask[3], output_mask[4]});
-  Tensors made = before.backward(grad_h, of_z, of_trunk);
+  Tensors made = before.backward(grad_h, features, of_z, of_trunk);
   made.insert(made.begin() + 1, {grad_weight, grad_bias});
   made.insert(made.begin(), grad_x);
   return made;

@@ -24,6 +24,7 @@ SIZES = [
     ((63, 3, 63), (63, 3, 1), 63, 1),
     ((32, 64), (64, 10), 1, 1),
     ((7, 33, 9, 16), (2, 32, 1), 300, 3),
+    ((9, 20), (2, 32, 1), 300, 1),
     ((5, 4), (3, 2), 0, 2),
     ((5, 4), (3, 2), 3, 0),
 ]
@@ -58,7 +59,7 @@ def specification(x, z, trunk, weight, bias, ids, layers, network):
 def test_value_and_gradients(activation, size, ragged):
     sizes, net_sizes, tasks, rows = size
     for last, has_bias in product((activation, "identity"), (False, True)):
-        layers = text(sizes, ",".join([activation] * (len(sizes) - 2) + [last]), has_bias)
+        layers = text(sizes, [activation] * (len(sizes) - 2) + [last], has_bias)
         network = text(net_sizes, "tanh")
         x, z, weight, bias, ids = given(sizes, net_sizes, tasks, rows, ragged=ragged, bias=has_bias)
         trunk = trunk_of(layers)
@@ -139,9 +140,12 @@ def test_tensors_of_any_strides():
 
 @pytest.mark.parametrize("tasks", [1, 3, 70, 700])
 @pytest.mark.parametrize("latents", [31, 32])
+@pytest.mark.parametrize(
+    ("hidden", "activations"), [((48, 33), ["silu", "relu"]), ((33,), ["relu"])]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_lower_precision(dtype, latents, tasks):
-    layers, network = text((latents, 48, 33), "silu,relu"), text((5, 33, 3), "tanh")
+def test_lower_precision(dtype, hidden, activations, latents, tasks):
+    layers, network = text((latents, *hidden), activations), text((5, 33, 3), "tanh")
     tensors = [*given((latents, 33), (5, 33, 3), tasks, 3)[:4], *trunk_of(layers)]
     narrow = [t.detach().to(dtype).requires_grad_() for t in tensors]
 
@@ -213,3 +217,14 @@ def test_what_does_not_fit_is_refused(change, match):
         args[n] = value
     with pytest.raises((ValueError, RuntimeError), match=match):
         ops.trunk_mlp(*args)
+
+
+@pytest.mark.parametrize("features", [torch.randn(2, 4), torch.randn(3, 3), torch.randn(3)])
+def test_features_that_do_not_fit_are_refused(features):
+    args = torch.randn(3, 2, 3), torch.randn(3, 5), [torch.randn(4, 5), torch.randn(4)]
+    args = *args, torch.randn(8, 4), torch.randn(8), None
+    texts = "5 > 4 b relu", "3 > 2 b"
+    y, h, kept = ops.trunk_mlp(*args, *texts, True)
+    ops.trunk_mlp_backward(y, *args, h, kept, *texts, [True] * 5)
+    with pytest.raises((ValueError, RuntimeError), match=r"^h must have shape|h\.size"):
+        ops.trunk_mlp_backward(y, *args, features, kept, *texts, [True] * 5)

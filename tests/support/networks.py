@@ -41,10 +41,10 @@ def random_for(network, tasks, rows, features, *, ragged=False, bias=True, grad=
 
 
 def text(sizes, activations, has_bias=True):
-    """The text of a network with these activations, one a layer, separated by commas; a single one
-    stands behind all layers but the last."""
-    names = activations.split(",")
-    if len(names) == 1:
+    """The text of a network with these activations, one a layer, in a list or separated by commas;
+    a single one that is not in a list stands behind all layers but the last."""
+    names = activations.split(",") if isinstance(activations, str) else activations
+    if isinstance(activations, str) and len(names) == 1:
         names = [*names * (len(sizes) - 2), "identity"]
     layers = [
         f"{o}{' b' * has_bias}{'' if name == 'identity' else f' {name}'}"

@@ -9,7 +9,7 @@ template <class T>
 static void task_mlp_backward_typed(const TaskMlpBackward& b) {
   using C = Acc<T>;
   const Index params = b.net.params, pieces = b.groups.pieces;
-  const GradientsOfRows rows{b.net, b.groups, b.x, nullptr, b.grad, b.grad_x};
+  const GradientsOfRows rows{b.net, b.groups, b.x, b.preactivations, b.grad, b.grad_x};
   const auto task = [&](Index i) { return piece(b.groups, i).task; };
   // The gradients of pieces that share a task lie one behind another until they are added up.
   const bool cut = b.grad_weight && (b.groups.ragged || b.groups.per_task > 1);
