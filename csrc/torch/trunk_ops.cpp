@@ -59,8 +59,8 @@ class Trunk {
   // Of the gradient of the features h, those of the latents and of the parameters; empty where they
   // are not wanted.
   Tensors backward(const Tensor& grad, const Tensor& h, bool of_z, bool of_parameters) const {
-    // What a ReLU has made has the slope of what it was made from, and becomes itself: the one
-    // layer before it is not computed again.
+    // What a ReLU has made has the slope of what it was made from (rounded, as PyTorch does before
+    // it), and becomes itself: the one layer before it is not computed again.
     const bool known = net_.count == 1 && net_.layers[0].act == Act::relu;
     Tensors made = {of_z ? z_.empty({z_.size(0), z_.size(1)}) : z_.empty({0})};
     const Grouping rows = pieces();

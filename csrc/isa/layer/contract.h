@@ -291,6 +291,7 @@ static void features_in_lanes(const TaskVector& h, Index features, Index feature
   for (Index l = 0; l < n; ++l)
     from[l] = static_cast<const T*>(h.data) + units.task(first + l) * h.task;
   const Index whole = pairs_of<T>(feature) ? features / 2 * 2 : 0;
+  static_assert(!may_pair<T> || block_lanes<C> == lanes<C>, "pairs fill rows of one tile");
   if constexpr (may_pair<T>)
     if (whole == features && h.col == 1)  // they lie there
       return pack_pairs(from, nullptr, n, features, whole / 2, to);

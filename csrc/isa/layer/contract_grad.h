@@ -165,8 +165,11 @@ static void grad_h_contract(const HyperLinearGrad& p, const Transposed<Acc<T>>& 
             }
             summed += depth;
             if (summed + most <= few_products && q + depth < params) continue;
-            // Those of lanes without a unit, too, which nobody reads.
-            add_part<C>(1, all, part, 0, q + depth > summed, {sums, 0, 1});
+            for (Index u = 0; u < n; u += lanes<C>) {
+              const View<C> to{sums + u * p.features, lanes<C>, 1};
+              add_part<C>(p.features, round_up(min(lanes<C>, n - u), width<C>),
+                          part + u * p.features, lanes<C>, q + depth > summed, to);
+            }
             summed = 0;
           }
           for (Index u = 0; u < n; u += lanes<C>)

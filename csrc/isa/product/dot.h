@@ -15,9 +15,8 @@ constexpr Index few_rows = 6;
 // y[r][n] = init[r][n] + <a[r], b[n]> for N rows b of C, `b_row` apart, and a multiple of R rows of
 // a, which are contiguous, in whatever type they are stored; one pass over them. R rows at once
 // keep as many sums on their way, and of as many as a vector has lanes, one pass over the lanes
-// ends them all: on AVX2 a network 64-64-10 of 64 features is made in 0.8 of the time, one of 512
-// features in 0.6. `ahead` is the distance to what will be read next (0: unknown), fetched into the
-// cache meanwhile.
+// ends them all. `ahead` is the distance to what will be read next (0: unknown), fetched into the
+// cache meanwhile, where rows come one by one.
 template <int R, int N, class C, class T>
 static void dot_rows(Index rows, Index depth, const T* a, Index a_row, Index ahead, const C* b,
                      Index b_row, View<const C> init, View<C> y) {
@@ -35,7 +34,8 @@ static void dot_rows(Index rows, Index depth, const T* a, Index a_row, Index ahe
       for (int n = 0; n < N; ++n) bv[n] = load(b + n * b_row + i);
 #pragma GCC unroll 16
       for (int m = 0; m < R; ++m) {
-        if (ahead && i % line == 0) prefetch(a + m * a_row + ahead + i);
+        if constexpr (R == 1)
+          if (ahead && i % line == 0) prefetch(a + ahead + i);
         const Vec<C> v = load_wide(a + m * a_row + i);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[m * N + n] += v * bv[n];
@@ -55,14 +55,11 @@ static void dot_rows(Index rows, Index depth, const T* a, Index a_row, Index ahe
     } else {
       for (int j = 0; j < R * N; ++j) s[j] = sum<C>(acc[j]);
     }
-#pragma GCC unroll 16
     for (int m = 0; m < R; ++m)
-#pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         C v = s[m * N + n];
         for (Index i = part; i < depth; ++i) v += widen(a[m * a_row + i]) * b[n * b_row + i];
-        const View<const C> from = init.data ? init.at(r + m, n) : init;
-        y.data[(r + m) * y.row + n * y.col] = from.data ? *from.data + v : v;
+        y.data[(r + m) * y.row + n * y.col] = init.data ? *init.at(r + m, n).data + v : v;
       }
   }
 }
@@ -72,9 +69,11 @@ template <int N, class C, class T>
 static void dots(Index rows, Index depth, View<const T> a, const C* b, Index b_row,
                  View<const C> init, View<C> y, Index ahead) {
   // What is fetched ahead comes from memory, for which one row at a time is fast enough; several
-  // longer rows would share a few places of the first-level cache.
-  constexpr Index together = width<C> / N, longest = 512;
-  const Index some = ahead || depth > longest ? 0 : rows / together * together;
+  // longer rows would share a few places of the first-level cache. With 16 registers a network
+  // 64-64-10 of 64 features is made in 0.8 of the time, one of 512 features in 0.6; with 32, where
+  // these are rows enough to run out of registers for their addresses, it was not measured.
+  constexpr Index together = many_registers ? 1 : width<C> / N, longest = 512;
+  const Index some = together == 1 || ahead || depth > longest ? 0 : rows / together * together;
   dot_rows<together, N, C, T>(some, depth, a.data, a.row, ahead, b, b_row, init, y);
   dot_rows<1, N, C, T>(rows - some, depth, a.at(some, 0).data, a.row, ahead, b, b_row,
                        init.data ? init.at(some, 0) : init, y.at(some, 0));
