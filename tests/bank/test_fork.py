@@ -129,13 +129,16 @@ def test_a_child_saves_elsewhere_and_changes_copies(path, hyper):
 def test_a_child_does_not_keep_the_lock(path, hyper, end):
     """The log can be opened as soon as its owner has let go, though a child of it lives on."""
     go, ready = os.pipe()
+    lives, forked = os.pipe()
 
     def owner():
         bank = TaskBank.open(path, hyper=hyper, log=True)
         child = os.fork()
         if child == 0:
+            os.write(forked, b"x")
             os.read(go, 1)
             os._exit(0)
+        os.read(lives, 1)  # the child has let go, which it does as it starts
         if end == "close":
             bank.close()
             bank = TaskBank.open(path, hyper=hyper, log=True)

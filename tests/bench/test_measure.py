@@ -137,6 +137,7 @@ def test_ceilings_are_above_a_plain_product_and_sum(monkeypatch):
 
 def test_each_race_is_held_once():
     """Rivals of a race follow one another, whatever pytest sorts tests by."""
+    pytest.importorskip("pytest_benchmark")
     # Disabled: of benchmarks in a worker of xdist the plugin warns, and warnings are errors here.
     collect = ("bench", "-q", "--collect-only", "--benchmark-disable")
     names = ("--workloads", "mlp64_n32,siren,bank20000", "--rivals", "hyperfast,bmm,jax")
