@@ -6,11 +6,20 @@
 
 namespace hyperfast::HF_ISA {
 
+// Calls body(work) once on each thread, for bodies that prepare something for all they do.
+template <class F>
+static void each_thread(Index n, Index grain, const F& body) {
+  run_parallel(
+      n, grain, [](Work& work, void* f) { (*static_cast<const F*>(f))(work); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Calls body(begin, end) for parts of [0, n), in any order and of any size.
 template <class F>
 static void parallel(Index n, Index grain, const F& body) {
-  run_parallel(
-      n, grain, [](Index begin, Index end, void* f) { (*static_cast<const F*>(f))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  each_thread(n, grain, [&](Work& work) {
+    for (Index begin, end; work.take(begin, end);) body(begin, end);
+  });
 }
 
 template <class T>

@@ -7,11 +7,28 @@
 
 namespace hyperfast {
 
-// Calls body(begin, end, context) over [0, n) from torch's own thread pool, at least `grain` items
-// a call; n <= grain runs on the calling thread. What the body throws arrives as
-// std::runtime_error.
-void run_parallel(std::int64_t n, std::int64_t grain,
-                  void (*body)(std::int64_t, std::int64_t, void*), void* context);
+struct Share;
+
+// What a thread finds to do of the indices [0, n). It takes half of what is left of its own share
+// at a time, and then of the others': a core that is slower for a while, or comes late, leaves the
+// rest of its share to them.
+class Work {
+ public:
+  Work(Share* shares, std::int64_t count, std::int64_t own, std::int64_t least)
+      : shares_(shares), count_(count), own_(own), least_(least) {}
+  // The next indices, [begin, end); false where none are left.
+  bool take(std::int64_t& begin, std::int64_t& end);
+
+ private:
+  Share* shares_;
+  std::int64_t count_, own_, least_;
+  std::int64_t done_ = 0;  // shares of which nothing is left
+};
+
+// Calls body(work, context) once on each thread of torch's own pool that has `grain` of the indices
+// to do; n <= grain runs on the calling thread, and so does all that is called from within a body.
+// What the body throws arrives as std::runtime_error.
+void run_parallel(std::int64_t n, std::int64_t grain, void (*body)(Work&, void*), void* context);
 
 int thread_count();
 

@@ -200,23 +200,25 @@ template <class T>
 static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
   using C = Acc<T>;
   const Index run = b.pairs ? pair_panel<C> : parameters_strip, features = b.p.features;
-  parallel(ceil_div(b.params - from, run), max(parallel_work / max(b.n * run * features, 1), 1),
-           [&](Index begin, Index end) {
-             const C* const h = features_of(b);
-             C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
-             for (Index q = from + begin * run; q < min(from + end * run, b.params); q += run) {
-               const Index count = min(run, b.params - q);
-               for (Index j = 0; j < count; ++j) bias[j] = b.bias(q + j);
-               const View<C> to{w + q - from, b.params - from, 1};
-               if (b.few)
-                 dots<C, T>(count, b.n, features, b.head(q), h, features, {bias, 1, 0},
-                            to.transposed());
-               else if (!b.pairs)
-                 generate_in_lanes(b, q, count, h, bias, to);
-               else if constexpr (may_pair<T>)
-                 generate_in_pairs(b, from, q, count, h, bias, to);
-             }
-           });
+  each_thread(ceil_div(b.params - from, run), max(parallel_work / max(b.n * run * features, 1), 1),
+              [&](Work& work) {
+                const C* const h = features_of(b);
+                C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
+                for (Index begin, end; work.take(begin, end);)
+                  for (Index q = from + begin * run; q < min(from + end * run, b.params);
+                       q += run) {
+                    const Index count = min(run, b.params - q);
+                    for (Index j = 0; j < count; ++j) bias[j] = b.bias(q + j);
+                    const View<C> to{w + q - from, b.params - from, 1};
+                    if (b.few)
+                      dots<C, T>(count, b.n, features, b.head(q), h, features, {bias, 1, 0},
+                                 to.transposed());
+                    else if (!b.pairs)
+                      generate_in_lanes(b, q, count, h, bias, to);
+                    else if constexpr (may_pair<T>)
+                      generate_in_pairs(b, from, q, count, h, bias, to);
+                  }
+              });
 }
 
 // Whether threads share networks sooner than the parameters of each, of which there are few.
@@ -231,14 +233,14 @@ template <class T, class F>
 static void each_network(const NetworkBlock<T>& b, Index from, Acc<T>* w, Index rows,
                          const F& body) {
   const Index work = max(rows * b.params, 1);
-  // A thread makes small ones itself, a strip of lanes at least.
+  // A thread makes small ones itself, a strip of lanes at least, in four parts.
   constexpr Index strip = networks_strip<Acc<T>>;
   const Index share = ceil_div(b.n, thread_count());
   if (!small_networks(b) || share < strip) {
     generate_networks<T>(b, from, w);
     return parallel(b.n * b.each, max(parallel_work / work, 1), body);
   }
-  const Index some = round_up(share, strip);
+  const Index some = round_up(ceil_div(share, 4), strip);
   parallel(ceil_div(b.n, some), max(parallel_work / (some * (work + b.params * b.p.features)), 1),
            [&](Index begin, Index end) {
              const Index first = begin * some, last = min(end * some, b.n);
