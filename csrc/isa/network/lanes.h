@@ -180,29 +180,75 @@ static void lane_panel(const LaneProduct<C, W>& p, Index j, Index k, Index depth
   if (p.n - o >= 1) lane_tile<1, V>(p, o, j, k, depth, finish);
 }
 
-// As deep at a time as a panel of x stays in the first-level cache (28 of 32 KiB).
+// The same of so few rows of x that they stay in registers while all rows of y pass by, four at a
+// time: coordinates, or gradients of few outputs.
+constexpr Index shallow = 3;
+
+template <int D, int V, class C, class F>
+static void shallow_panel(const LaneProduct<C>& p, Index j, const F& finish) {
+  constexpr int M = 4;
+  const LaneProduct<C> own = p;  // copies, as in Stored
+  const F end = finish;
+  Vec<C> x[D][V];
+#pragma GCC unroll 3
+  for (int k = 0; k < D; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[k][v] = load(own.x + k * own.x_row + j + v * width<C>);
+  const char* ahead = own.ahead ? own.ahead->take(own.n / M) : nullptr;
+  const auto rows = [&](auto count, Index o) {
+    constexpr int R = decltype(count)::value;
+    Sums<C, R, V> sums;
+    each_sum<C, R, V>(
+        sums, [&](Vec<C>& s, int m, int) { s = (own.bias ? own.bias[o + m] : C(0)) - Vec<C>{}; });
+    const C* const w = own.w.data + o * own.w.row;
+#pragma GCC unroll 3
+    for (int k = 0; k < D; ++k)
+      each_sum<C, R, V>(sums, [&](Vec<C>& s, int m, int v) {
+        s += w[m * own.w.row + k * own.w.col] * x[k][v / width<C>];
+      });
+    end.template operator()<R, V>(sums, o, j);
+  };
+  Index o = 0;
+  for (; o + M <= own.n; o += M) {
+    if (ahead) prefetch(ahead + o / M * 64);
+    rows(std::integral_constant<int, M>{}, o);
+  }
+  for (; o < own.n; ++o) rows(std::integral_constant<int, 1>{}, o);
+}
+
+// Of a panel of x as deep as stays in the first-level cache (28 of 32 KiB).
+template <int V, class C, class W, class F>
+static void lane_panels(const LaneProduct<C, W>& p, Index j, const F& finish) {
+  constexpr Index most = (28 << 10) / (Index(sizeof(C)) * lanes<C>);
+  constexpr Index limit = most > depth_block ? depth_block : most;
+  const Index rows = p.rows();
+  if constexpr (std::is_same_v<W, C>) {
+    static_assert(shallow == 3);
+    if (rows == 1) return shallow_panel<1, V>(p, j, finish);
+    if (rows == 2) return shallow_panel<2, V>(p, j, finish);
+    if (rows == 3) return shallow_panel<3, V>(p, j, finish);
+  }
+  const Index step = rows <= limit ? rows : ceil_div(rows, ceil_div(rows, limit));
+  for (Index k = 0; k < rows; k += step) {
+    const Index depth = min(step, rows - k);
+    if (k + depth < rows)
+      lane_panel<V>(p, j, k, depth, Stored<C>{p.y, p.row});
+    else
+      lane_panel<V>(p, j, k, depth, finish);
+  }
+}
+
 template <class C, class W, class F>
 static void multiply_lanes(const LaneProduct<C, W>& p, const F& finish) {
-  constexpr int w = width<C>;
-  constexpr Index most = (28 << 10) / (Index(sizeof(C)) * lanes<C>);
-  const Index rows = p.rows();
-  constexpr Index limit = most > depth_block ? depth_block : most;
-  const Index step = rows <= limit ? rows : ceil_div(rows, ceil_div(rows, limit));
-  for (Index j = 0, vecs; j < p.m; j += vecs * w) {
-    const Index left = ceil_div(p.m - j, w);
+  for (Index j = 0, vecs; j < p.m; j += vecs * width<C>) {
+    const Index left = ceil_div(p.m - j, width<C>);
     vecs = left >= tile_vecs ? tile_vecs : left >= 2 ? 2 : 1;
-    for (Index k = 0; k < rows; k += step) {
-      const Index depth = min(step, rows - k);
-      const auto panel = [&](const auto& end) {
-        if (vecs == tile_vecs) return lane_panel<tile_vecs>(p, j, k, depth, end);
-        if (vecs == 2) return lane_panel<2>(p, j, k, depth, end);
-        lane_panel<1>(p, j, k, depth, end);
-      };
-      if (k + depth < rows)
-        panel(Stored<C>{p.y, p.row});
-      else
-        panel(finish);
-    }
+    if (vecs == tile_vecs)
+      lane_panels<tile_vecs>(p, j, finish);
+    else if (vecs == 2)
+      lane_panels<2>(p, j, finish);
+    else
+      lane_panels<1>(p, j, finish);
   }
 }
 
