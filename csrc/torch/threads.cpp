@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -20,20 +21,24 @@ struct alignas(64) Share {
   Index end;
 };
 
-bool Work::take(Index& begin, Index& end) {
-  for (; done_ < count_; ++done_) {
-    Share& share = shares_[(own_ + done_) % count_];
-    begin = share.next.load(std::memory_order_relaxed);
-    while (begin < share.end) {
-      const Index left = share.end - begin;
-      end = begin + std::min(std::max((left + 1) / 2, least_), left);
-      if (share.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return true;
-    }
-  }
-  return false;
-}
-
 namespace {
+
+// Under the address sanitizer no buffer outlives a request: a step beyond its end, or into the
+// buffer that the same slot had before, would otherwise stay inside memory that is still ours. And
+// parts of any size are taken, which otherwise depends on how fast threads are.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool sanitized = true;
+#else
+constexpr bool sanitized = false;
+#endif
+
+// A thread's own share and the next ones: to look at all takes longer the more threads there are.
+constexpr Index reach = 8;
+
+Index any_of(Index n) {
+  static thread_local std::minstd_rand draw;
+  return 1 + Index(draw()) % n;
+}
 
 thread_local bool at_work = false;
 
@@ -47,11 +52,25 @@ void run_here(Work work, void (*body)(Work&, void*), void* context) {
 
 }  // namespace
 
+bool Work::take(Index& begin, Index& end) {
+  for (; done_ < std::min(count_, reach); ++done_) {
+    Share& share = shares_[(own_ + done_) % count_];
+    begin = share.next.load(std::memory_order_relaxed);
+    while (begin < share.end) {
+      const Index left = share.end - begin;
+      const Index some = std::min(std::max((left + 1) / 2, least_), left);
+      end = begin + (sanitized && least_ < left ? any_of(some) : some);
+      if (share.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return true;
+    }
+  }
+  return false;
+}
+
 void run_parallel(Index n, Index grain, void (*body)(Work&, void*), void* context) {
   if (n <= 0) return;
-  const Index threads =
-      n <= grain || at_work ? 1 : std::min<Index>(thread_count(), (n + grain - 1) / grain);
-  if (threads == 1) {
+  const bool alone = n <= grain || at_work;
+  const Index threads = alone ? 1 : std::min<Index>(thread_count(), (n + grain - 1) / grain);
+  if (threads == 1 && (alone || !sanitized)) {
     Share all{{0}, n};
     Work work(&all, 1, 0, n);
     return body(work, context);
@@ -65,9 +84,9 @@ void run_parallel(Index n, Index grain, void (*body)(Work&, void*), void* contex
     shares[t].next = std::min(t * each, n);
     shares[t].end = std::min((t + 1) * each, n);
   }
-  // One thread does all where the pool is at work already.
-  torch::stable::parallel_for(0, threads, 1, [&](Index own, Index) {
-    run_here({shares.data(), threads, own, least}, body, context);
+  torch::stable::parallel_for(0, threads, 1, [&](Index first, Index last) {
+    for (Index own = first; own < last; ++own)
+      run_here({shares.data(), threads, own, least}, body, context);
   });
 }
 
@@ -89,19 +108,11 @@ struct Buffer {
 
 thread_local Buffer buffers[static_cast<int>(Slot::count)];
 
-// Under the address sanitizer no buffer outlives a request: a step beyond its end, or into the
-// buffer that the same slot had before, would otherwise stay inside memory that is still ours.
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool always_new = true;
-#else
-constexpr bool always_new = false;
-#endif
-
 }  // namespace
 
 void* scratch(Slot slot, std::size_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (always_new || buffer.size < bytes) {
+  if (sanitized || buffer.size < bytes) {
     buffer.release();
     if (posix_memalign(&buffer.data, 64, bytes)) throw std::bad_alloc();
     prepare(buffer.data, bytes);

@@ -10,10 +10,11 @@ namespace hyperfast {
 struct Share;
 
 // What a thread finds to do of the indices [0, n). It takes half of what is left of its own share
-// at a time, and then of the others': a core that is slower for a while, or comes late, leaves the
-// rest of its share to them.
+// at a time, and then of the next ones: a core that is slower for a while, or comes late, leaves
+// the rest of its share to others.
 class Work {
  public:
+  // Of so many shares the thread's own is number `own`; at least so many indices are taken at once.
   Work(Share* shares, std::int64_t count, std::int64_t own, std::int64_t least)
       : shares_(shares), count_(count), own_(own), least_(least) {}
   // The next indices, [begin, end); false where none are left.
@@ -25,9 +26,9 @@ class Work {
   std::int64_t done_ = 0;  // shares of which nothing is left
 };
 
-// Calls body(work, context) once on each thread of torch's own pool that has `grain` of the indices
-// to do; n <= grain runs on the calling thread, and so does all that is called from within a body.
-// What the body throws arrives as std::runtime_error.
+// Calls body(work, context) on each thread of torch's own pool for which there are `grain` of the
+// indices; n <= grain is taken at once, on the calling thread, as is all that threads at work call.
+// What the body throws on one of several threads arrives as std::runtime_error.
 void run_parallel(std::int64_t n, std::int64_t grain, void (*body)(Work&, void*), void* context);
 
 int thread_count();

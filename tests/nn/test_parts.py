@@ -505,18 +505,20 @@ def test_ids_of_one_latent(made):
 
 def peak(call):
     """Bytes of the tensors that live at one time while it runs: what is allocated, not what is
-    resident, as scratch memory of the library's products differs by processor."""
+    resident, as scratch memory of the library's products differs by processor. That of our kernels
+    is not seen."""
     with torch.profiler.profile(profile_memory=True) as profile:
         _ = call()
     found = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     found.sort(key=lambda event: event.start_ns())
+    assert found
     return max(accumulate(event.nbytes() for event in found))
 
 
 @pytest.mark.parametrize(("tasks", "width"), [(1000, 64), (1, 2000)], ids=["tasks", "outputs"])
 @pytest.mark.parametrize("chunks", [300, (16, 8)], ids=str)
 def test_memory_is_that_of_a_block(chunks, tasks, width, monkeypatch):
-    """Four times the numbers of a block, as there are gradients, and the gradients of the
+    """Five times the numbers of a block, as there are gradients, and the gradients of the
     parameters, of a block and of all: about half the weights of all tasks. Made whole, these take
     5 to 12 times their weights in training."""
     block = 1 << 19
@@ -525,7 +527,7 @@ def test_memory_is_that_of_a_block(chunks, tasks, width, monkeypatch):
     stack = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
     model = HyperMLP(*HyperNet.for_module(stack, 16, chunks=chunks))
     x, z = torch.randn(tasks, 1, width), torch.randn(tasks, 16)
-    limit = 4 * 4 * block + 2 * sum(p.nbytes for p in model.parameters())
+    limit = 5 * 4 * block + 2 * sum(p.nbytes for p in model.parameters())
     with torch.no_grad():
         assert peak(lambda: model(x, z)) < limit
     trained = peak(lambda: torch.autograd.grad(model(x, z).sum(), [*model.parameters()]))

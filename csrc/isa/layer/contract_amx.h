@@ -180,15 +180,13 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
   const Index outputs = ceil_div(p.out, wanted), slices = ceil_div(p.out, outputs);
   const Index work = size * outputs * p.in * (p.features / 4 + all.rows);
   Verdict verdict;
-  parallel(
-      ceil_div(all.count, size) * slices, max(parallel_work / max(work, 1), 1),
-      [&](Index begin, Index end) {
+  each_thread(
+      ceil_div(all.count, size) * slices, max(parallel_work / max(work, 1), 1), [&](Work& items) {
         const TileRegisters registers;
-        Units units(p.groups);
-        const Index x_size = UnitLanes::elements(size, units.rows, p.in);
-        const Index y_size = UnitLanes::elements(size, units.rows, outputs);
+        const Index x_size = UnitLanes::elements(size, all.rows, p.in);
+        const Index y_size = UnitLanes::elements(size, all.rows, outputs);
         float* weights = scratch<float>(Slot::block, 2 * two_tiles * two_tiles + x_size + y_size);
-        const UnitLanes xs{weights + 2 * two_tiles * two_tiles, units.rows, p.in};
+        const UnitLanes xs{weights + 2 * two_tiles * two_tiles, all.rows, p.in};
         const Packed<parts> h(
             scratch<bf16>(Slot::local_a, Packed<parts>::elements(size, p.features)), p.features);
         const Packed<parts> head(
@@ -196,66 +194,68 @@ static bool hyper_linear_contract_amx(const HyperLinear& p, const Staged<const f
             p.features);
         Index held = -1;  // the chunk of units whose features and inputs are there
         Range h_range;
-        for (Index item = begin; item < end; ++item) {
-          const Index chunk = item / slices, first = chunk * size,
-                      n = min(size, units.count - first);
-          const Index blocks = ceil_div(n, two_tiles), halves = ceil_div(n, tile_side);
-          if (chunk != held) {
-            held = chunk;
-            Magnitudes found;
-            for (Index u = 0; u < n; u += tile_side) {
-              const Index some = min(n - u, tile_side);
-              const T* features[tile_side];
-              for (Index l = 0; l < some; ++l)
-                features[l] =
-                    static_cast<const T*>(p.h.data) + units.task(first + u + l) * p.h.task;
-              for (Index step = 0; step < steps; ++step)
-                pack_columns<parts, tile_side, T>(features, some, p.features - step * tile_depth,
-                                                  step * tile_depth, p.h.col,
-                                                  h.tile(u / tile_side, step), found);
+        for (Index begin, end; items.take(begin, end);)
+          for (Index item = begin; item < end; ++item) {
+            const Index chunk = item / slices, first = chunk * size,
+                        n = min(size, all.count - first);
+            const Index blocks = ceil_div(n, two_tiles), halves = ceil_div(n, tile_side);
+            if (chunk != held) {
+              held = chunk;
+              Units units(p.groups);  // chunks may come in any order
+              Magnitudes found;
+              for (Index u = 0; u < n; u += tile_side) {
+                const Index some = min(n - u, tile_side);
+                const T* features[tile_side];
+                for (Index l = 0; l < some; ++l)
+                  features[l] =
+                      static_cast<const T*>(p.h.data) + units.task(first + u + l) * p.h.task;
+                for (Index step = 0; step < steps; ++step)
+                  pack_columns<parts, tile_side, T>(features, some, p.features - step * tile_depth,
+                                                    step * tile_depth, p.h.col,
+                                                    h.tile(u / tile_side, step), found);
+              }
+              h_range = found.range();
+              for (Index block = 0; block < blocks; ++block)
+                transpose_block(units, x, first, n, block, xs);
             }
-            h_range = found.range();
+            const Index o0 = item % slices * outputs;
+            const Parameters params{o0, min(outputs, p.out - o0), p.in, p.vector.weight != nullptr};
+            const UnitLanes ys{xs.data + x_size, all.rows, params.outputs};
+            use_biases<T>(p, params, blocks, xs, ys);
+            const T *rows[two_tiles], *ahead[two_tiles];
+            const ParameterBlocks order(two_tiles, params.outputs, p.in, params.count());
+            Index next = rows_of<T>(p, params, 0, ahead);
+            for (Index i = 0; i < order.count(); ++i) {
+              const Index q = order.first(i), some = next;
+              std::memcpy(rows, ahead, sizeof rows);
+              next = i + 1 < order.count() ? rows_of<T>(p, params, order.first(i + 1), ahead) : 0;
+              Magnitudes found;
+              for (Index j = 0; j < some; j += tile_side)
+                for (Index step = 0; step < steps; ++step)
+                  pack_a_rows<parts, T>(rows + j, min(some - j, tile_side),
+                                        p.features - step * tile_depth, step * tile_depth,
+                                        p.matrix.feature, head.tile(j / tile_side, step), found);
+              if (!verdict.holds(found.range(), h_range)) return;
+              for (Index block = 0, fetched = 0; block < blocks; ++block) {
+                // Meanwhile the rows that come next are fetched, a few at a time.
+                for (; fetched * blocks < next * (block + 1) && fetched < next; ++fetched)
+                  for (Index k = 0; k < p.features; k += tile_line / Index(sizeof(T)))
+                    prefetch(ahead[fetched] + k);
+                // In turns: the vector units use the weights of one block while the next are made.
+                float* made = weights + block % 2 * two_tiles * two_tiles;
+                multiply_blocks(head, 0, ceil_div(some, tile_side), h, 2 * block,
+                                min(halves - 2 * block, 2), {}, made, two_tiles);
+                use_weights(params, {made, q, some}, xs, ys, block);
+              }
+            }
             for (Index block = 0; block < blocks; ++block)
-              transpose_block(units, x, first, n, block, xs);
+              for (Index r = 0; r < all.rows; ++r)
+                pack<float, float>(
+                    min(n - block * two_tiles, two_tiles), params.outputs,
+                    View<const float>{ys.at(block, r, 0), 1, two_tiles},
+                    y.data + ((first + block * two_tiles) * all.rows + r) * p.out + o0,
+                    all.rows * p.out, params.outputs);
           }
-          const Index o0 = item % slices * outputs;
-          const Parameters params{o0, min(outputs, p.out - o0), p.in, p.vector.weight != nullptr};
-          const UnitLanes ys{xs.data + x_size, units.rows, params.outputs};
-          use_biases<T>(p, params, blocks, xs, ys);
-          const T *rows[two_tiles], *ahead[two_tiles];
-          const ParameterBlocks order(two_tiles, params.outputs, p.in, params.count());
-          Index next = rows_of<T>(p, params, 0, ahead);
-          for (Index i = 0; i < order.count(); ++i) {
-            const Index q = order.first(i), some = next;
-            std::memcpy(rows, ahead, sizeof rows);
-            next = i + 1 < order.count() ? rows_of<T>(p, params, order.first(i + 1), ahead) : 0;
-            Magnitudes found;
-            for (Index j = 0; j < some; j += tile_side)
-              for (Index step = 0; step < steps; ++step)
-                pack_a_rows<parts, T>(rows + j, min(some - j, tile_side),
-                                      p.features - step * tile_depth, step * tile_depth,
-                                      p.matrix.feature, head.tile(j / tile_side, step), found);
-            if (!verdict.holds(found.range(), h_range)) return;
-            for (Index block = 0, fetched = 0; block < blocks; ++block) {
-              // Meanwhile the rows that come next are fetched, a few at a time.
-              for (; fetched * blocks < next * (block + 1) && fetched < next; ++fetched)
-                for (Index k = 0; k < p.features; k += tile_line / Index(sizeof(T)))
-                  prefetch(ahead[fetched] + k);
-              // In turns: the vector units use the weights of one block while the next are made.
-              float* made = weights + block % 2 * two_tiles * two_tiles;
-              multiply_blocks(head, 0, ceil_div(some, tile_side), h, 2 * block,
-                              min(halves - 2 * block, 2), {}, made, two_tiles);
-              use_weights(params, {made, q, some}, xs, ys, block);
-            }
-          }
-          for (Index block = 0; block < blocks; ++block)
-            for (Index r = 0; r < units.rows; ++r)
-              pack<float, float>(
-                  min(n - block * two_tiles, two_tiles), params.outputs,
-                  View<const float>{ys.at(block, r, 0), 1, two_tiles},
-                  y.data + ((first + block * two_tiles) * units.rows + r) * p.out + o0,
-                  units.rows * p.out, params.outputs);
-        }
       });
   return verdict.good;
 }

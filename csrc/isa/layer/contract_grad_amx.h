@@ -418,18 +418,19 @@ static bool grad_on_matrix_unit(const HyperLinearGrad& p, const Staged<const flo
     const GradientShare<T, of, of_g> share(p, factors);
     const Index work = shares.size * (unit_blocks + param_blocks - shares.side) * two_tiles *
                        two_tiles * p.features / 4;
-    parallel(shares.count, max(parallel_work / max(work, 1), 1), [&](Index begin, Index end) {
+    each_thread(shares.count, max(parallel_work / max(work, 1), 1), [&](Work& some) {
       const TileRegisters registers;
-      for (Index i = begin; i < end; ++i) {
-        const Index first = i * shares.size, last = min(first + shares.size, shares.side);
-        const Index h = shares.by_units ? 0 : i, w = shares.by_units ? i : 0;
-        const ShareSums to{grad_h ? parts_h + h * size_h : nullptr,
-                           p.grad_weight ? parts_w + w * size_w : nullptr,
-                           p.grad_bias ? parts_b + w * size_b : nullptr};
-        if (shares.by_units ? !share.run(0, param_blocks, first, last, to, verdict)
-                            : !share.run(first, last, 0, unit_blocks, to, verdict))
-          return;
-      }
+      for (Index begin, end; some.take(begin, end);)
+        for (Index i = begin; i < end; ++i) {
+          const Index first = i * shares.size, last = min(first + shares.size, shares.side);
+          const Index h = shares.by_units ? 0 : i, w = shares.by_units ? i : 0;
+          const ShareSums to{grad_h ? parts_h + h * size_h : nullptr,
+                             p.grad_weight ? parts_w + w * size_w : nullptr,
+                             p.grad_bias ? parts_b + w * size_b : nullptr};
+          if (shares.by_units ? !share.run(0, param_blocks, first, last, to, verdict)
+                              : !share.run(first, last, 0, unit_blocks, to, verdict))
+            return;
+        }
     });
     return verdict.good;
   });

@@ -142,43 +142,44 @@ static void hyper_linear_tile(const HyperLinear& p, const Staged<const Acc<T>>& 
 
     const Index rows_each = ceil_div(total_rows(p.groups), max(tasks, 1));
     const Index work = tile_rows * (q1 - q0) * s.no * s.ni * (s.depth + rows_each);
-    parallel(ceil_div(tasks, tile_rows), max(parallel_work / max(work, 1), 1),
-             [&](Index first, Index last) {
-               C* h = scratch<C>(Slot::local_a, s.block * max(s.depth, 1));
-               C* weights = scratch<C>(Slot::block, s.block * s.row + lanes<C>);
-               const Index end = min(last * tile_rows, tasks);
-               for (Index u0 = first * tile_rows; u0 < end; u0 += s.block) {
-                 const Index nu = min(s.block, end - u0);
-                 for (Index u = 0; u < nu; ++u) {
-                   const Index task = piece(p.groups, u0 + u).task;
-                   if (s.pairs)
-                     copy_feature_pairs(p.h, task, p.features, p.head_bias(),
-                                        reinterpret_cast<float*>(h + u * s.depth));
-                   else
-                     copy_features<T>(p.h, task, p.features, p.head_bias(), h + u * s.depth);
-                 }
-                 for (Index q = q0; q < q1; ++q) {
-                   const Slice c = slice(p, s, q);
-                   generate<C>(s, c, nu, h, packed + (q - q0) * s.size, weights);
-                   const bool add_vector = vector && c.i0 == 0;  // its weights lead the slice
-                   const Index lead = add_vector ? (s.by_output ? 1 : c.no) : 0;
-                   for (Index u = 0; u < nu; ++u) {
-                     const Piece r = piece(p.groups, u0 + u);
-                     const View<C> out = y.of(r).at(0, c.o0);
-                     C* w = weights + u * s.row;
-                     transform_slice<C>(p.transform, c, s.by_output, lead, w);
-                     const View<const C> init = add_vector
-                                                    ? View<const C>{w, 0, s.by_output ? c.ni : 1}
-                                                : c.i0   ? View<const C>{out.data, out.row, out.col}
-                                                : shared ? View<const C>{shared + c.o0, 0, 1}
-                                                         : View<const C>{};
-                     apply<C>(r.end - r.begin, c.no, c.ni - add_vector,
-                              x.of(r).at(0, c.i0 + add_vector - vector), w + lead, c.ni,
-                              s.by_output, init, out);
-                   }
-                 }
-               }
-             });
+    // Whole blocks of tasks, as each streams the head.
+    const Index tiles = ceil_div(tasks, tile_rows), block = s.block / tile_rows;
+    const Index least = min(block, ceil_div(tiles, thread_count()));
+    parallel(tiles, max(max(parallel_work / max(work, 1), least), 1), [&](Index first, Index last) {
+      C* h = scratch<C>(Slot::local_a, s.block * max(s.depth, 1));
+      C* weights = scratch<C>(Slot::block, s.block * s.row + lanes<C>);
+      const Index end = min(last * tile_rows, tasks);
+      for (Index u0 = first * tile_rows; u0 < end; u0 += s.block) {
+        const Index nu = min(s.block, end - u0);
+        for (Index u = 0; u < nu; ++u) {
+          const Index task = piece(p.groups, u0 + u).task;
+          if (s.pairs)
+            copy_feature_pairs(p.h, task, p.features, p.head_bias(),
+                               reinterpret_cast<float*>(h + u * s.depth));
+          else
+            copy_features<T>(p.h, task, p.features, p.head_bias(), h + u * s.depth);
+        }
+        for (Index q = q0; q < q1; ++q) {
+          const Slice c = slice(p, s, q);
+          generate<C>(s, c, nu, h, packed + (q - q0) * s.size, weights);
+          const bool add_vector = vector && c.i0 == 0;  // its weights lead the slice
+          const Index lead = add_vector ? (s.by_output ? 1 : c.no) : 0;
+          for (Index u = 0; u < nu; ++u) {
+            const Piece r = piece(p.groups, u0 + u);
+            const View<C> out = y.of(r).at(0, c.o0);
+            C* w = weights + u * s.row;
+            transform_slice<C>(p.transform, c, s.by_output, lead, w);
+            const View<const C> init = add_vector ? View<const C>{w, 0, s.by_output ? c.ni : 1}
+                                       : c.i0     ? View<const C>{out.data, out.row, out.col}
+                                       : shared   ? View<const C>{shared + c.o0, 0, 1}
+                                                  : View<const C>{};
+            apply<C>(r.end - r.begin, c.no, c.ni - add_vector,
+                     x.of(r).at(0, c.i0 + add_vector - vector), w + lead, c.ni, s.by_output, init,
+                     out);
+          }
+        }
+      }
+    });
   }
 }
 

@@ -205,30 +205,41 @@ static const Acc<T>* features_of(const NetworkBlock<T>& b) {
   return lanes_of_features(b);
 }
 
+// The networks' parameters [q, q + count), of which there are at most parameters_at_once(b).
+template <class T>
+static void generate_some(const NetworkBlock<T>& b, Index from, Index q, Index count,
+                          const Acc<T>* h, Acc<T>* w) {
+  using C = Acc<T>;
+  C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
+  for (Index j = 0; j < count; ++j) bias[j] = b.bias(q + j);
+  const View<C> to{w + q - from, b.params - from, 1};
+  if (b.few)
+    dots<C, T>(count, b.n, b.p.features, b.head(q), h, b.p.features, {bias, 1, 0}, to.transposed());
+  else if (!b.pairs)
+    generate_in_lanes(b, q, count, h, bias, to);
+  else if constexpr (may_pair<T>)
+    generate_in_pairs(b, from, q, count, h, bias, to);
+}
+
+template <class T>
+static Index parameters_at_once(const NetworkBlock<T>& b) {
+  return b.pairs ? pair_panel<Acc<T>> : parameters_strip;
+}
+
 // The networks' parameters from number `from` on: w (n, params - from).
 template <class T>
 static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
-  using C = Acc<T>;
-  const Index run = b.pairs ? pair_panel<C> : parameters_strip, features = b.p.features;
-  each_thread(ceil_div(b.params - from, run), max(parallel_work / max(b.n * run * features, 1), 1),
-              [&](Work& work) {
-                const C* const h = features_of(b);
-                C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
-                for (Index begin, end; work.take(begin, end);)
-                  for (Index q = from + begin * run; q < min(from + end * run, b.params);
-                       q += run) {
-                    const Index count = min(run, b.params - q);
-                    for (Index j = 0; j < count; ++j) bias[j] = b.bias(q + j);
-                    const View<C> to{w + q - from, b.params - from, 1};
-                    if (b.few)
-                      dots<C, T>(count, b.n, features, b.head(q), h, features, {bias, 1, 0},
-                                 to.transposed());
-                    else if (!b.pairs)
-                      generate_in_lanes(b, q, count, h, bias, to);
-                    else if constexpr (may_pair<T>)
-                      generate_in_pairs(b, from, q, count, h, bias, to);
-                  }
-              });
+  const Index run = parameters_at_once(b);
+  const Index grain = parallel_work / max(b.n * run * b.p.features, 1);
+  each_thread(ceil_div(b.params - from, run), max(grain, 1), [&](Work& work) {
+    Index begin, end;
+    if (!work.take(begin, end)) return;
+    const Acc<T>* const h = features_of(b);
+    do {
+      for (Index q = from + begin * run; q < min(from + end * run, b.params); q += run)
+        generate_some<T>(b, from, q, min(run, b.params - q), h, w);
+    } while (work.take(begin, end));
+  });
 }
 
 // Whether threads share networks sooner than the parameters of each, of which there are few.

@@ -180,12 +180,11 @@ static void lane_panel(const LaneProduct<C, W>& p, Index j, Index k, Index depth
   if (p.n - o >= 1) lane_tile<1, V>(p, o, j, k, depth, finish);
 }
 
-// The same of so few rows of x that they stay in registers while all rows of y pass by, four at a
-// time: coordinates, or gradients of few outputs.
-constexpr Index shallow = 3;
-
-template <int D, int V, class C, class F>
-static void shallow_panel(const LaneProduct<C>& p, Index j, const F& finish) {
+// The same of so few rows of x, up to three, that they stay in registers while all rows of y pass
+// by, four at a time: coordinates, or gradients of few outputs.
+template <int D, int V, class F>
+static void shallow_panel(const LaneProduct<float>& p, Index j, const F& finish) {
+  using C = float;
   constexpr int M = 4;
   const LaneProduct<C> own = p;  // copies, as in Stored
   const F end = finish;
@@ -222,8 +221,7 @@ static void lane_panels(const LaneProduct<C, W>& p, Index j, const F& finish) {
   constexpr Index most = (28 << 10) / (Index(sizeof(C)) * lanes<C>);
   constexpr Index limit = most > depth_block ? depth_block : most;
   const Index rows = p.rows();
-  if constexpr (std::is_same_v<W, C>) {
-    static_assert(shallow == 3);
+  if constexpr (std::is_same_v<W, float>) {
     if (rows == 1) return shallow_panel<1, V>(p, j, finish);
     if (rows == 2) return shallow_panel<2, V>(p, j, finish);
     if (rows == 3) return shallow_panel<3, V>(p, j, finish);
