@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <new>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "torch/new_memory.h"
@@ -42,13 +41,10 @@ Index any_of(Index n) {
 
 thread_local bool at_work = false;
 
-void run_here(Work work, void (*body)(Work&, void*), void* context) {
-  struct AtWork {
-    bool before = std::exchange(at_work, true);
-    ~AtWork() { at_work = before; }
-  } const scope;
-  body(work, context);
-}
+struct AtWork {
+  AtWork() { at_work = true; }
+  ~AtWork() { at_work = false; }
+};
 
 }  // namespace
 
@@ -85,8 +81,11 @@ void run_parallel(Index n, Index grain, void (*body)(Work&, void*), void* contex
     shares[t].end = std::min((t + 1) * each, n);
   }
   torch::stable::parallel_for(0, threads, 1, [&](Index first, Index last) {
-    for (Index own = first; own < last; ++own)
-      run_here({shares.data(), threads, own, least}, body, context);
+    const AtWork scope;
+    for (Index own = first; own < last; ++own) {
+      Work work(shares.data(), threads, own, least);
+      body(work, context);
+    }
   });
 }
 

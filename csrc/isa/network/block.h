@@ -205,12 +205,13 @@ static const Acc<T>* features_of(const NetworkBlock<T>& b) {
   return lanes_of_features(b);
 }
 
-// The networks' parameters [q, q + count), of which there are at most parameters_at_once(b).
+// The networks' parameters [q, q + count), of which there are at most a strip, or a panel
+// of pairs.
 template <class T>
 static void generate_some(const NetworkBlock<T>& b, Index from, Index q, Index count,
                           const Acc<T>* h, Acc<T>* w) {
   using C = Acc<T>;
-  C bias[pair_panel<C> > parameters_strip ? pair_panel<C> : parameters_strip];
+  C bias[max(pair_panel<C>, parameters_strip)];
   for (Index j = 0; j < count; ++j) bias[j] = b.bias(q + j);
   const View<C> to{w + q - from, b.params - from, 1};
   if (b.few)
@@ -221,15 +222,10 @@ static void generate_some(const NetworkBlock<T>& b, Index from, Index q, Index c
     generate_in_pairs(b, from, q, count, h, bias, to);
 }
 
-template <class T>
-static Index parameters_at_once(const NetworkBlock<T>& b) {
-  return b.pairs ? pair_panel<Acc<T>> : parameters_strip;
-}
-
 // The networks' parameters from number `from` on: w (n, params - from).
 template <class T>
 static void generate_networks(const NetworkBlock<T>& b, Index from, Acc<T>* w) {
-  const Index run = parameters_at_once(b);
+  const Index run = b.pairs ? pair_panel<Acc<T>> : parameters_strip;
   const Index grain = parallel_work / max(b.n * run * b.p.features, 1);
   each_thread(ceil_div(b.params - from, run), max(grain, 1), [&](Work& work) {
     Index begin, end;
